@@ -1,0 +1,116 @@
+"""Pretraining data: a corpus of documents as packed rows, a training and a validation part."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from torch import Tensor
+
+from dataset.jsonl import text_format
+from dataset.packing import PackedRows, TokenCache
+from dataset.tokenizer import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class PretrainData:
+    """Where the corpus is and how it becomes rows; every field is a flag. ValueError on an impossible value."""
+
+    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz"] = None
+    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    jsonl_sep: Annotated[
+        str | None, r"text appended to each JSONL row (character mode only); \n and \t mean line break and tab"
+    ] = None
+    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
+    max_seq_len: Annotated[int, "tokens per row", "--seq-len"] = 256
+    packing: Annotated[bool, "documents back to back in a row; without it one document per row, padded"] = True
+    use_doc_attention_mask: Annotated[bool, "the documents of a packed row do not see each other"] = True
+    val_fraction: Annotated[float, "share of documents held out for validation, 0 to below 1, by content hash"] = 0.005
+    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens per row")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
+        if not self.jsonl_field:
+            raise ValueError('--jsonl-field "": expected the name of a field')
+        if self.data is not None and text_format(self.data) == ".txt":
+            if self.jsonl_sep is not None:
+                raise ValueError(f"--jsonl-sep {self.jsonl_sep!r}: {self.data} has no JSONL rows; leave the flag out")
+            if self.jsonl_field != "text":
+                raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.data} has no fields; leave the flag out")
+
+    @property
+    def separator(self) -> str | None:
+        """jsonl_sep with \\n and \\t as the characters they stand for: a shell passes them on as two characters."""
+        return self.jsonl_sep and self.jsonl_sep.replace("\\n", "\n").replace("\\t", "\t")
+
+
+@dataclass(frozen=True)
+class JoinedRows:
+    """Rows whose documents see each other: all of a row's documents get id 0, padding keeps its own."""
+
+    rows: PackedRows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rows, name)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        batch = self.rows.batch(indices)
+        return batch | {"document_ids": batch["document_ids"].clamp(max=0)}
+
+
+class PretrainDataset:
+    """`train` and `validation` rows (see PackedRows) and what is known of the corpus.
+
+    `meta` is flat, for logs: rows and empty_rows read; documents, tokens, characters and bytes of each part, as
+    train_tokens, validation_bytes...; real_token_share of the training rows; data_sha256; tokenizer_fingerprint.
+    ValueError if nothing is left to train on; otherwise as TokenCache.build_or_open.
+    """
+
+    def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
+        if config.data is None:
+            raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
+        cache = TokenCache.build_or_open(
+            config.data, tokenizer, cache_dir=config.cache_dir, field=config.jsonl_field,
+            separator=config.separator, val_fraction=config.val_fraction,
+        )
+        self.config, self.cache = config, cache
+        parts = (
+            PackedRows(split, config.max_seq_len, config.packing, tokenizer.pad_token_id)
+            for split in (cache.train, cache.validation)
+        )
+        self.train, self.validation = parts if config.use_doc_attention_mask else map(JoinedRows, parts)
+        self.meta = _summary(cache.meta, self.train.real_token_share)
+        if not len(self.train):
+            raise ValueError(self._why_empty())
+
+    def describe(self) -> str:
+        """Two lines for people."""
+        meta = self.meta
+        characters = meta["train_characters"] + meta["validation_characters"]
+        tokens = meta["train_tokens"] + meta["validation_tokens"]
+        empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
+        return (
+            f"{self.config.data}: {meta['rows']:,} rows{empty}, {characters / tokens:.2f} characters per token\n"
+            f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
+            f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
+            f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
+        )
+
+    def _why_empty(self) -> str:
+        path, meta = self.config.data, self.meta
+        if meta["rows"] == meta["empty_rows"]:
+            return f"{path} has nothing to train on: all {meta['rows']:,} rows are empty"
+        return (f"{path} has nothing to train on: all {meta['validation_documents']:,} documents are held out by "
+                f"--val-fraction {self.config.val_fraction}; lower it, or give more data")
+
+
+def _summary(meta: dict[str, Any], real_token_share: float) -> dict[str, Any]:
+    parts = {f"{split}_{name}": value for split in ("train", "validation") for name, value in meta[split].items()}
+    return {"rows": meta["rows"], "empty_rows": meta["empty_rows"], **parts, "real_token_share": real_token_share,
+            "data_sha256": meta["data_sha256"], "tokenizer_fingerprint": meta["tokenizer"]}

@@ -1,0 +1,189 @@
+"""One file per checkpoint: config, weights, where they come from and, for resuming, the training state.
+
+Files are plain torch archives of tensors and built-in types, read with `weights_only=True`: loading one never runs code.
+Nothing is inferred from tensor shapes, and nothing is loaded "where it fits".
+"""
+
+import os
+import pickle
+import re
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+FORMAT, VERSION = "nano-llada", 1
+# Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
+ADJUSTABLE = ("inference_rope_scaling", "dropout")
+
+
+def save_checkpoint(
+    path: Path, model_config: ModelConfig, weights: dict[str, Tensor], tokenizer: str, stage: str, **more: Any
+) -> None:
+    """Write atomically and durably: whatever happens, `path` holds the old file or the new one, whole.
+
+    tokenizer: its fingerprint. stage: the module that trained the weights. more: built-in types and tensors.
+    """
+    payload = {
+        "format": FORMAT,
+        "version": VERSION,
+        "config": asdict(model_config),
+        "weights": weights,
+        "tokenizer": tokenizer,
+        "stage": stage,
+        **more,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        torch.save(payload, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
+    """Whatever torch archive of tensors and built-in types lies at `path`; ValueError if there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no checkpoint {path}; training writes <run>_state_dict.pt, and --save-dir says where"
+        )
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        raise ValueError(
+            f"{path} is damaged or not a torch checkpoint; copy it again, or use the run's other files"
+        ) from None
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Raises FileNotFoundError, or ValueError for a file that this version did not write."""
+    payload = read_archive(path, device)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a nano-llada checkpoint; weights of MiniMind or Hugging Face are read by --init-from-minimind"
+        )
+    if payload.get("version") != VERSION:
+        raise ValueError(f"{path} has checkpoint version {payload.get('version')}, this code reads version {VERSION}")
+    missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
+    unknown = payload.get("config", {}).keys() - {f.name for f in fields(ModelConfig)}
+    if missing or unknown:
+        raise ValueError(
+            f"{path} is incomplete or foreign: missing {sorted(missing)}, unknown settings {sorted(unknown)}"
+        )
+    return payload
+
+
+def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None) -> Transformer:
+    """Rebuild the model from the config in the file, in eval mode; names and shapes must match exactly.
+
+    tokenizer: fingerprint of the tokenizer in use; ValueError if the weights were trained with another.
+    """
+    payload = load_checkpoint(path, device)
+    if tokenizer is not None and payload["tokenizer"] != tokenizer:
+        raise ValueError(
+            f"{path} was trained with another tokenizer (fingerprint {payload['tokenizer']}, the one in use has "
+            f"{tokenizer}); give its directory with --tokenizer-dir"
+        )
+    with torch.random.fork_rng(devices=[]):  # the initial weights, soon replaced, cost no random number of the caller
+        model = Transformer(ModelConfig(**payload["config"])).to(device)
+    load_weights(model, payload["weights"], str(path))
+    return model.eval()
+
+
+def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) -> None:
+    """Copy every tensor; ValueError naming the first tensors that are missing, unknown or of another shape."""
+    own = model.state_dict()
+    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
+    for name in own.keys() & weights.keys():
+        found, expected = tuple(weights[name].shape), tuple(own[name].shape)
+        if found != expected:
+            faults.append(f"{name} has shape {found}, the model {expected} ({_flag_for(name)})")
+    if faults:
+        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(faults)[:3])}{more}")
+    if model.config.tie_embeddings and not torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"]):
+        raise ValueError(
+            f"{source} has a head of its own, the model ties it to the embedding; leave out --tie-embeddings"
+        )
+    model.load_state_dict(weights)
+
+
+def _flag_for(name: str) -> str:
+    """The flag that decides the shape of a tensor."""
+    if name.startswith(("embed_tokens", "lm_head")):
+        return "check --hidden-size and --tokenizer-dir"
+    if ".mlp." in name:
+        return "check --hidden-size and --intermediate-size"
+    if "k_proj" in name or "v_proj" in name:
+        return "check --hidden-size and --num-key-value-heads"
+    return "check --hidden-size and --num-attention-heads"
+
+
+def import_foreign(path: Path, config: ModelConfig) -> Transformer:
+    """A model of shape `config` from weights named as MiniMind or Hugging Face's Llama and Qwen3 name them.
+
+    Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary that
+    is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or shapes differ.
+    """
+    weights = read_archive(path)
+    weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
+    if not isinstance(weights, dict) or not any(str(name).endswith("embed_tokens.weight") for name in weights):
+        raise ValueError(
+            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's (model.embed_tokens.weight, ...)"
+        )
+    weights = {
+        re.sub(r"^(_orig_mod\.|module\.)*(model\.)?", "", name): tensor.float()
+        for name, tensor in weights.items()
+        if not name.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
+    }
+    weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
+    layers = {int(found[1]) for name in weights if (found := re.match(r"layers\.(\d+)\.", name))}
+    if len(layers) != config.num_hidden_layers:
+        raise ValueError(f"{path} has {len(layers)} layers, --num-hidden-layers says {config.num_hidden_layers}")
+    if any(name.endswith("q_norm.weight") for name in weights) != config.qk_norm:
+        raise ValueError(
+            f"{path} and --qk-norm disagree: it has {'a' if not config.qk_norm else 'no'} norm on queries and keys"
+        )
+    for name in ("embed_tokens.weight", "lm_head.weight"):
+        if len(weights[name]) == config.vocab_size - 1 == config.mask_token_id:
+            weights[name] = torch.cat([weights[name], weights[name].mean(dim=0, keepdim=True)])
+    model = Transformer(config)
+    load_weights(model, weights, str(path))
+    return model
+
+
+def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str) -> Transformer:
+    """The model that a stage starts from: weights of `path` (ours or foreign), with the settings a stage may change.
+
+    config: from the flags, `given` being those that were typed. For our own checkpoints the architecture comes from the
+    file; ValueError names the typed flags that contradict it.
+    """
+    payload = read_archive(path)
+    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        return import_foreign(path, config)
+    model = load_model(path, tokenizer=tokenizer)
+    names = {f.name for f in fields(ModelConfig)} & given
+    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(model.config, name)]
+    if wrong:
+        told = ", ".join(
+            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(model.config, n)})" for n in wrong
+        )
+        raise ValueError(f"{path} was trained with another shape than {told}; leave these flags out")
+    changed = {name: getattr(config, name) for name in ADJUSTABLE if name in given}
+    if not changed:
+        return model
+    adjusted = Transformer(replace(model.config, **changed))
+    adjusted.load_state_dict(model.state_dict())
+    return adjusted

@@ -1,0 +1,89 @@
+"""Architecture of the shared transformer; saved inside every checkpoint."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the network, the token ids it was built for, and how its weights were trained.
+
+    The same config builds the autoregressive and the diffusion model: causality is an argument of
+    `Transformer.forward`, not a property of the weights. Raises ValueError on impossible shapes.
+    """
+
+    hidden_size: Annotated[int, "width of the residual stream"] = 512
+    num_hidden_layers: Annotated[int, "transformer layers"] = 8
+    num_attention_heads: Annotated[int, "query heads"] = 8
+    num_key_value_heads: Annotated[
+        int | None, "key/value heads, fewer = grouped-query attention (none: as many as query heads)"
+    ] = None
+    intermediate_size: Annotated[int | None, "SwiGLU inner width (none: 8/3 of hidden_size, rounded up to 64)"] = None
+    dropout: Annotated[float, "dropout probability of attention and MLP outputs"] = 0.0
+    hidden_act: Annotated[Literal["relu", "gelu", "silu"], "activation of the gate"] = "silu"
+    rms_norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-5
+    rope_theta: Annotated[float, "rotary base frequency"] = 1e6
+    max_position_embeddings: Annotated[int, "longest sequence, in tokens, that the model accepts"] = 32768
+    inference_rope_scaling: Annotated[
+        bool, "YaRN for sequences longer than the original context of 2048 tokens; shorter ones stay plain rotary"
+    ] = False
+    qk_norm: Annotated[bool, "RMSNorm on queries and keys (as in Qwen3)"] = False
+    tie_embeddings: Annotated[bool, "one matrix for the embedding and the head"] = False
+
+    # Set from the tokenizer, see dataset.tokenizer.token_ids.
+    vocab_size: int = 6400
+    pad_token_id: int = 0
+    bos_token_id: int = 1
+    eos_token_id: int = 2
+    mask_token_id: int = 3
+    # Set by training: who saw whom, and so how the weights expect to be decoded.
+    attention: Literal["causal", "full"] = "causal"
+    # YaRN, arXiv:2309.00071; the context of the original weights and how far it is stretched.
+    rope_original_length: int = 2048
+    rope_factor: float = 16.0
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if self.intermediate_size is None:
+            object.__setattr__(self, "intermediate_size", -(-8 * self.hidden_size // 3 // 64) * 64)
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "vocab_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"--hidden-size / --num-attention-heads is {self.head_dim}; rotary positions need an even number"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
+                f"--num-key-value-heads {self.num_key_value_heads}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
+        if self.attention not in ("causal", "full"):
+            raise ValueError(f"attention {self.attention!r} is not causal or full")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def require_length(self, length: int, what: str = "the sequence") -> None:
+        """ValueError if `length` tokens are more than the model accepts."""
+        if length > self.max_position_embeddings:
+            raise ValueError(
+                f"{what} is {length} tokens long, the model accepts at most {self.max_position_embeddings} "
+                "(--max-position-embeddings of its training)"
+            )

@@ -1,0 +1,123 @@
+"""The forward process q(x_t | x_0): which tokens of a batch are masked, and what the loss owes each of them.
+
+To add a mask schedule, write a function (maskable, noise, config) -> (scored, weight, count) and list it in MASK_SCHEDULES.
+Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StepNoise:
+    """The randomness of one optimiser step, a function of (seed, step) alone.
+
+    Every draw is made for the whole global batch of `total_rows` rows and cut to the rows that start at `first_row`, so the
+    noise of a row depends neither on the micro-batch nor on the process it falls into.
+    """
+
+    seed: int
+    step: int
+    total_rows: int
+    first_row: int = 0
+    device: torch.device | str = "cpu"
+
+    def choices(self, purpose: str) -> random.Random:
+        """A host-side generator for decisions that all rows of the step share."""
+        return random.Random(f"{self.seed}/{self.step}/{purpose}")
+
+    def _draw(self, purpose: str, *shape: int) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(self.choices(purpose).getrandbits(63))
+        return torch.rand(self.total_rows, *shape, generator=generator, device=self.device)
+
+    def _rows(self, draw: Tensor, rows: int) -> Tensor:
+        if self.first_row + rows > self.total_rows:
+            raise ValueError(f"rows {self.first_row}..{self.first_row + rows} of a global batch of {self.total_rows}")
+        return draw[self.first_row : self.first_row + rows]
+
+    def uniform(self, purpose: str, rows: int, *shape: int) -> Tensor:
+        """(rows, *shape) independent U[0, 1) float32."""
+        return self._rows(self._draw(purpose, *shape), rows)
+
+    def stratified(self, purpose: str, rows: int) -> Tensor:
+        """(rows,) each U[0, 1), exactly one in every stratum [i / total_rows, (i + 1) / total_rows) of the global batch.
+
+        The strata are dealt out in random order: otherwise the rate would follow the order of the rows.
+        """
+        offset = self.choices(purpose + "/offset").random()
+        strata = self._draw(purpose).argsort()
+        return self._rows((strata / self.total_rows + offset) % 1.0, rows)
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One corrupted batch and all that its loss needs to know.
+
+    The loss of row b is weight_b * sum of the cross-entropies at its scored positions, in nats per `count_b` tokens.
+    """
+
+    input_ids: Tensor  # (B, L) x_t
+    scored: Tensor  # (B, L) bool, masked positions, whose clean token is to be predicted
+    weight: Tensor  # (B,) float32
+    count: Tensor  # (B,) float32, tokens that the row's loss stands for
+
+
+class MaskSettings(Protocol):
+    iid_mask_eps: float
+
+
+def lowest(keys: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
+    """bool (B, L): the k (B,) maskable positions with the smallest keys (B, L) in [0, 1)."""
+    rank = keys.masked_fill(~maskable, 2.0).argsort(dim=1).argsort(dim=1)
+    return (rank < k[:, None]) & maskable
+
+
+def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """LLaDA Eq. 3: t ~ U(eps, 1 - eps) per row, each token masked with probability t, weight 1/t.
+
+    A row left without a mask is given one and takes its realised rate 1/n_b as weight, never 1/eps.
+    """
+    total = maskable.sum(dim=1)
+    eps = config.iid_mask_eps
+    t = eps + (1 - 2 * eps) * noise.uniform("rate", len(maskable))
+    keys = noise.uniform("mask", *maskable.shape)
+    scored = (keys < t[:, None]) & maskable
+    empty = ~scored.any(dim=1)
+    scored = torch.where(empty[:, None], lowest(keys, maskable, torch.ones_like(total)), scored)
+    return scored, torch.where(empty, total.float(), 1 / t), total.float()
+
+
+def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """LLaDA Eq. 6 as a training loss: exactly k of n_b tokens masked, k ~ U{1..n_b} stratified, weight n_b / k.
+
+    The same expectation as `iid_t` (without its eps) at the least variance; the weight is bounded by n_b.
+    """
+    total = maskable.sum(dim=1)
+    k = (1 + (noise.stratified("rate", len(maskable)) * total).long()).minimum(total)
+    scored = lowest(noise.uniform("mask", *maskable.shape), maskable, k)
+    return scored, total / k.clamp(min=1), total.float()
+
+
+def random_rate(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """A rate t ~ U(0, 1) per row and the plain mean over all masked tokens of the batch, as many small codes train.
+
+    Heavy masks count more (integral of 2 t g(t) instead of g(t)), so this is not a likelihood bound.
+    """
+    scored, _, _ = fixed_count(maskable, noise, config)
+    return scored, torch.ones(len(maskable), device=maskable.device), scored.sum(dim=1).float()
+
+
+MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_rate}
+
+
+def mask_tokens(
+    input_ids: Tensor, maskable: Tensor, mask_id: int, schedule: str, noise: StepNoise, config: MaskSettings
+) -> Noised:
+    """Mask input_ids (B, L) at positions drawn from maskable (B, L) bool; rows with nothing maskable get weight 0."""
+    scored, weight, count = MASK_SCHEDULES[schedule](maskable, noise, config)
+    weight = torch.where(maskable.any(dim=1), weight, 0.0)
+    return Noised(torch.where(scored, mask_id, input_ids), scored, weight, count)

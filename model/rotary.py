@@ -1,0 +1,50 @@
+"""Rotary position embedding (RoFormer, arXiv:2104.09864) and its YaRN stretching (arXiv:2309.00071).
+
+Tables are computed from the positions at each call, in float32: a few thousand cosines cost nothing beside one layer.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+# YaRN, section 3.2: dimensions turning more than BETA_FAST times over the original context keep their frequency,
+# those turning fewer than BETA_SLOW times are interpolated, a linear ramp lies between.
+BETA_FAST, BETA_SLOW = 32.0, 1.0
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """(head_dim / 2,) radians per position, float32."""
+    return config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
+
+
+def yarn_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """Inverse frequencies (head_dim / 2,) stretched by `rope_factor`, and the factor on cos and sin (YaRN, 3.2 and 3.4)."""
+    plain = inverse_frequencies(config)
+
+    def dimension(turns: float) -> float:  # the (real-valued) dimension that turns so often over the original context
+        return (
+            config.head_dim
+            * math.log(config.rope_original_length / (turns * 2 * math.pi))
+            / (2 * math.log(config.rope_theta))
+        )
+
+    low = max(math.floor(dimension(BETA_FAST)), 0)
+    high = min(math.ceil(dimension(BETA_SLOW)), config.head_dim - 1)
+    ramp = ((torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
+    return plain / config.rope_factor * ramp + plain * (1 - ramp), 0.1 * math.log(config.rope_factor) + 1.0
+
+
+def rotary_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """position_ids (B or 1, L) -> cos, sin, each (B or 1, 1, L, head_dim) float32, halves repeated."""
+    angles = position_ids[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x (B, H, L, D) by cos, sin (B or 1, 1, L, D) in float32; returns the dtype of x."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -1,0 +1,89 @@
+"""Command lines from config dataclasses, and the one place where a user's mistake becomes a sentence."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def parse_args(description: str, *groups: type, argv: list[str] | None = None, **defaults: Any) -> tuple:
+    """Parse argv into one instance of each dataclass in `groups`, in order, and last the frozenset of the fields typed.
+
+    A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag; a
+    Literal lists its choices; `X | None` may be left out; a field without help text is not a flag. Underscores in flags
+    read as hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks is
+    reported as a usage error.
+    """
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for group in groups:
+        section = parser.add_argument_group((group.__doc__ or group.__name__).partition("\n")[0])
+        for name, kind, text, aliases in _flags(group):
+            default = defaults.pop(name, group.__dataclass_fields__[name].default)
+            shown = "none" if default is None else default
+            flags = dict.fromkeys(["--" + name.replace("_", "-"), *aliases])
+            section.add_argument(
+                *flags,
+                dest=name,
+                default=argparse.SUPPRESS,
+                help=f"{text} [{shown}]".replace("%", "%%"),
+                **_conversion(kind),
+            )
+            parser.set_defaults(**{"default:" + name: default})
+    if defaults:
+        raise TypeError(f"no such field: {sorted(defaults)}")
+    values = vars(parser.parse_args([_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]))
+    given = frozenset(name for name in values if not name.startswith("default:"))
+    try:
+        made = [group(**{n: values.get(n, values["default:" + n]) for n, *_ in _flags(group)}) for group in groups]
+    except ValueError as error:
+        parser.error(str(error))
+    return (*made, given)
+
+
+def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 2 with one sentence on stderr for a user's mistake, 130 for Ctrl-C."""
+    # Text goes out as UTF-8 whatever the console's code page; Chinese output must not end a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")
+    try:
+        main(argv)
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+def _hyphens(argument: str) -> str:
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+
+
+def _conversion(kind: Any) -> dict[str, Any]:
+    kinds = [t for t in get_args(kind) if t is not type(None)] if type(None) in get_args(kind) else [kind]
+    if kinds[0] is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(kinds[0]) is Literal:
+        return {"choices": get_args(kinds[0]), "type": type(get_args(kinds[0])[0])}
+    return {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+
+
+def _flags(group: type) -> list[tuple[str, Any, str, list[str]]]:
+    """(name, type, help, aliases) of each annotated field."""
+    hints = get_type_hints(group, include_extras=True)
+    return [
+        (name, hint.__origin__, *_text(hint.__metadata__))
+        for name, hint in hints.items()
+        if hasattr(hint, "__metadata__")
+    ]
+
+
+def _text(metadata: tuple[str, ...]) -> tuple[str, list[str]]:
+    return metadata[0], list(metadata[1:])

@@ -1,0 +1,91 @@
+"""The record of a run: one JSON line per event, sums for the averages in it, and the loss curve drawn from it."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Meter:
+    """Running sums of (sum, count) pairs on the device; read once per log line, so that training never waits for them."""
+
+    def __init__(self, state: dict[str, tuple[Tensor, Tensor]] | None = None):
+        self.sums: dict[str, tuple[Tensor, Tensor]] = dict(state or {})
+
+    def add(self, name: str, total: Tensor, count: Tensor) -> None:
+        # On MPS there is no float64; its sums over one log interval bear float32.
+        wide = torch.float32 if total.device.type == "mps" else torch.float64
+        total, count = total.detach().to(wide), count.detach().to(wide)
+        old = self.sums.get(name)
+        self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+
+    def read(self) -> dict[str, Any]:
+        """name -> sum / count, a float or a list of floats (null where the count is 0); clears the sums."""
+        values = {}
+        for name, (total, count) in self.sums.items():
+            ratio = torch.where(count > 0, total / count.clamp(min=1e-12), torch.nan).tolist()
+            values[name] = [None if math.isnan(x) else x for x in ratio] if isinstance(ratio, list) else ratio
+        self.sums.clear()
+        return values
+
+
+class RunLog:
+    """Appends events to <run>_log.jsonl. `lines` counts them, so that a resumed run can drop those of a lost future."""
+
+    def __init__(self, path: Path, keep_lines: int = 0):
+        self.path, self.lines = path, keep_lines
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = (
+            path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines]
+            if keep_lines and path.exists()
+            else []
+        )
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, path)
+
+    def write(self, event: str, **values: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+        self.lines += 1
+
+
+def read_log(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot_losses(log_path: Path, image_path: Path) -> None:
+    """Training and validation loss against the step, with the mean loss at light and heavy mask rates where logged."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_log(log_path)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for event, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("eval", {"marker": "o", "markersize": 3})):
+        points = [(row["step"], row["loss"]) for row in rows if row["event"] == event]
+        if points:
+            axes.plot(*zip(*points, strict=True), label={"train": "training", "eval": "validation"}[event], **style)
+    for bin_index, label in ((0, "masked tokens, mask rate up to 10 %"), (-1, "masked tokens, mask rate above 90 %")):
+        points = [
+            (row["step"], row["loss_by_rate"][bin_index])
+            for row in rows
+            if row["event"] == "eval" and "loss_by_rate" in row
+        ]
+        points = [p for p in points if p[1] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), linestyle=":", label=label)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title=log_path.stem.removesuffix("_log"))
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    figure.tight_layout()
+    temporary = image_path.with_name(image_path.stem + ".tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, image_path)

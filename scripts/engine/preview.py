@@ -1,0 +1,94 @@
+"""Looking before training: --dry-run and --show-batch."""
+
+import copy
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from dataset.tokenizer import PreTrainedTokenizerFast, decode
+from model.forward_process import StepNoise, mask_tokens
+from model.transformer import Transformer
+from scripts.engine.loader import RowOrder, Rows, to_device
+from scripts.engine.runtime import RuntimeConfig
+
+COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "padding": "\033[100m"}
+RESET = "\033[0m"
+TIMED_STEPS = 2
+
+
+def dry_run(
+    model: Transformer, objective: Any, rows: Rows, trainer: Any, runtime: RuntimeConfig, total_steps: int
+) -> None:
+    """Print shapes, parameters, memory and hours; a copy of the model runs a few forward and backward passes for the time."""
+    batch = rows.batch(np.arange(min(trainer.batch_size, len(rows))) % len(rows))
+    for name, parameter in model.named_parameters():
+        if not name.startswith("layers.") or name.startswith("layers.0."):
+            print(f"  {name:<45} {tuple(parameter.shape)}")
+    print(f"  (layers.1 to layers.{model.config.num_hidden_layers - 1} are as layers.0)")
+    device = runtime.torch_device
+    network = copy.deepcopy(model).to(device).train()
+    seconds = []
+    for step in range(TIMED_STEPS + 1):
+        started = time.perf_counter()
+        with runtime.autocast():
+            loss = objective(
+                network, to_device(batch, device), StepNoise(runtime.seed, step, len(batch["input_ids"]), 0, device)
+            )
+        (loss.nats.sum() / loss.count.sum().clamp(min=1)).backward()
+        float(loss.nats.detach().sum())  # wait for the device
+        seconds.append(time.perf_counter() - started)
+    seconds_per_step = min(seconds[1:]) * trainer.accumulation_steps
+    parameters, tokens = model.num_parameters(), batch["input_ids"].numel()
+    width, heads, length = model.config.hidden_size, model.config.num_attention_heads, batch["input_ids"].shape[1]
+    element = runtime.torch_dtype.itemsize
+    per_layer = (
+        tokens * (10 * width + 3 * model.config.intermediate_size) * element + 2 * tokens * heads * length * element
+    )
+    activations = model.config.num_hidden_layers * per_layer + 3 * tokens * model.config.vocab_size * 4
+    print(
+        f"parameters {parameters:,}; weights, gradients and optimizer {16 * parameters / 2**30:.2f} GiB; "
+        f"activations of one forward pass at most about {activations / 2**30:.2f} GiB"
+    )
+    if device.type == "cuda":
+        print(
+            f"measured peak of the device's memory, without the optimizer: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+        )
+    print(
+        f"{total_steps:,} steps, {seconds_per_step:.2f} s each without the optimizer (measured, {TIMED_STEPS} passes), "
+        f"{total_steps * seconds_per_step / 3600:.2f} hours; nothing was trained"
+    )
+
+
+def show_batch(
+    tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, batch_size: int, mask_id: int, seed: int
+) -> None:
+    """Print the rows of the first batch in colour: what is masked, scored, context, padding, and where documents change."""
+    indices = RowOrder(len(rows), seed)(0, min(batch_size, 4))
+    batch = rows.batch(indices)
+    maskable = batch["loss_mask"]
+    masked = torch.zeros_like(maskable)
+    if hasattr(objective, "mask_schedule"):
+        noise = StepNoise(seed, 0, len(maskable))
+        masked = mask_tokens(batch["input_ids"], maskable, mask_id, objective.mask_schedule, noise, objective).scored
+    print("  ".join(f"{colour} {name} {RESET}" for name, colour in COLOURS.items()) + "  | document boundary")
+    for row in range(len(maskable)):
+        documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))[row]
+        pieces = []
+        for i, token in enumerate(batch["input_ids"][row].tolist()):
+            kind = (
+                "padding"
+                if documents[i] < 0
+                else "masked"
+                if masked[row, i]
+                else "scored"
+                if maskable[row, i]
+                else "context"
+            )
+            boundary = "|" if i and documents[i] != documents[i - 1] else ""
+            text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
+            pieces.append(f"{boundary}{COLOURS[kind]}{text}{RESET}")
+        print(
+            f"row {indices[row]}: {int(masked[row].sum())} masked of {int(maskable[row].sum())} maskable\n{''.join(pieces)}\n"
+        )

@@ -1,0 +1,143 @@
+"""A run on disk: its files, its settings, and whether it starts, continues or is refused."""
+
+import signal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+from model.checkpoint import load_checkpoint
+
+# Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
+# The first ones leave every number as it is; the others are named when they differ.
+SILENT = {
+    "resume",
+    "overwrite",
+    "save_interval",
+    "log_interval",
+    "dry_run",
+    "show_batch",
+    "cache_dir",
+    "load_from",
+    "save_dir",
+    "weights_path",
+}
+TOLD = {
+    "max_iters",
+    "epochs",
+    "eval_interval",
+    "eval_max_batches",
+    "early_stop_patience",
+    "early_stop_min_delta",
+    "device",
+    "dtype",
+    "compile",
+}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run and its files."""
+
+    run_name: Annotated[str, "files are <save-dir>/<run-name>*"] = "run"
+    save_dir: Annotated[Path, "folder of checkpoints, logs and plots"] = Path("weights")
+    weights_path: Annotated[
+        Path | None, "file of the weights for later stages (none: <save-dir>/<run-name>_state_dict.pt)"
+    ] = None
+    load_from: Annotated[
+        Path | None, "start from these weights (weights only, no optimizer)", "--init-from-minimind"
+    ] = None
+    resume: Annotated[
+        Literal["never", "auto", "must"], "continue <run-name>.pt: refuse to, if it exists, or fail without it"
+    ] = "never"
+    overwrite: Annotated[bool, "start anew although <run-name>.pt exists"] = False
+    save_interval: Annotated[int, "steps between checkpoints"] = 1000
+    log_interval: Annotated[int, "steps between log lines"] = 50
+    eval_interval: Annotated[int, "steps between validations"] = 500
+    eval_max_batches: Annotated[int, "validation batches, of --batch-size rows spread over the validation split"] = 20
+    dry_run: Annotated[bool, "print shapes, parameters, memory, steps, tokens and estimated hours; train nothing"] = (
+        False
+    )
+    show_batch: Annotated[bool, "print the first batch in colour; train nothing"] = False
+
+    def __post_init__(self):
+        for name in ("save_interval", "log_interval", "eval_interval", "eval_max_batches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not self.run_name or Path(self.run_name).name != self.run_name:
+            raise ValueError(f"--run-name {self.run_name!r} must be a plain file name; folders belong to --save-dir")
+        if self.overwrite and self.resume != "never":
+            raise ValueError(f"--overwrite and --resume {self.resume} contradict each other")
+
+    def path(self, suffix: str) -> Path:
+        return self.save_dir / f"{self.run_name}{suffix}"
+
+    @property
+    def state_path(self) -> Path:
+        return self.path(".pt")
+
+    @property
+    def exported_path(self) -> Path:
+        return self.weights_path or self.path("_state_dict.pt")
+
+
+def settings_of(*groups: Any) -> dict[str, Any]:
+    """Flags and their values, in types that JSON and a checkpoint hold."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for group in groups
+        for name, value in asdict(group).items()
+    }
+
+
+def saved_state(config: RunConfig) -> dict[str, Any] | None:
+    """The checkpoint that this run continues, None for a new run. ValueError where the run exists and --resume is never."""
+    exists = config.state_path.exists()
+    if config.resume == "must" and not exists:
+        raise FileNotFoundError(f"--resume must, but there is no {config.state_path}")
+    if exists and config.resume == "never" and not config.overwrite:
+        raise ValueError(
+            f"{config.state_path} exists: continue it with --resume must, replace it with --overwrite, "
+            "or choose another --run-name"
+        )
+    return load_checkpoint(config.state_path) if exists and not config.overwrite else None
+
+
+def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:
+    """Lines on the settings that a resumed run changes; ValueError if one of them would make it another run."""
+    differ = [
+        name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name) and name not in SILENT
+    ]
+    told = {name: f"--{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}" for name in differ}
+    refused = [told[name] for name in differ if name not in TOLD]
+    if refused:
+        raise ValueError(
+            f"{path} was trained with other settings: {'; '.join(refused)}; "
+            "give the same ones, or choose another --run-name and --load-from"
+        )
+    return [told[name] for name in differ]
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has been saved; the exit code is 128 + the signal's number."""
+
+
+class StopSignals:
+    """While active, SIGINT and SIGTERM are noted instead of ending the process; `number` is the one that came, or 0."""
+
+    def __init__(self):
+        self.number = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.number:  # asked twice: do not make the user wait
+            raise Interrupted(128 + number)
+        self.number = number

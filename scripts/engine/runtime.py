@@ -1,0 +1,105 @@
+"""Device, precision and seed: how a command computes, not what."""
+
+import platform
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import transformers
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Device, precision, seed."""
+
+    device: Annotated[str, "torch device; auto = the first GPU if there is one, else the CPU"] = "auto"
+    dtype: Annotated[
+        Literal["auto", "float32", "float16", "bfloat16"],
+        "precision of matrix products; auto = bfloat16 on CUDA and on CPUs with bfloat16 units",
+    ] = "auto"
+    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
+    seed: Annotated[int, "seed of initial weights, order, noise and sampling", "--gen-seed"] = 1337
+
+    def __post_init__(self):
+        try:
+            device = self.torch_device
+        except RuntimeError:
+            raise ValueError(
+                f"--device {self.device!r} is not a torch device; examples: auto, cpu, cuda, cuda:1, mps"
+            ) from None
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
+        if device.type == "mps" and not torch.backends.mps.is_available():
+            raise ValueError("--device mps was asked for, but this machine has no Metal GPU that torch can use")
+        if self.dtype == "float16" and device.type == "cpu":
+            raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
+
+    @property
+    def torch_device(self) -> torch.device:
+        if self.device != "auto":
+            return torch.device(self.device)
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        if self.dtype != "auto":
+            return getattr(torch, self.dtype)
+        device = self.torch_device.type
+        fast = (
+            torch.cuda.is_bf16_supported(including_emulation=False)
+            if device == "cuda"
+            else device == "cpu" and _cpu_has_bfloat16_units()
+        )
+        return torch.bfloat16 if fast else torch.float32
+
+    def autocast(self) -> AbstractContextManager:
+        if self.torch_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.torch_device.type, dtype=self.torch_dtype)
+
+    def generator(self) -> torch.Generator:
+        return torch.Generator(self.torch_device).manual_seed(self.seed)
+
+    def describe(self) -> str:
+        name = (
+            torch.cuda.get_device_name(self.torch_device)
+            if self.torch_device.type == "cuda"
+            else f"{torch.get_num_threads()} threads"
+        )
+        return f"{self.torch_device} ({name}), {str(self.torch_dtype).removeprefix('torch.')}{', compiled' if self.compile else ''}"
+
+
+def _cpu_has_bfloat16_units() -> bool:
+    """True where bfloat16 matrix products run on hardware of their own (AVX512-BF16, AMX, Arm BF16)."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+
+
+def provenance(runtime: RuntimeConfig) -> dict[str, str]:
+    """What a result depends on beside its settings, for every log and result file."""
+    return {
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "device": runtime.describe(),
+        "processor": platform.processor() or platform.machine(),
+    }
+
+
+def _commit() -> str:
+    """The commit of the running code, "+" where files differ from it; "unknown" outside a git checkout."""
+    root = Path(__file__).parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else "unknown"

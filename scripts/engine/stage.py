@@ -1,0 +1,144 @@
+"""What all training stages share: refuse or open the run, find the starting weights, say what will happen, train."""
+
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
+from model.checkpoint import starting_weights
+from model.config import ModelConfig
+from model.transformer import Transformer
+from scripts.engine.optim import OptimConfig
+from scripts.engine.preview import dry_run, show_batch
+from scripts.engine.run import RunConfig, compare_settings, saved_state, settings_of
+from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.trainer import Trainer, TrainerConfig
+
+
+@dataclass(frozen=True)
+class StageConfigs:
+    """The groups of flags that every training stage has."""
+
+    shape: ModelConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    run: RunConfig
+    runtime: RuntimeConfig
+    given: frozenset[str]  # fields typed on the command line
+
+
+def train_stage(
+    stage: str,
+    configs: StageConfigs,
+    objective: Any,
+    data: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    build: Callable[[], Any],
+) -> Transformer | None:
+    """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch.
+
+    data: the data group of flags, with `max_seq_len`. build() -> the dataset: `train` and `validation` rows, `meta`,
+    `describe()`; it is called only once nothing else is wrong, since reading a corpus takes time.
+    """
+    run, runtime = configs.run, configs.runtime
+    previewing = run.dry_run or run.show_batch
+    state = None if previewing else saved_state(run)
+    settings = settings_of(configs.shape, configs.optim, configs.trainer, run, runtime, objective, data)
+    notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
+    model = _starting_model(configs, tokenizer, state)
+    model.config.require_length(data.max_seq_len, "--max-seq-len")
+    dataset = build()
+    if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
+        raise ValueError(
+            f"{run.state_path} was trained on other contents of {data.data}; give the same file, or choose another --run-name"
+        )
+    total_steps = configs.trainer.total_steps(len(dataset.train))
+    print(_header(stage, model, dataset, configs, total_steps), flush=True)
+    for note in notes:
+        print(f"resuming with another setting: {note}")
+    if run.show_batch:
+        show_batch(
+            tokenizer, objective, dataset.train, configs.trainer.batch_size, model.config.mask_token_id, runtime.seed
+        )
+    if run.dry_run:
+        dry_run(model, objective, dataset.train, configs.trainer, runtime, total_steps)
+    if previewing:
+        return None
+    identity = {
+        "tokenizer": fingerprint(tokenizer),
+        "stage": stage,
+        "settings": settings,
+        "data": dataset.meta,
+        "command": shlex.join(sys.argv),
+        "provenance": provenance(runtime),
+    }
+    trainer = Trainer(
+        model,
+        objective,
+        dataset.train,
+        dataset.validation,
+        optim=configs.optim,
+        trainer=configs.trainer,
+        run=run,
+        runtime=runtime,
+        identity=identity,
+        state=state,
+    )
+    trainer.log.write(
+        "resume" if state else "start",
+        step=trainer.step,
+        total_steps=total_steps,
+        parameters=model.num_parameters(),
+        **identity,
+    )
+    trainer.fit()
+    return model
+
+
+def _check_continuation(
+    state: dict[str, Any], stage: str, settings: dict, tokenizer: PreTrainedTokenizerFast, run: RunConfig
+) -> list[str]:
+    """Lines on what differs harmlessly; ValueError if the saved run is another stage's or had other settings."""
+    if state["stage"] != stage:
+        raise ValueError(
+            f"{run.state_path} is a run of {state['stage']}, not of {stage}; choose another --run-name, and --load-from for its weights"
+        )
+    if "step" not in state or "optimizers" not in state:
+        raise ValueError(f"{run.state_path} holds weights only; resume from the run's own <run-name>.pt")
+    if state["tokenizer"] != fingerprint(tokenizer):
+        raise ValueError(
+            f"{run.state_path} was trained with another tokenizer; give its directory with --tokenizer-dir"
+        )
+    return compare_settings(state["settings"], settings, run.state_path)
+
+
+def _starting_model(
+    configs: StageConfigs, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
+) -> Transformer:
+    """The saved run's model, that of --load-from, or a new one seeded by --seed."""
+    torch.manual_seed(configs.runtime.seed)
+    if state:
+        return Transformer(ModelConfig(**state["config"]))
+    shape = replace(configs.shape, **token_ids(tokenizer))
+    if configs.run.load_from:
+        return starting_weights(configs.run.load_from, shape, configs.given, fingerprint(tokenizer))
+    return Transformer(shape)
+
+
+def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs, total_steps: int) -> str:
+    tokens = total_steps * configs.trainer.rows_per_step * dataset.train.seq_len * dataset.train.real_token_share
+    source = f", starting from {configs.run.load_from}" if configs.run.load_from else ""
+    return "\n".join(
+        [
+            f"{stage}: run {configs.run.run_name}{source}",
+            f"device {configs.runtime.describe()}",
+            f"model {model.num_parameters() / 1e6:.1f}M parameters: width {model.config.hidden_size}, {model.config.num_hidden_layers} layers, "
+            f"{model.config.num_attention_heads} heads, vocabulary {model.config.vocab_size}",
+            f"data {dataset.describe()}",
+            f"{total_steps:,} steps of {configs.trainer.rows_per_step} rows: {tokens / 1e6:.1f}M tokens, {total_steps * configs.trainer.rows_per_step / len(dataset.train):.2f} passes",
+        ]
+    )

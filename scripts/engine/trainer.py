@@ -1,0 +1,315 @@
+"""The one training loop. A stage supplies a model, an objective and rows; nothing here knows what they learn."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+from tqdm import tqdm
+
+from model.checkpoint import load_weights, save_checkpoint
+from model.forward_process import StepNoise
+from model.transformer import Transformer
+from scripts.engine.loader import RowOrder, Rows, in_order, to_device
+from scripts.engine.metrics import Meter, RunLog, plot_losses
+from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
+from scripts.engine.run import Interrupted, RunConfig, StopSignals
+from scripts.engine.runtime import RuntimeConfig
+
+VALIDATION_STEP = -1  # the noise of every validation is that of this step
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Duration and batch."""
+
+    batch_size: Annotated[int, "rows per forward pass"] = 96
+    accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
+    epochs: Annotated[float | None, "passes over the training rows"] = None
+    max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
+    early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
+    early_stop_min_delta: Annotated[
+        float, "decrease of the validation loss that counts as improvement, nats per token"
+    ] = 0.0
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.epochs is not None and self.max_iters is not None:
+            raise ValueError("give --epochs or --max-iters, not both")
+        if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
+            raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps
+
+    def total_steps(self, num_rows: int) -> int:
+        return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))
+
+
+class Trainer:
+    """Runs a stage from its first step, or from a saved state, to its end. Everything in the loop depends on
+    (seed, step) alone, so a resumed run repeats the uninterrupted one bit for bit on one device."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        objective: Any,
+        train_rows: Rows,
+        val_rows: Rows,
+        *,
+        optim: OptimConfig,
+        trainer: TrainerConfig,
+        run: RunConfig,
+        runtime: RuntimeConfig,
+        identity: dict[str, Any],
+        state: dict | None,
+    ):
+        """identity: what every checkpoint of the run says of it: tokenizer, stage, settings, ... state: a saved run."""
+        self.optim, self.trainer, self.run, self.runtime, self.identity = optim, trainer, run, runtime, identity
+        self.device = runtime.torch_device
+        self.model, self.objective = model.to(self.device), objective
+        self.model.config = replace(model.config, attention=objective.attention)
+        self.train_rows, self.val_rows = train_rows, val_rows
+        self.order = RowOrder(len(train_rows), runtime.seed)
+        self.total_steps = trainer.total_steps(len(train_rows))
+        self.parameters = list(model.parameters())
+        self.optimizers = make_optimizers(self.model, optim)
+        self.average = MovingAverage(self.model, optim.ema_decay) if optim.ema_decay else None
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.torch_dtype == torch.float16)
+        self.step = self.last_eval = self.bad_evals = self.best_step = 0
+        self.best_loss, self.seconds, self.tokens, self.meter = math.inf, 0.0, 0, Meter()
+        self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
+        if state:
+            self._restore(state)
+        if runtime.compile:
+            for layer in self.model.layers:
+                layer.compile()
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def fit(self) -> float:
+        """Train to the end; returns the best validation loss. Raises Interrupted, saved, on SIGINT and SIGTERM."""
+        self.model.train()
+        started, already = time.perf_counter(), self.seconds
+        window = (started, self.tokens)
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+        )
+        with StopSignals() as stop:
+            while True:
+                if self.last_eval < self.step and (self.step % self.run.eval_interval == 0 or self.finished):
+                    paused = time.perf_counter()
+                    self._validate(stop)
+                    window = (window[0] + time.perf_counter() - paused, window[1])
+                if self.finished:
+                    break
+                learning_rate = self._train_step()
+                bar.update()
+                self.seconds = already + time.perf_counter() - started
+                if self.step % self.run.log_interval == 0 or self.finished:
+                    now = time.perf_counter()
+                    self._log_training(learning_rate, (self.tokens - window[1]) / (now - window[0]), bar)
+                    window = (now, self.tokens)
+                if (
+                    self.step % self.run.save_interval == 0
+                    or self.step % self.run.eval_interval == 0
+                    or self.finished
+                    or stop.number
+                ):
+                    self.save()
+                self._stop_if_asked(stop)
+        bar.close()
+        self.save()
+        self.export(self.run.exported_path)
+        plot_losses(self.log.path, self.run.path("_loss.png"))
+        return self.best_loss
+
+    @property
+    def finished(self) -> bool:
+        patience = self.trainer.early_stop_patience
+        return self.step >= self.total_steps or bool(patience and self.bad_evals >= patience)
+
+    def _train_step(self) -> float:
+        """One optimizer step; returns its learning rate."""
+        learning_rate = lr_at(self.step, self.total_steps, self.optim)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+        per_step, size = self.trainer.rows_per_step, self.trainer.batch_size
+        indices = self.order(self.step * per_step, per_step)
+        torch.manual_seed(self.runtime.seed * 1_000_003 + self.step)  # dropout
+        nominal, count = None, torch.zeros((), device=self.device)
+        for first in range(0, per_step, size):
+            batch = self.train_rows.batch(indices[first : first + size])
+            self.tokens += int(batch["loss_mask"].sum())
+            nominal = nominal or float(batch["loss_mask"].numel() * self.trainer.accumulation_steps)
+            loss = self._loss(
+                self.objective, batch, StepNoise(self.runtime.seed, self.step, per_step, first, self.device)
+            )
+            self.meter.add("loss", loss.nats.sum(), loss.count.sum())
+            for name, (total, number) in loss.averages.items():
+                self.meter.add(name, total, number)
+            count += loss.count.sum()
+            # Divided by a constant near the true count, which is known only after the last micro-batch and put right then.
+            self.scaler.scale(loss.nats.sum() / nominal).backward()
+        self._update(nominal / count.clamp(min=1))
+        self.step += 1
+        return learning_rate
+
+    def _update(self, scale: torch.Tensor) -> None:
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
+        norm = scale_and_clip(self.parameters, scale, self.optim.grad_clip)
+        self.meter.add("grad_norm", norm, torch.ones((), device=self.device))
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.model)
+
+    def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise):
+        with self.runtime.autocast():
+            return objective(self.model, to_device(batch, self.device), noise)
+
+    @torch.no_grad()
+    def _validate(self, stop: StopSignals) -> None:
+        """Validation loss on fixed rows with fixed noise; keeps the best weights; counts towards an early stop."""
+        objective, size = self.objective.for_validation(), self.trainer.batch_size
+        max_rows = min(len(self.val_rows), self.run.eval_max_batches * size)
+        meter, nats, counts = Meter(), [], []
+        self.model.eval()
+        if self.average:
+            self.average.swap(self.model)
+        try:
+            for first, batch in in_order(self.val_rows, size, max_rows):
+                self._stop_if_asked(stop)
+                loss = self._loss(
+                    objective, batch, StepNoise(self.runtime.seed, VALIDATION_STEP, max_rows, first, self.device)
+                )
+                nats.append(loss.nats.double().cpu())
+                counts.append(loss.count.double().cpu())
+                for name, (total, number) in loss.averages.items():
+                    meter.add(name, total, number)
+            self.last_eval = self.step
+            if nats:
+                self._judge(torch.cat(nats), torch.cat(counts), meter)
+        finally:
+            if self.average:
+                self.average.swap(self.model)
+            self.model.train()
+
+    def _judge(self, nats: torch.Tensor, counts: torch.Tensor, meter: Meter) -> None:
+        """Log a validation; called while the validated weights (the average, if there is one) are in the model."""
+        loss = float(nats.sum() / counts.sum())
+        spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
+        if loss < self.best_loss - self.trainer.early_stop_min_delta:
+            self.bad_evals = 0
+        else:
+            self.bad_evals += 1
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self._write_weights(self.run.path("_best.pt"))
+        self.log.write(
+            "eval",
+            step=self.step,
+            loss=loss,
+            standard_error=float(spread.sqrt() / counts.sum()),
+            best_loss=self.best_loss,
+            best_step=self.best_step,
+            **meter.read(),
+        )
+        self._say(
+            f"step {self.step}: val loss {loss:.4f} nats per token, best_val {self.best_loss:.4f}@{self.best_step}"
+        )
+        plot_losses(self.log.path, self.run.path("_loss.png"))
+
+    def _log_training(self, learning_rate: float, speed: float, bar: tqdm) -> None:
+        values = self.meter.read()
+        self.log.write(
+            "train",
+            step=self.step,
+            **values,
+            lr=learning_rate,
+            tokens=self.tokens,
+            tokens_per_second=round(speed, 1),
+            seconds=round(self.seconds, 2),
+        )
+        best = f", best_val {self.best_loss:.4f}@{self.best_step}" if self.best_step else ""
+        left = (self.total_steps - self.step) * self.trainer.rows_per_step * self.tokens_per_row / max(speed, 1e-9)
+        self._say(
+            f"step {self.step}: train loss {values['loss']:.4f}, lr {learning_rate:.2e}{best}, {speed:.0f} tok/s, "
+            f"{self.seconds:.0f} s, {left:.0f} s to go"
+        )
+        bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{learning_rate:.1e}", tok_s=f"{speed:.0f}")
+
+    @property
+    def tokens_per_row(self) -> float:
+        return self.tokens / max(self.step * self.trainer.rows_per_step, 1)
+
+    @staticmethod
+    def _say(line: str) -> None:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+    # -- the files -----------------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """<run>.pt: everything needed to continue."""
+        save_checkpoint(
+            self.run.state_path,
+            self.model.config,
+            self.model.state_dict(),
+            **self.identity,
+            step=self.step,
+            last_eval=self.last_eval,
+            bad_evals=self.bad_evals,
+            best_loss=self.best_loss,
+            best_step=self.best_step,
+            seconds=self.seconds,
+            tokens=self.tokens,
+            log_lines=self.log.lines,
+            meter=self.meter.sums,
+            optimizers=[o.state_dict() for o in self.optimizers],
+            scaler=self.scaler.state_dict(),
+            average={"shadow": self.average.shadow, "updates": self.average.updates} if self.average else None,
+        )
+        self._say(f"saved {self.run.state_path} (step {self.step})")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        load_weights(self.model, state["weights"], str(self.run.state_path))
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "last_eval", "bad_evals", "best_loss", "best_step", "seconds", "tokens"):
+            setattr(self, name, state[name])
+        self.meter = Meter({k: (a.to(self.device), b.to(self.device)) for k, (a, b) in state["meter"].items()})
+        if self.average:
+            self.average.updates = state["average"]["updates"]
+            self.average.shadow = {k: v.to(self.device) for k, v in state["average"]["shadow"].items()}
+
+    def export(self, path) -> None:
+        """The weights for later stages: their moving average, if there is one."""
+        if self.average:
+            self.average.swap(self.model)
+        self._write_weights(path)
+        if self.average:
+            self.average.swap(self.model)
+        self._say(f"saved {path}")
+
+    def _write_weights(self, path) -> None:
+        save_checkpoint(
+            path, self.model.config, self.model.state_dict(), **self.identity, step=self.step, best_loss=self.best_loss
+        )
+
+    def _stop_if_asked(self, stop: StopSignals) -> None:
+        if stop.number:
+            self._say(
+                f"stopped at step {self.step} of {self.total_steps}; continue with the same command and --resume must"
+            )
+            raise Interrupted(128 + stop.number)

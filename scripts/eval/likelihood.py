@@ -1,0 +1,49 @@
+"""How likely a checkpoint of either kind finds the text of a file: nats per token, perplexity, bits per byte.
+
+    uv run python -m scripts.eval.likelihood --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
+
+Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6), over the same tokens.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from scripts.engine.cli import parse_args, run
+from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, evaluate_file
+from scripts.engine.runtime import RuntimeConfig, provenance
+
+
+@dataclass(frozen=True)
+class Output:
+    """Output."""
+
+    json: Annotated[Path | None, "also write the result, with all it depends on, to this file"] = None
+
+
+def main(argv: list[str] | None = None) -> None:
+    output, checkpoint, data, runtime, given = parse_args(
+        __doc__,
+        Output,
+        CheckpointConfig,
+        DataEvalConfig,
+        RuntimeConfig,
+        argv=argv,
+    )
+    if data.eval_data is None:
+        raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
+    model, tokenizer = checkpoint.load(runtime)
+    result = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
+    print("\n".join(f"{name}: {value.line()}" for name, value in result.items()))
+    if output.json:
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in (asdict(checkpoint) | asdict(data) | asdict(runtime)).items()
+        }
+        text = json.dumps({"likelihood": as_json(result), "settings": settings, **provenance(runtime)}, indent=1)
+        output.json.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,45 @@
+"""Pretrain the autoregressive model: next-token prediction on packed text.
+
+    uv run python -m scripts.train.train_pretrain --data dataset/pretrain_hq.jsonl --run-name minimind_pretrain
+
+Writes weights/<run>.pt (everything needed to continue), <run>_state_dict.pt (for the stages that follow), <run>_best.pt,
+<run>_log.jsonl and <run>_loss.png.
+"""
+
+from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.tokenizer import load_tokenizer
+from model.config import ModelConfig
+from model.objective import NextToken
+from scripts.engine.cli import parse_args, run
+from scripts.engine.optim import OptimConfig
+from scripts.engine.run import RunConfig
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.stage import StageConfigs, train_stage
+from scripts.engine.trainer import TrainerConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    data, *configs = parse_args(
+        __doc__,
+        PretrainData,
+        ModelConfig,
+        OptimConfig,
+        TrainerConfig,
+        RunConfig,
+        RuntimeConfig,
+        argv=argv,
+        run_name="minimind_pretrain",
+    )
+    tokenizer = load_tokenizer(data.tokenizer_dir)
+    train_stage(
+        "scripts.train.train_pretrain",
+        StageConfigs(*configs),
+        NextToken(),
+        data,
+        tokenizer,
+        build=lambda: PretrainDataset(data, tokenizer),
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,106 @@
+"""Train a byte-level BPE tokenizer and write a directory that every other command accepts as --tokenizer-dir.
+
+    python -m scripts.train.train_tokenizer --data dataset/pretrain_hq.jsonl --target-vocab-size 6400 \\
+      --out weights/tokenizer --eval-data dataset/pretrain_val.jsonl
+
+A checkpoint works only with the tokenizer it was trained with, so train a new tokenizer before any model.
+A label file (--sources) names the source of each row of the data, one line per row, as SOURCE or SOURCE/LANGUAGE;
+with --keep-sources only rows of the sources listed there are used, SOURCE=N counting each of its rows N times.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from dataset.jsonl import read_documents, read_lines
+from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
+from scripts.engine.cli import parse_args, run
+
+HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+@dataclass(frozen=True)
+class TokenizerTraining:
+    """What a tokenizer is trained on, and where it goes"""
+
+    data: Annotated[Path, "text to train on: .jsonl or .txt, also with .gz"] = Path("dataset/pretrain_hq.jsonl")
+    jsonl_field: Annotated[str, "field of a row that holds its text"] = "text"
+    target_vocab_size: Annotated[int, "vocabulary entries in all: 16 control tokens, 256 bytes, merges"] = 6400
+    mask_token: Annotated[str, "name of the token that stands for a masked one"] = MASK_TOKEN
+    out: Annotated[Path, "directory to write tokenizer.json and tokenizer_config.json into"] = Path("weights/tokenizer")
+    overwrite: Annotated[bool, "replace a tokenizer that --out already holds"] = False
+    sources: Annotated[Path | None, "label file, one line per row of --data, also with .gz"] = None
+    keep_sources: Annotated[str, "sources to train on, as SOURCE or SOURCE=N, separated by commas"] = ""
+    eval_data: Annotated[Path | None, "text to measure characters and bytes per token on"] = None
+
+    def __post_init__(self):
+        if bool(self.sources) != bool(self.keep_sources):
+            raise ValueError("--sources and --keep-sources belong together: give both or neither")
+        self.weights()
+
+    def weights(self) -> dict[str, int]:
+        """How many times a row of each kept source counts."""
+        weights = {}
+        for item in filter(None, self.keep_sources.split(",")):
+            source, _, count = item.partition("=")
+            if not re.fullmatch(r"[1-9][0-9]*|", count) or not source:
+                raise ValueError(f"--keep-sources: {item!r} is neither SOURCE nor SOURCE=N, N a whole number from 1")
+            weights[source.strip()] = int(count or 1)
+        return weights
+
+
+def training_texts(config: TokenizerTraining) -> Iterator[str]:
+    """The texts to count pairs in; a row of weight N comes N times."""
+    documents = read_documents(config.data, config.jsonl_field)
+    if config.sources is None:
+        yield from documents
+        return
+    weights = config.weights()
+    labels = _read_labels(config.sources)
+    if unknown := weights.keys() - set(labels):
+        raise ValueError(f"{config.sources} has no row of {', '.join(sorted(unknown))} (--keep-sources)")
+    rows = 0
+    for rows, text in enumerate(documents, start=1):
+        if rows <= len(labels):
+            yield from [text] * weights.get(labels[rows - 1], 0)
+    if rows != len(labels):
+        raise ValueError(f"{config.sources} has {len(labels)} lines, but {config.data} has {rows} rows; give one a row")
+
+
+def _read_labels(path: Path) -> list[str]:
+    """The source of each row: a line up to its first slash."""
+    return [line.decode("utf-8").partition("/")[0].strip() for _, line in read_lines(path)]
+
+
+def compression(tokenizer, texts: list[str]) -> tuple[float, float]:
+    """(characters per token, UTF-8 bytes per token) over all texts together."""
+    tokens = sum(map(len, encode_batch(tokenizer, texts)))
+    return sum(map(len, texts)) / tokens, sum(len(text.encode()) for text in texts) / tokens
+
+
+def report(tokenizer, config: TokenizerTraining) -> None:
+    """Print how well the tokenizer compresses --eval-data; a text counts as zh if a quarter of it is Han characters."""
+    languages = defaultdict(list)
+    for text in filter(None, read_documents(config.eval_data, config.jsonl_field)):
+        languages["zh" if 4 * len(HAN.findall(text)) >= len(text) else "other"].append(text)
+    for language, texts in sorted(languages.items(), reverse=True):
+        characters, size = compression(tokenizer, texts)
+        print(f"{language:5}  {len(texts):7,} rows  {characters:.3f} characters/token  {size:.3f} bytes/token")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, _ = parse_args(__doc__, TokenizerTraining, argv=argv)
+    if (config.out / "tokenizer.json").exists() and not config.overwrite:
+        raise ValueError(f"{config.out} already holds a tokenizer; choose another --out, or add --overwrite")
+    save_tokenizer(train_bpe(training_texts(config), config.target_vocab_size, config.mask_token), config.out)
+    tokenizer = load_tokenizer(config.out, config.mask_token)
+    print(f"saved {config.out}: {len(tokenizer)} entries, fingerprint {fingerprint(tokenizer)}")
+    if config.eval_data:
+        report(tokenizer, config)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,355 @@
+"""What a data file may hold, what is refused and in which words, and the split rule."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset import jsonl
+from dataset.jsonl import JsonlFile, cached_directory, is_validation, read_documents, read_rows
+
+ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
+
+
+def write_rows(path, rows=ROWS):
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode("utf-8")
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def refusal(read, *args, error=ValueError) -> str:
+    """The message of the error that reading to the end raises: always one line that begins with the file."""
+    with pytest.raises(error) as caught:
+        result = read(*args)
+        if not isinstance(result, JsonlFile):
+            list(result)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert message.startswith(str(args[0]))
+    return message
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "A.JSONL.GZ"])
+def test_plain_and_compressed_files_hold_the_same_rows(tmp_path, name):
+    data = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    assert list(read_rows(path)) == list(enumerate(ROWS, start=1))
+
+
+def test_row_numbers_are_the_physical_lines_an_editor_shows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"text": "a"}\n\n  \n{"text": "b"}')
+    assert [(number, row["text"]) for number, row in read_rows(path)] == [(2, "a"), (5, "b")]
+
+
+@pytest.mark.parametrize("data", [
+    b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
+    b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n',
+    b'\xef\xbb\xbf\r\n{"text": "a"}\r\n{"text": "b"}',
+    b'{"text": "no", "text": "a"}\n{"text": "b"}',
+])
+def test_byte_order_mark_windows_line_ends_and_duplicate_keys_are_accepted(tmp_path, data):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    assert list(read_documents(path)) == ["a", "b"]
+    rows = JsonlFile(path, tmp_path / "cache")
+    assert [rows[i]["text"] for i in range(len(rows))] == ["a", "b"]
+
+
+def test_null_characters_and_surrogate_pairs_are_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(rb'{"text": "a\u0000b \ud83d\ude42 \\ud800"}')
+    assert list(read_documents(path)) == ["a\0b \U0001f642 \\ud800"]
+
+
+def test_separator_follows_every_jsonl_text_but_empty_ones(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
+    assert list(read_documents(path, separator="|")) == ["a|", "", "b|"]
+
+
+def test_rows_are_read_one_at_a_time(tmp_path):
+    """A fault further down does not keep the rows above it from being read."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\nbroken\n')
+    assert next(read_documents(path)) == "a"
+
+
+def test_observer_sees_every_byte_of_the_unpacked_file(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    data = b'\xef\xbb\xbf\n{"text": "a"}\r\n\n{"text": "b"}'
+    path.write_bytes(gzip.compress(data))
+    seen = []
+    list(read_rows(path, seen.append))
+    assert b"".join(seen) == data
+
+
+# Text files
+
+
+line = st.one_of(st.just("\n"), st.just(" \r\n"), st.integers(0, 5000).map(lambda n: "字a" * (n // 2) + "\n"))
+
+
+@given(st.lists(line, min_size=1, max_size=30), st.sampled_from(["", "tail", "\r", "\ufeff"]))
+def test_documents_of_a_text_file_joined_are_its_text(tmp_path_factory, lines, tail):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    text = "".join(lines) + tail
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode("utf-8"))
+    documents = list(read_documents(path))
+    assert "".join(documents) == text
+    assert all(document.endswith("\n") for document in documents[:-1])
+    longest_line = max(map(len, text.splitlines(keepends=True)))
+    assert all(len(document) <= max(2000, 1000 + longest_line) for document in documents)
+    assert all(len(document) >= 1000 for document in documents[:-1])
+
+
+def test_text_is_cut_at_a_blank_line_where_there_is_one(tmp_path):
+    path = tmp_path / "a.txt"
+    paragraph = "x" * 399 + "\n"
+    path.write_text((paragraph * 3 + "\n" + paragraph) * 3, encoding="utf-8", newline="")
+    assert list(read_documents(path))[0] == paragraph * 3 + "\n"
+
+
+def test_a_long_line_is_never_cut(tmp_path):
+    path = tmp_path / "a.txt"
+    lines = [letter * 9000 + "\n" for letter in "abc"]
+    path.write_text("".join(lines), encoding="utf-8", newline="")
+    assert list(read_documents(path, separator="ignored")) == lines
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(("second_line", "says"), [
+    (b'{"content": "x", "id": 1}', 'field "text" is missing; fields present: content, id (choose one with --'),
+    (b"{}", "fields present: none"),
+    (b'{"a\\nb": 1}', r"a\nb"),
+    (b'{"text": 5}', 'field "text" is a number, expected a string'),
+    (b'{"text": null}', 'field "text" is null, expected a string'),
+    (b'{"text": ["x"]}', 'field "text" is an array, expected a string'),
+    (b'{"text": "x"', "not valid JSON at column 13"),
+    (b'{"text": "x",}', "not valid JSON at column 1"),
+    (b"[1]", "expected an object"),
+    (b'"x"', "found a string"),
+    (b"7", "found a number"),
+    (b"null", "found null"),
+    (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte offset 13 of the row)"),
+    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+    (rb'{"text": "\ud800"}', r"\ud800 is half a surrogate pair"),
+    (rb'{"other": ["\uDC01"], "text": "x"}', r"\udc01 is half a surrogate pair"),
+    (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+    (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not readable JSON"),
+])
+@pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
+def test_a_bad_row_is_refused_in_one_sentence_with_its_number(tmp_path, name, second_line, says):
+    path = tmp_path / name
+    data = b'{"text": "fine"}\n\n' + second_line + b"\n"
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    message = refusal(read_documents, path)
+    assert message.startswith(f"{path}, row 3: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(("name", "data", "says"), [
+    ("a.jsonl", b"", "has no rows"),
+    ("a.jsonl.gz", b"", "has no rows"),
+    ("a.jsonl", b"\n \n\xef\xbb\xbf"[:3], "has no rows"),
+    ("a.txt", b"", "is empty"),
+    ("a.txt", b"fine\nb\xffd\n", "row 2: not UTF-8 (byte 0xff at byte offset 1 of the row)"),
+    ("a.jsonl.gz", b'{"text": "plain"}', "is not a gzip file"),
+    ("a.jsonl", gzip.compress(b'{"text": "x"}'), "rename it to end in .gz"),
+    ("a.parquet", b"PAR1", "unknown file type"),
+    ("a.json.gz", b"", "unknown file type"),
+    ("jsonl", b"", "unknown file type"),
+])
+def test_a_bad_file_is_refused_in_one_sentence(tmp_path, name, data, says):
+    path = tmp_path / name
+    path.write_bytes(data)
+    assert says in refusal(read_documents, path)
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-4],
+                                    lambda data: data[:-8] + bytes(8), lambda data: data + b"garbage",
+                                    lambda data: data[:200] + bytes(200) + data[400:]])
+@pytest.mark.parametrize("read", [read_documents, lambda path: JsonlFile(path, path.parent / "cache")])
+def test_a_damaged_gzip_file_is_refused_and_leaves_no_cache(tmp_path, damage, read):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps({"text": str(i**5)}) + "\n" for i in range(2000)).encode())
+    path.write_bytes(damage(whole))
+    message = refusal(read, path)
+    assert "after row" in message
+    assert "download it again" in message
+    assert list(tmp_path.glob("cache/*")) == []
+
+
+def test_missing_files_and_directories_are_refused_with_a_remedy(tmp_path):
+    for read in (read_documents, lambda path: JsonlFile(path, tmp_path / "cache")):
+        assert "download" in refusal(read, tmp_path / "absent.jsonl", error=FileNotFoundError)
+        assert "is a directory" in refusal(read, tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "is a directory" in refusal(read_documents, tmp_path / "folder.jsonl")
+
+
+# The split
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])), st.floats(0, 1))
+def test_the_split_is_a_function_of_the_content(content, fraction):
+    first = hashlib.sha256(content.strip().encode("utf-8")).hexdigest()[:16]
+    assert is_validation(content, fraction) == (int(first, 16) < fraction * 2**64)
+    assert is_validation(f" \n{content}\u3000", fraction) == is_validation(content, fraction)
+    assert not is_validation(content, 0.0)
+    assert is_validation(content, 1.0)
+
+
+def test_the_split_takes_the_share_asked_for_and_grows_with_it():
+    texts = [f"document {i}" for i in range(20_000)]
+    small, large = ({text for text in texts if is_validation(text, share)} for share in (0.01, 0.05))
+    assert small < large
+    assert abs(len(large) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5
+
+
+# Random access
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_any_row_in_any_order_and_a_second_open_reads_nothing(tmp_path, monkeypatch, name):
+    path = write_rows(tmp_path / name)
+    rows = JsonlFile(path, tmp_path / "cache")
+    assert len(rows) == 3
+    assert [rows[i] for i in (2, 0, 1, -1)] == [ROWS[2], ROWS[0], ROWS[1], ROWS[2]]
+    assert list(rows) == ROWS
+    monkeypatch.setattr(jsonl, "read_lines", None)
+    assert list(JsonlFile(path, tmp_path / "cache")) == ROWS
+    with pytest.raises(IndexError):
+        rows[3]
+
+
+def test_random_access_names_the_file_the_user_gave_and_the_physical_row(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'\n{"a": 1}\n\n{broken\n'))
+    rows = JsonlFile(path, tmp_path / "cache")
+    assert rows.location(1) == f"{path}, row 4"
+    with pytest.raises(ValueError, match="row 4: not valid JSON") as caught:
+        rows[1]
+    assert str(caught.value).startswith(str(path))
+
+
+def test_random_access_wants_rows(tmp_path):
+    for name, data, says in (("a.jsonl", b"\n\n", "has no rows"), ("a.txt", b"text", "one JSON object per line")):
+        path = tmp_path / name
+        path.write_bytes(data)
+        assert says in refusal(JsonlFile, path, tmp_path / "cache")
+
+
+def test_a_changed_file_is_indexed_anew(tmp_path):
+    path = write_rows(tmp_path / "a.jsonl")
+    assert len(JsonlFile(path, tmp_path / "cache")) == 3
+    write_rows(path, ROWS[:2])
+    assert len(JsonlFile(path, tmp_path / "cache")) == 2
+
+
+@pytest.mark.parametrize("damaged", ["index.npy", "rows.jsonl", "meta.json"])
+def test_a_damaged_index_is_built_again(tmp_path, capsys, damaged):
+    path = write_rows(tmp_path / "a.jsonl.gz")
+    JsonlFile(path, tmp_path / "cache")
+    [file] = tmp_path.glob(f"cache/*/{damaged}")
+    file.write_bytes(file.read_bytes()[:-3])
+    assert list(JsonlFile(path, tmp_path / "cache")) == ROWS
+    assert "building it again" in capsys.readouterr().err
+
+
+# Cache directories
+
+
+def sound(folder):
+    return None if (folder / "file").read_text() == "sound" else "not sound"
+
+
+def make(folder):
+    (folder / "file").write_text("sound")
+
+
+def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
+    def interrupted(folder):
+        make(folder)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cached_directory(tmp_path, "key", interrupted, sound)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_killed_build_is_no_cache_and_is_cleaned_up_by_the_next(tmp_path):
+    """The child ends without any cleaning up, as after kill -9; its process id then belongs to nobody."""
+    child = ("import os, sys; from pathlib import Path; from dataset.jsonl import cached_directory\n"
+             "cached_directory(Path(sys.argv[1]), 'key', lambda folder: os._exit(9), None)")
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", child, tmp_path], cwd=root).returncode == 9
+    assert [path.suffix for path in tmp_path.iterdir()] == [".building"]
+    assert cached_directory(tmp_path, "key", make, sound) == tmp_path / "key"
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_build_on_another_machine_counts_as_dead_after_a_day(tmp_path):
+    for name, hours in (("recent", 23), ("old", 25)):
+        work = tmp_path / f"{name}-0123abcd-1-00ff.building"
+        work.mkdir()
+        os.utime(work, (time.time() - hours * 3600,) * 2)
+    cached_directory(tmp_path, "key", make, sound)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "recent-0123abcd-1-00ff.building"]
+
+
+def test_the_directory_of_a_build_under_way_is_left_alone(tmp_path):
+    def outer(folder):
+        cached_directory(tmp_path, "other", make, sound)
+        make(folder)
+
+    assert sound(cached_directory(tmp_path, "key", outer, sound)) is None
+
+
+def test_builds_at_the_same_time_all_end_with_one_sound_cache(tmp_path):
+    barrier = threading.Barrier(4)
+    results = []
+
+    def build(folder):
+        barrier.wait(10)
+        make(folder)
+
+    threads = [threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build, sound)))
+               for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [tmp_path / "key"] * 4
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert sound(tmp_path / "key") is None
+
+
+def test_a_damaged_directory_is_replaced(tmp_path, capsys):
+    cached_directory(tmp_path, "key", make, sound)
+    (tmp_path / "key" / "file").write_text("damaged")
+    cached_directory(tmp_path, "key", make, sound)
+    assert sound(tmp_path / "key") is None
+    assert [path.name for path in tmp_path.iterdir()] == ["key"]
+    assert "not sound" in capsys.readouterr().err
+
+
+def test_an_unusable_cache_directory_is_refused_with_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="choose another --cache-dir"):
+        cached_directory(tmp_path / "file" / "cache", "key", make, sound)

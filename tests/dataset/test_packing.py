@@ -1,0 +1,308 @@
+"""The token cache holds the corpus exactly, and rows cut it without losing or adding a token."""
+
+import gzip
+import hashlib
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset import packing
+from dataset.jsonl import content_hash, is_validation, read_documents
+from dataset.packing import PackedRows, TokenCache, TokenSplit
+from dataset.tokenizer import encode, train_characters
+
+ALPHABET = "abc 中文\n🙂"
+PAD = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_characters([ALPHABET + "0123456789|document"])
+
+
+def write_texts(path, texts, **more):
+    data = "".join(json.dumps({"text": text, **more}) + "\n" for text in texts).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+def documents_of(split):
+    """The stream cut at its starts, as lists of ids."""
+    return [part.tolist() for part in np.split(np.asarray(split.tokens), split.starts[1:])] if len(split.starts) else []
+
+
+def expected(tokenizer, texts):
+    return [[tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id] for text in texts]
+
+
+def build(path, tokenizer, **options):
+    return TokenCache.build_or_open(path, tokenizer, cache_dir=path.parent / "cache", **options)
+
+
+def split_of(lengths):
+    """A stream of documents of these lengths; every token is its own position in the stream, plus 1."""
+    starts = np.cumsum([0, *lengths])[:-1].astype(np.int64)
+    return TokenSplit(np.arange(1, sum(lengths) + 1, dtype=np.uint16), starts)
+
+
+# Rows
+
+
+lengths = st.lists(st.integers(2, 40), min_size=1, max_size=12)
+
+
+@given(lengths, st.integers(1, 17), st.booleans())
+def test_every_token_is_in_exactly_one_row_and_in_order(lengths, seq_len, packed):
+    rows = PackedRows(split_of(lengths), seq_len, packed, PAD)
+    batch = rows.batch(np.arange(len(rows)))
+    real = batch["loss_mask"]
+    assert batch["input_ids"].shape == real.shape == batch["document_ids"].shape == (len(rows), seq_len)
+    assert batch["input_ids"][real].tolist() == list(range(1, sum(lengths) + 1))
+    assert (batch["input_ids"][~real] == PAD).all()
+    assert rows.real_token_share == pytest.approx(real.double().mean().item())
+    assert real[:, 0].all()  # no row of padding alone
+    assert (real[:, 1:] <= real[:, :-1]).all()  # padding only at the end
+
+
+@given(lengths, st.integers(1, 17), st.booleans())
+def test_document_ids_count_the_documents_of_a_row(lengths, seq_len, packed):
+    owner_of_token = np.repeat(np.arange(len(lengths)), lengths)
+    rows = PackedRows(split_of(lengths), seq_len, packed, PAD)
+    batch = rows.batch(np.arange(len(rows)))
+    for ids, real, documents in zip(*batch.values(), strict=True):
+        owners = owner_of_token[ids[real].numpy() - 1]
+        _, numbered = np.unique(owners, return_inverse=True)
+        assert documents[real].tolist() == numbered.tolist()
+        assert (documents[~real] == -1).all()
+        if not packed:
+            assert len(set(owners)) == 1
+
+
+@given(lengths, st.integers(1, 17))
+def test_only_the_last_packed_row_has_padding(lengths, seq_len):
+    rows = PackedRows(split_of(lengths), seq_len, True, PAD)
+    real = rows.batch(np.arange(len(rows)))["loss_mask"]
+    assert real[:-1].all()
+    assert len(rows) == -(-sum(lengths) // seq_len)
+
+
+@given(lengths, st.integers(1, 17), st.booleans(), st.randoms())
+def test_a_batch_is_its_rows_in_the_order_asked_for(lengths, seq_len, packed, random):
+    rows = PackedRows(split_of(lengths), seq_len, packed, PAD)
+    indices = np.array([random.randrange(len(rows)) for _ in range(5)])
+    whole = rows.batch(np.arange(len(rows)))
+    for name, tensor in rows.batch(indices).items():
+        assert torch.equal(tensor, whole[name][indices])
+
+
+def test_a_batch_has_the_types_of_the_data_contract():
+    batch = PackedRows(split_of([5, 6]), 4, True, PAD).batch(np.array([1, 2]))
+    assert {name: tensor.dtype for name, tensor in batch.items()} == {
+        "input_ids": torch.int64, "loss_mask": torch.bool, "document_ids": torch.int64}
+    assert PackedRows(split_of([5, 6]), 4, False, PAD).batch(np.array([], dtype=np.int64))["input_ids"].shape == (0, 4)
+
+
+def test_rows_that_do_not_exist_are_refused():
+    rows = PackedRows(split_of([5, 6]), 4, True, PAD)
+    for index in (-1, 3):
+        with pytest.raises(IndexError, match="3 rows"):
+            rows.batch(np.array([index]))
+    with pytest.raises(ValueError, match="seq_len is 0"):
+        PackedRows(split_of([5]), 0, True, PAD)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_empty_stream_has_no_rows(packed):
+    rows = PackedRows(TokenSplit(np.zeros(0, np.uint16), np.zeros(0, np.int64)), 4, packed, PAD)
+    assert (len(rows), rows.real_token_share) == (0, 0.0)
+    assert rows.batch(np.zeros(0, np.int64))["input_ids"].shape == (0, 4)
+
+
+# The cache
+
+
+texts = st.lists(st.text(ALPHABET, max_size=30), min_size=1, max_size=12)
+
+
+@given(texts, st.sampled_from([0.0, 0.2, 0.9]), st.sampled_from([1, 20, 10**6]))
+def test_the_streams_are_the_encoded_documents_of_the_two_sides_of_the_split(
+        tmp_path_factory, tokenizer, texts, fraction, chunk):
+    """Whatever the size of the chunks in which the text is tokenised."""
+    path = write_texts(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "CHUNK_CHARACTERS", chunk)
+        cache = build(path, tokenizer, val_fraction=fraction)
+    documents = [text for text in texts if text]
+    held_out = [text for text in documents if is_validation(text, fraction)]
+    smallest = min(map(content_hash, documents), default=0)
+    if fraction and not held_out and len({text.strip() for text in documents}) > 1:
+        held_out = [text for text in documents if content_hash(text) == smallest]
+    trained = [text for text in documents if text not in held_out]
+    assert documents_of(cache.train) == expected(tokenizer, trained)
+    assert documents_of(cache.validation) == expected(tokenizer, held_out)
+    assert (cache.meta["rows"], cache.meta["empty_rows"]) == (len(texts), len(texts) - len(documents))
+    for split, mine in ((cache.train, trained), (cache.validation, held_out)):
+        name = "train" if split is cache.train else "validation"
+        assert cache.meta[name] == {
+            "documents": len(mine), "tokens": len(split.tokens), "characters": sum(map(len, mine)),
+            "bytes": sum(len(text.encode()) for text in mine)}
+
+
+def test_two_documents_always_leave_one_for_validation_and_copies_of_it_follow(tmp_path, tokenizer):
+    first, second = sorted(["a", "b"], key=content_hash)
+    cache = build(write_texts(tmp_path / "a.jsonl", [first, second, f" {first}\n"]), tokenizer, val_fraction=1e-9)
+    assert documents_of(cache.validation) == expected(tokenizer, [first, f" {first}\n"])
+    assert documents_of(cache.train) == expected(tokenizer, [second])
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a", "a"]])
+def test_with_one_document_validation_is_empty(tmp_path, tokenizer, texts):
+    cache = build(write_texts(tmp_path / "a.jsonl", texts), tokenizer)
+    assert (len(cache.train.starts), len(cache.validation.starts), len(cache.validation.tokens)) == (len(texts), 0, 0)
+
+
+def test_the_separator_is_tokenised_but_does_not_move_the_split(tmp_path, tokenizer):
+    numbers = [str(i) for i in range(60)]
+    path = write_texts(tmp_path / "a.jsonl", numbers)
+    cache = build(path, tokenizer, separator="|", val_fraction=0.3)
+    held_out = [text + "|" for text in numbers if is_validation(text, 0.3)]
+    assert documents_of(cache.validation) == expected(tokenizer, held_out)
+
+
+def test_compressed_and_plain_corpora_make_equal_caches(tmp_path, tokenizer):
+    numbers = [str(i) for i in range(100)]
+    plain, packed = (build(write_texts(tmp_path / name, numbers), tokenizer, val_fraction=0.3)
+                     for name in ("a.jsonl", "a.jsonl.gz"))
+    assert plain.meta == packed.meta
+    assert plain.meta["data_sha256"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    for split in ("train", "validation"):
+        assert documents_of(getattr(plain, split)) == documents_of(getattr(packed, split))
+
+
+def test_a_text_file_is_tokenised_whole(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"document {i}\n" * 30 + "\n" for i in range(40)), encoding="utf-8", newline="")
+    cache = build(path, tokenizer, val_fraction=0.2)
+    assert sorted(documents_of(cache.train) + documents_of(cache.validation)) == sorted(
+        expected(tokenizer, read_documents(path)))
+    assert cache.meta["train"]["bytes"] + cache.meta["validation"]["bytes"] == path.stat().st_size
+
+
+def test_a_second_open_reads_and_tokenises_nothing(tmp_path, tokenizer, monkeypatch):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
+    first = build(path, tokenizer)
+    monkeypatch.setattr(packing, "encode_batch", None)
+    monkeypatch.setattr(packing, "read_documents", None)
+    second = build(path, tokenizer)
+    assert second.meta == first.meta
+    assert documents_of(second.train) == documents_of(first.train)
+    assert isinstance(second.train.tokens, np.memmap)
+
+
+def test_another_file_tokenizer_or_option_is_another_cache(tmp_path, tokenizer):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"], other="b")
+    build(path, tokenizer)
+    state = path.stat()
+    others = [
+        lambda: build(path, tokenizer, field="other"),
+        lambda: build(path, tokenizer, separator="|"),
+        lambda: build(path, tokenizer, val_fraction=0.5),
+        lambda: build(path, train_characters(["abc"])),
+        lambda: os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1)) or build(path, tokenizer),
+        lambda: os.utime(write_texts(path, ["a", "b", "c", "cc"]), ns=(0, state.st_mtime_ns)) or build(path, tokenizer),
+    ]
+    for count, another in enumerate(others, start=2):
+        another()
+        assert len(list((tmp_path / "cache").iterdir())) == count
+
+
+def test_an_interrupted_build_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
+    calls = []
+
+    def interrupted(tokenizer, texts):
+        calls.append(texts)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return [encode(tokenizer, text) for text in texts]
+
+    monkeypatch.setattr(packing, "CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr(packing, "encode_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build(path, tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(documents_of(build(path, tokenizer).train)) == 2
+
+
+@pytest.mark.parametrize("name", ["train.tokens", "train.starts", "validation.tokens", "meta.json"])
+@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-1]), lambda file: file.unlink(),
+                                    lambda file: file.write_bytes(b""),
+                                    lambda file: file.write_bytes(file.read_bytes() + b"more")])
+def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, tokenizer, capsys, name, damage):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
+    first = documents_of(build(path, tokenizer).train)
+    [file] = (tmp_path / "cache").glob(f"*/{name}")
+    damage(file)
+    assert documents_of(build(path, tokenizer).train) == first
+    assert "damaged" in capsys.readouterr().err
+    build(path, tokenizer)
+    assert "damaged" not in capsys.readouterr().err
+
+
+def test_builds_at_the_same_time_all_end_well(tmp_path, monkeypatch):
+    """Each waits for the other in mid-build, so none finds a cache; the one to finish second takes the first one's."""
+    path = write_texts(tmp_path / "a.jsonl", [str(i) for i in range(300)])
+    barrier = threading.Barrier(2)
+    original = packing.encode_batch
+    monkeypatch.setattr(packing, "encode_batch", lambda *args: barrier.wait(10) + 1 and original(*args))
+    with ThreadPoolExecutor(2) as pool:
+        caches = list(pool.map(lambda _: build(path, train_characters(["0123456789"]), val_fraction=0.3), range(2)))
+    first, second = (documents_of(cache.train) for cache in caches)
+    assert first == second
+    assert len(first) == sum(not is_validation(str(i), 0.3) for i in range(300))
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
+    ideographs = "".join(map(chr, range(0x20000, 0x20000 + 65_536)))
+    tokenizer = train_characters([ideographs])
+    cache = build(write_texts(tmp_path / "a.jsonl", [ideographs[-1], ideographs[0]]), tokenizer, val_fraction=0)
+    assert cache.train.tokens.dtype == np.uint32
+    assert documents_of(cache.train) == expected(tokenizer, [ideographs[-1], ideographs[0]])
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, tokenizer, monkeypatch):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b"])
+    original = packing.encode_batch
+
+    def growing(tokenizer, texts):
+        with path.open("ab") as file:
+            file.write(b"\n")
+        return original(tokenizer, texts)
+
+    monkeypatch.setattr(packing, "encode_batch", growing)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        build(path, tokenizer)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_character_the_tokenizer_lacks_is_refused_with_the_file(tmp_path, tokenizer):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "Ω"])
+    with pytest.raises(ValueError, match="Ω") as caught:
+        build(path, tokenizer)
+    assert str(caught.value).startswith(str(path))
+
+
+def test_a_build_ends_with_one_line_of_progress(tmp_path, tokenizer, capsys):
+    build(write_texts(tmp_path / "a.jsonl", [str(i) for i in range(1234)]), tokenizer)
+    captured = capsys.readouterr()
+    assert captured.err.startswith("tokenised 1,234 rows, 0.0M tokens in ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""

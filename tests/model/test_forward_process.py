@@ -1,0 +1,92 @@
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
+
+
+@dataclass(frozen=True)
+class Settings:
+    iid_mask_eps: float = 1e-3
+
+
+def masked(schedule, maskable, step=0, seed=0, total=None, first=0):
+    ids = torch.arange(maskable.numel()).view(maskable.shape) + 10
+    noise = StepNoise(seed, step, total or len(maskable), first)
+    return ids, mask_tokens(ids, maskable, 3, schedule, noise, Settings())
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_only_maskable_tokens_are_masked_and_all_others_are_kept(schedule):
+    maskable = torch.rand(64, 12) < 0.6
+    maskable[0] = False
+    maskable[1] = True
+    ids, noised = masked(schedule, maskable)
+    assert not (noised.scored & ~maskable).any()
+    assert torch.equal(noised.input_ids == 3, noised.scored)
+    assert torch.equal(noised.input_ids[~noised.scored], ids[~noised.scored])
+    has_any = maskable.any(dim=1)
+    assert torch.equal(noised.scored.any(dim=1), has_any)  # never a row without a target
+    assert (noised.weight[~has_any] == 0).all() and torch.isfinite(noised.weight).all()
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_every_real_token_can_be_masked(schedule):
+    """BOS and EOS, the first and the last of a document, included."""
+    hits = sum(masked(schedule, torch.ones(32, 6, dtype=torch.bool), step)[1].scored.sum(dim=0) for step in range(8))
+    assert (hits > 0).all()
+
+
+def test_fixed_count_hits_every_stratum_of_the_global_batch_once():
+    """k = 1 + floor(s n): with as many rows as tokens, every count from 1 to n appears exactly once."""
+    for step in range(5):
+        _, noised = masked("fixed_count", torch.ones(16, 16, dtype=torch.bool), step)
+        assert sorted(noised.scored.sum(dim=1).tolist()) == list(range(1, 17))
+        assert torch.allclose(noised.weight * noised.scored.sum(dim=1), torch.tensor(16.0))
+
+
+def test_stratified_numbers_are_uniform_and_one_in_each_stratum():
+    draws = torch.stack([StepNoise(1, step, 20).stratified("rate", 20) for step in range(300)])
+    strata = ((draws - draws.min(dim=1, keepdim=True).values) * 20).round()  # offsets differ, spacing does not
+    assert (strata.sort(dim=1).values == torch.arange(20)).all()
+    deviation = (draws.flatten().sort().values - torch.linspace(0, 1, draws.numel())).abs().max()
+    assert deviation < 1.63 / math.sqrt(300)  # Kolmogorov-Smirnov, 1 %, of the 300 independent offsets
+    correlation = torch.corrcoef(torch.stack([draws.mean(dim=0), torch.arange(20.0)]))[0, 1]
+    assert abs(correlation) < 0.7  # the stratum does not follow the row
+
+
+@pytest.mark.parametrize("schedule", MASK_SCHEDULES)
+def test_noise_of_a_row_depends_neither_on_micro_batch_nor_on_process(schedule):
+    maskable = torch.ones(12, 8, dtype=torch.bool)
+    _, whole = masked(schedule, maskable, step=7)
+    parts = [masked(schedule, maskable[first : first + 4], 7, total=12, first=first)[1] for first in (0, 4, 8)]
+    assert torch.equal(whole.scored, torch.cat([p.scored for p in parts]))
+    assert torch.equal(whole.weight, torch.cat([p.weight for p in parts]))
+
+
+def test_noise_is_a_function_of_seed_and_step():
+    maskable = torch.ones(8, 8, dtype=torch.bool)
+    again, other_step, other_seed = (masked("iid_t", maskable, s, seed)[1].scored for s, seed in ((3, 0), (4, 0), (3, 1)))
+    reference = masked("iid_t", maskable, 3, 0)[1].scored
+    assert torch.equal(reference, again)
+    assert not torch.equal(reference, other_step) and not torch.equal(reference, other_seed)
+
+
+def test_iid_t_masks_at_the_rate_that_its_weight_says():
+    """Weight 1/t: over many rows of one t the masked share is t within four standard errors."""
+    maskable = torch.ones(512, 400, dtype=torch.bool)
+    _, noised = masked("iid_t", maskable)
+    t = 1 / noised.weight
+    error = (t * (1 - t) / 400).sqrt()
+    assert ((noised.scored.float().mean(dim=1) - t).abs() < 4.5 * error + 1 / 400).all()
+
+
+def test_a_row_given_its_one_mask_takes_its_realised_rate_as_weight():
+    """Rows of two tokens are often left empty at small t; their weight must be n = 2, never 1/eps."""
+    _, noised = masked("iid_t", torch.ones(4096, 2, dtype=torch.bool))
+    single = noised.scored.sum(dim=1) == 1
+    forced = single & (noised.weight == 2.0)
+    assert forced.float().mean() == pytest.approx(1 / 3, abs=0.05)  # P(no mask) = integral of (1 - t)^2
+    assert noised.weight[~forced].max() < 200  # small t without a mask would have weighed up to 1000

@@ -1,0 +1,102 @@
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model.likelihood import diffusion_bound, masked_nats, row_nats
+from tests.model.test_objective import batch_of, brute_force_bound
+
+
+def test_the_bound_of_one_token_is_exact_with_one_sample(tiny_model):
+    """With a single scored token there is one mask; the bound is its conditional cross-entropy."""
+    model = tiny_model(attention="full")
+    ids = torch.randint(4, 24, (1, 6))
+    scored = torch.zeros(1, 6, dtype=torch.bool)
+    scored[0, 5] = True
+    noised = ids.clone()
+    noised[0, 5] = 3
+    logits = model(noised)[0, 5].index_fill(0, torch.tensor([3]), -math.inf)
+    result = row_nats(model, batch_of(ids, loss_mask=scored), num_samples=1)
+    assert result.nats.item() == pytest.approx(F.cross_entropy(logits, ids[0, 5]).item(), rel=1e-6)
+    assert result.count.tolist() == [1]
+
+
+@pytest.mark.parametrize("ids", [[0, 2, 1, 0], [1, 2]])
+def test_the_estimate_falls_within_its_stated_error_of_the_enumeration(ids, tiny_model):
+    model, ids = tiny_model(vocab_size=4, attention="full"), torch.tensor(ids)
+    with torch.no_grad():
+        exact = brute_force_bound(model, ids)[1]
+    batch = batch_of(ids.repeat(64, 1))
+    result = diffusion_bound(model, batch, num_samples=32)
+    errors = (result.nats - exact) / result.variance.sqrt().clamp(min=1e-9)
+    assert errors.abs().max() < 4.5
+    assert result.nats.mean().item() == pytest.approx(exact, abs=4 * (result.variance.mean().sqrt() / 8).item())
+
+
+def test_as_many_samples_as_tokens_visit_every_count_once(tiny_model):
+    """Systematic k: for n samples of n tokens each k in 1..n occurs exactly once, so the constant-cost model is exact."""
+    model = tiny_model(attention="full")
+    torch.nn.init.zeros_(model.lm_head.weight)
+    result = diffusion_bound(model, batch_of(torch.randint(4, 24, (5, 8))), num_samples=8)
+    torch.testing.assert_close(result.nats, torch.full((5,), 8 * math.log(23), dtype=torch.float64))
+    assert result.variance.max() < 1e-9
+
+
+def test_the_sequence_probability_of_random_order_sampling_is_bounded(tiny_model):
+    """-log p(x) <= bound, with p(x) the exact probability that one-by-one sampling in random order makes x (Jensen)."""
+    model = tiny_model(vocab_size=4, attention="full")
+    for ids in itertools.product(range(3), repeat=2):
+        ids = torch.tensor(ids)
+        with torch.no_grad():
+            probability = 0.0
+            for order in ((0, 1), (1, 0)):
+                canvas, chance = torch.full_like(ids, 3), 0.5
+                for position in order:
+                    logits = model(canvas[None])[0, position].double()
+                    logits[3] = -math.inf
+                    chance *= logits.softmax(-1)[ids[position]].item()
+                    canvas[position] = ids[position]
+                probability += chance
+            assert -math.log(probability) <= brute_force_bound(model, ids)[1] + 1e-9
+
+
+def test_autoregressive_nats_are_the_chain_rule(tiny_model):
+    """Token by token: -sum of log p(x_i | x_<i), each from a pass over the prefix alone."""
+    model, ids = tiny_model(), torch.randint(4, 24, (2, 7))
+    expected = []
+    for row in ids:
+        logits = [model(row[None, :i], is_causal=True)[0, -1] for i in range(1, 7)]
+        expected.append(sum(F.cross_entropy(x, row[i + 1]).item() for i, x in enumerate(logits)))
+    result = row_nats(model, batch_of(ids), num_samples=1)
+    torch.testing.assert_close(result.nats, torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5)
+    assert result.variance.sum() == 0
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_rows_cost_the_same_in_any_batch_and_with_any_padding(attention, tiny_model):
+    model, ids = tiny_model(attention=attention), torch.randint(4, 24, (4, 9))
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    mask[:, :2] = False
+    whole = row_nats(model, batch_of(ids, torch.zeros_like(ids), mask) | {"row_ids": torch.arange(4)}, 4)
+    order = torch.tensor([2, 0])
+    some = batch_of(F.pad(ids[order], (0, 3)), F.pad(torch.zeros(2, 9, dtype=torch.long), (0, 3), value=-1), F.pad(mask[order], (0, 3)))
+    part = row_nats(model, some | {"row_ids": order}, 4)
+    torch.testing.assert_close(part.nats, whole.nats[order], rtol=1e-5, atol=1e-5)
+
+
+def test_conditioning_tokens_are_never_masked(tiny_model):
+    model, seen = tiny_model(attention="full"), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))
+    ids = torch.randint(4, 24, (2, 8))
+    mask = torch.zeros(2, 8, dtype=torch.bool)
+    mask[:, 5:] = True
+    diffusion_bound(model, batch_of(ids, loss_mask=mask), 8)
+    assert len(seen) == 8 and all(torch.equal(x[:, :5], ids[:, :5]) for x in seen)
+    assert all((x[:, 5:] == 3).any(dim=1).all() for x in seen)
+
+
+def test_masked_nats_mask_the_share_asked_for(tiny_model):
+    result = masked_nats(tiny_model(attention="full"), batch_of(torch.randint(4, 24, (3, 10))), ratio=0.3)
+    assert result.count.tolist() == [3, 3, 3]

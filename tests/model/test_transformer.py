@@ -1,0 +1,174 @@
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from model.attention_mask import block_causal_mask, document_mask
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+CASES = {
+    "plain": {},
+    "grouped-query": {"num_key_value_heads": 2},
+    "one key head, tied": {"num_key_value_heads": 1, "tie_embeddings": True},
+    "relu": {"hidden_act": "relu"},
+    "yarn beyond its original context": {"inference_rope_scaling": True, "rope_original_length": 8, "rope_theta": 1e4},
+    "yarn, default base": {"inference_rope_scaling": True, "rope_original_length": 16, "num_key_value_heads": 2},
+    "qk-norm": {"qk_norm": True, "num_key_value_heads": 2},
+    "qk-norm, tied, yarn": {
+        "qk_norm": True,
+        "tie_embeddings": True,
+        "inference_rope_scaling": True,
+        "rope_original_length": 8,
+    },
+}
+
+
+def stock_twin(model: Transformer):
+    """transformers' own Llama or Qwen3 with the same weights."""
+    c = model.config
+    rope = {"rope_type": "default", "rope_theta": c.rope_theta}
+    if c.inference_rope_scaling:
+        rope = {
+            "rope_type": "yarn",
+            "rope_theta": c.rope_theta,
+            "factor": c.rope_factor,
+            "original_max_position_embeddings": c.rope_original_length,
+        }
+    shared = dict(
+        hidden_size=c.hidden_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        intermediate_size=c.intermediate_size,
+        vocab_size=c.vocab_size,
+        rms_norm_eps=c.rms_norm_eps,
+        hidden_act=c.hidden_act,
+        tie_word_embeddings=c.tie_embeddings,
+        head_dim=c.head_dim,
+        max_position_embeddings=c.max_position_embeddings,
+        rope_parameters=rope,
+        attn_implementation="eager",
+    )
+    twin = Qwen3ForCausalLM(Qwen3Config(**shared)) if c.qk_norm else LlamaForCausalLM(LlamaConfig(**shared))
+    weights = {
+        ("" if name.startswith("lm_head") else "model.") + name: tensor for name, tensor in model.state_dict().items()
+    }
+    missing, unexpected = twin.load_state_dict(weights, strict=False)
+    assert not missing and not unexpected
+    return twin.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_causal_logits_equal_those_of_stock_transformers(case, tiny_model):
+    model = tiny_model(**CASES[case])
+    for norm in [m for m in model.modules() if isinstance(m, torch.nn.RMSNorm)]:
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)  # all ones would hide a norm in the wrong place
+    ids = torch.randint(model.config.vocab_size, (3, 40))
+    with torch.no_grad():
+        ours, theirs = model(ids, is_causal=True), stock_twin(model)(ids).logits
+    assert ours.abs().max() > 1  # the comparison is of something
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_yarn_leaves_sequences_within_the_original_context_plain(tiny_model):
+    plain, stretched = tiny_model(), tiny_model(inference_rope_scaling=True, rope_original_length=16)
+    stretched.load_state_dict(plain.state_dict())
+    ids = torch.randint(24, (2, 17))
+    assert torch.equal(plain(ids[:, :16]), stretched(ids[:, :16]))
+    assert not torch.allclose(plain(ids), stretched(ids))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_key_value_heads": 2, "qk_norm": True}, {"inference_rope_scaling": True, "rope_original_length": 8}],
+)
+def test_cached_equals_recomputed_token_by_token_and_in_chunks(changes, tiny_model):
+    model = tiny_model(**changes)
+    ids = torch.randint(24, (2, 12))
+    whole = model(ids, is_causal=True)
+    for chunks in ([1] * 12, [5, 1, 6], [12], [3, 4, 5]):
+        cache, start = KVCache(model.config, 2, 12), 0
+        for size in chunks:
+            part = model(ids[:, start : start + size], is_causal=True, cache=cache)
+            cache.advance(size)
+            torch.testing.assert_close(part, whole[:, start : start + size], rtol=1e-5, atol=1e-5)
+            start += size
+
+
+def test_tokens_written_again_replace_the_current_ones_in_the_cache(tiny_model):
+    """A block is denoised many times over one prefix: earlier versions of it must leave no trace."""
+    model, cache = tiny_model(), None
+    ids = torch.randint(24, (1, 8))
+    mask = block_causal_mask(8, 4)[:, :, 4:]
+    cache = KVCache(model.config, 1, 8)
+    model(ids[:, :4], cache=cache)
+    cache.advance(4)
+    for _ in range(3):
+        model(torch.randint(24, (1, 4)), attn_mask=mask, cache=cache)
+    cached = model(ids[:, 4:], attn_mask=mask, cache=cache)
+    torch.testing.assert_close(cached, model(ids, attn_mask=block_causal_mask(8, 4))[:, 4:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="holds 8 positions"):
+        model(ids[:, :5], cache=cache)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_packed_document_has_the_logits_of_the_same_document_alone(is_causal, tiny_model):
+    model = tiny_model()
+    documents = torch.tensor([[0] * 5 + [1] * 9 + [2] * 3 + [-1] * 3])
+    ids = torch.randint(24, (1, 20))
+    attn_mask = document_mask(documents)
+    if is_causal:
+        attn_mask = attn_mask & block_causal_mask(20, 1)
+    packed = model(ids, attn_mask=attn_mask)
+    for start, end in ((0, 5), (5, 14), (14, 17)):
+        alone = model(ids[:, start:end], is_causal=is_causal)
+        torch.testing.assert_close(packed[:, start:end], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_and_other_documents_never_change_real_tokens(tiny_model):
+    model = tiny_model()
+    documents = torch.tensor([[0] * 7 + [1] * 3 + [-1] * 6])
+    ids = torch.randint(24, (1, 16))
+    changed = torch.where(documents == 0, ids, (ids + 7) % 24)
+    before, after = (model(x, attn_mask=document_mask(documents)) for x in (ids, changed))
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+def test_selected_positions_have_the_logits_of_the_dense_head(tiny_model):
+    model = tiny_model()
+    ids = torch.randint(24, (3, 7))
+    select = torch.tensor([0, 6, 7, 20])
+    torch.testing.assert_close(model(ids, select=select), model(ids).flatten(0, 1)[select])
+
+
+def test_explicit_bfloat16_attention_is_the_fused_kernel_within_its_precision():
+    """The two ways of `attend` are one function; the tolerance is bfloat16's 8 bits."""
+    from model.transformer import attend
+
+    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5]))
+    for arguments in ((None, False), (None, True), (mask, False)):
+        exact = attend(q, k, v, *arguments)
+        explicit = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), *arguments)
+        torch.testing.assert_close(explicit.float(), exact, rtol=0.03, atol=0.03)
+
+
+def test_default_shape_has_32_million_parameters():
+    with torch.device("meta"):
+        assert Transformer(ModelConfig()).num_parameters() == pytest.approx(32e6, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"hidden_size": 30}, {"num_key_value_heads": 3}, {"num_hidden_layers": 0}, {"hidden_size": 12}, {"dropout": 1.0}],
+)
+def test_impossible_shapes_are_refused(wrong):
+    with pytest.raises(ValueError, match="--"):
+        ModelConfig(**{"hidden_size": 32, "num_attention_heads": 4, **wrong})
+
+
+def test_sequences_past_the_longest_are_refused(tiny_model):
+    with pytest.raises(ValueError, match="at most 64"):
+        tiny_model()(torch.zeros(1, 65, dtype=torch.long))

@@ -1,0 +1,143 @@
+"""A corpus, a tokenizer and a way to run commands in process; everything happens in a folder of the test's own."""
+
+import contextlib
+import io
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
+from scripts.engine import cli, trainer
+
+NOUNS = ("the cat", "a small dog", "my old friend", "the river", "一只小猫", "老朋友", "那条河", "春天的风")
+VERBS = ("sees", "likes", "follows", "remembers", "看见了", "喜欢", "跟着", "记得")
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Documents of one to nine bilingual sentences, no two alike."""
+    draw = random.Random(seed)
+    return [
+        f"{number}: "
+        + " ".join(f"{draw.choice(NOUNS)} {draw.choice(VERBS)} {draw.choice(NOUNS)}." for _ in range(draw.randint(1, 9)))
+        for number in range(count)
+    ]
+
+
+def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({field: t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
+    return path
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+def run_command(module, argv) -> Result:
+    """Run a command's main as the command line would; an exception that would be a traceback is raised."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.run(module.main, [str(a) for a in argv])
+        except SystemExit as stop:
+            code = stop.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture
+def command():
+    """command(module, argv) -> Result(code, out, err)."""
+    return run_command
+
+
+@pytest.fixture
+def refused(command, workspace):
+    """refused(module, argv, *words): exit code 2, one sentence on stderr holding every word, no file changed."""
+
+    def check(module, argv, *words):
+        before = snapshot(workspace)
+        result = command(module, argv)
+        assert result.code == 2, result
+        # What was skipped or built on the way may be told before it, but the mistake itself is one last line.
+        lines = result.err.strip().splitlines()
+        assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], result.err
+        for word in words:
+            assert str(word) in lines[-1], (word, lines[-1])
+        assert snapshot(workspace) == before
+        return lines[-1]
+
+    return check
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Everything under `folder` but the cache of tokenised corpora, which a refused command may leave behind."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+        if "dataset" not in path.relative_to(folder).parts[:1]
+    }
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    return sentences(60)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory, texts) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(train_bpe(texts, 380), directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_dir):
+    return load_tokenizer(tokenizer_dir)
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch, texts) -> Path:
+    """An empty folder with corpus.jsonl, in which the command runs: default paths lead nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "corpus.jsonl", texts)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _no_plots(request, monkeypatch):
+    """Drawing takes longer than the runs that it is drawn for; a test that wants curves asks for `plots`."""
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(trainer, "plot_losses", lambda log, image: None)
+
+
+@pytest.fixture
+def plots():
+    """Loss curves are drawn in this test."""
+
+
+@pytest.fixture
+def tiny_flags(workspace, tokenizer_dir) -> list[str]:
+    """Flags of a small, fast training run of 12 steps."""
+    return [
+        *("--data", "corpus.jsonl", "--tokenizer-dir", str(tokenizer_dir), "--val-fraction", "0.2"),
+        *("--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--intermediate-size", "64"),
+        *("--max-seq-len", "32", "--batch-size", "4", "--dtype", "float32", "--device", "cpu", "--warmup-steps", "2"),
+        *("--max-iters", "12", "--log-interval", "5", "--eval-interval", "4", "--save-interval", "3"),
+    ]
+
+
+@pytest.fixture
+def pretrain_argv(tiny_flags):
+    """Arguments of scripts.train.train_pretrain."""
+    return [*tiny_flags, "--run-name", "ar"]
+
+
+@pytest.fixture
+def diffusion_argv(tiny_flags):
+    """Arguments of scripts.train.diffusion."""
+    return [*tiny_flags, "--run-name", "dm", "--train", "--use-tokenizer", "--max-new-tokens", "4", "--gen-steps", "2"]
