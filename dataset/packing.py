@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.jsonl import cached_directory, content_hash, is_gzip_name, read_documents, source_key, text_format
+from dataset.disk_cache import cached_directory, source_key
+from dataset.jsonl import content_hash, is_gzip_name, open_text, read_documents, text_format
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint
 
 FORMAT = 1  # counts changes of what the cache files mean; part of the key
@@ -63,7 +64,8 @@ class TokenCache:
         """
         options = {"field": field, "separator": separator, "val_fraction": val_fraction}
         build = _Build(Path(path), tokenizer, options)
-        text_format(path)  # a wrong kind of file is refused before anything is made for it
+        text_format(path)  # a wrong kind of file, or none, is refused before anything is made for it
+        open_text(path).close()
         key = source_key(path, FORMAT, build.fingerprint, options)
         folder = cached_directory(Path(cache_dir), key, build.run, _fault)
         meta = _read_meta(folder)

@@ -9,8 +9,9 @@ from model.config import ModelConfig
 class KVCache:
     """Keys and values of the committed prefix, preallocated as (layer, B, H_kv, max_length, D) at the first write.
 
-    `update` writes the current tokens after the prefix and returns prefix + current; calling it again overwrites the same
-    slots. Only `advance` makes them part of the prefix, so a block can be denoised for many steps against one cache.
+    `update` writes the current tokens after the prefix and returns prefix + current; calling it again overwrites the
+    same slots. Only `advance` makes them part of the prefix, so a block can be denoised for many steps against one
+    cache.
     """
 
     def __init__(self, config: ModelConfig, batch_size: int, max_length: int):

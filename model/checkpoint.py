@@ -1,7 +1,7 @@
 """One file per checkpoint: config, weights, where they come from and, for resuming, the training state.
 
-Files are plain torch archives of tensors and built-in types, read with `weights_only=True`: loading one never runs code.
-Nothing is inferred from tensor shapes, and nothing is loaded "where it fits".
+Files are plain torch archives of tensors and built-in types, read with `weights_only=True`: loading one never runs
+code. Nothing is inferred from tensor shapes, and nothing is loaded "where it fits".
 """
 
 import os
@@ -71,7 +71,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     payload = read_archive(path, device)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
         raise ValueError(
-            f"{path} is not a nano-llada checkpoint; weights of MiniMind or Hugging Face are read by --init-from-minimind"
+            f"{path} is not a nano-llada checkpoint; "
+            "weights of MiniMind or Hugging Face are read by --init-from-minimind"
         )
     if payload.get("version") != VERSION:
         raise ValueError(f"{path} has checkpoint version {payload.get('version')}, this code reads version {VERSION}")
@@ -134,14 +135,16 @@ def _flag_for(name: str) -> str:
 def import_foreign(path: Path, config: ModelConfig) -> Transformer:
     """A model of shape `config` from weights named as MiniMind or Hugging Face's Llama and Qwen3 name them.
 
-    Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary that
-    is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or shapes differ.
+    Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary
+    that is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or
+    shapes differ.
     """
     weights = read_archive(path)
     weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
     if not isinstance(weights, dict) or not any(str(name).endswith("embed_tokens.weight") for name in weights):
         raise ValueError(
-            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's (model.embed_tokens.weight, ...)"
+            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
+            "(model.embed_tokens.weight, ...)"
         )
     weights = {
         re.sub(r"^(_orig_mod\.|module\.)*(model\.)?", "", name): tensor.float()

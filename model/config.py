@@ -60,7 +60,8 @@ class ModelConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
-                f"--hidden-size {self.hidden_size} is not a multiple of --num-attention-heads {self.num_attention_heads}"
+                f"--hidden-size {self.hidden_size} is not a multiple of "
+                f"--num-attention-heads {self.num_attention_heads}"
             )
         if self.head_dim % 2:
             raise ValueError(

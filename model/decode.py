@@ -1,7 +1,7 @@
 """Turning a prompt into a continuation, autoregressively or by diffusion.
 
-`denoise` yields every step of a diffusion decoder; `decode_diffusion` runs it to its end. Shapes: B rows, P prompt tokens,
-N new tokens. Prompts of one call have one length.
+`denoise` yields every step of a diffusion decoder; `decode_diffusion` runs it to its end. Shapes: B rows, P prompt
+tokens, N new tokens. Prompts of one call have one length.
 """
 
 from collections.abc import Iterator
@@ -96,10 +96,10 @@ def denoise(
     denoising: DenoisingConfig,
     generator: torch.Generator | None = None,
 ) -> Iterator[Denoised]:
-    """LLaDA's sampler: predict every masked token of the canvas, keep as many as the schedule says, mask the rest again.
+    """LLaDA's sampler: predict all masked tokens, keep as many as the schedule says, mask the rest again.
 
-    prompt_ids (B, P). Blocks are denoised from left to right, each with its share of the steps; a prediction is committed
-    only inside the active block, while the whole canvas stays visible.
+    prompt_ids (B, P). Blocks are denoised from left to right, each with its share of the steps; a prediction is
+    committed only inside the active block, while the whole canvas stays visible.
     """
     if model.config.attention != "full":
         raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")

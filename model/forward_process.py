@@ -1,7 +1,7 @@
 """The forward process q(x_t | x_0): which tokens of a batch are masked, and what the loss owes each of them.
 
-To add a mask schedule, write a function (maskable, noise, config) -> (scored, weight, count) and list it in MASK_SCHEDULES.
-Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
+To add a mask schedule, write a function (maskable, noise, config) -> (scored, weight, count) and list it in
+MASK_SCHEDULES. Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
 """
 
 import random
@@ -16,8 +16,8 @@ from torch import Tensor
 class StepNoise:
     """The randomness of one optimiser step, a function of (seed, step) alone.
 
-    Every draw is made for the whole global batch of `total_rows` rows and cut to the rows that start at `first_row`, so the
-    noise of a row depends neither on the micro-batch nor on the process it falls into.
+    Every draw is made for the whole global batch of `total_rows` rows and cut to the rows that start at `first_row`, so
+    the noise of a row depends neither on the micro-batch nor on the process it falls into.
     """
 
     seed: int
@@ -44,7 +44,7 @@ class StepNoise:
         return self._rows(self._draw(purpose, *shape), rows)
 
     def stratified(self, purpose: str, rows: int) -> Tensor:
-        """(rows,) each U[0, 1), exactly one in every stratum [i / total_rows, (i + 1) / total_rows) of the global batch.
+        """(rows,) each U[0, 1), exactly one in every stratum of width 1 / total_rows of the global batch.
 
         The strata are dealt out in random order: otherwise the rate would follow the order of the rows.
         """

@@ -37,9 +37,9 @@ def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0) 
 def diffusion_bound(model: Transformer, batch: Batch, num_samples: int, seed: int = 0) -> RowNats:
     """E_k E_{|S| = k} (n / k) sum_{i in S} -log p(x_i | rest): the NELBO (LLaDA Eq. 6).
 
-    k is systematic: the samples of a row fall into equal strata of {1..n}, and each k is marginally uniform. The variance is
-    the one that independent samples would have, an overestimate. A row's masks depend on `seed` and the row's own index in
-    `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
+    k is systematic: the samples of a row fall into equal strata of {1..n}, and each k is marginally uniform. The
+    variance is the one that independent samples would have, an overestimate. A row's masks depend on `seed` and the
+    row's own index in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
     """
     maskable = batch["loss_mask"]
     total = maskable.sum(dim=1)

@@ -21,7 +21,8 @@ RATE_BINS = 10
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of each row; a batch, or many, cost nats.sum() / count.sum(). Plain sums, so any split of a batch adds up."""
+    """Loss of each row; a batch, or many, cost nats.sum() / count.sum(). Plain sums, so any split of a batch adds
+    up."""
 
     nats: Tensor  # (B,)
     count: Tensor  # (B,) tokens

@@ -1,7 +1,7 @@
 """Remasking policies: which predictions of a denoising step are kept, the rest staying [MASK].
 
-A policy ranks the masked positions of a Step, and the best `quota` of each row are committed. To add one: write a function
-(Step) -> rank keys (B, L), larger is kept sooner, and list it in POLICIES.
+A policy ranks the masked positions of a Step, and the best `quota` of each row are committed. To add one: write a
+function (Step) -> rank keys (B, L), larger is kept sooner, and list it in POLICIES.
 """
 
 from collections.abc import Callable
@@ -44,7 +44,7 @@ def commit(policy: str, step: Step) -> Tensor:
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
-    """Tokens to commit at each step: num_masked spread over num_steps as evenly as whole numbers go, larger shares first.
+    """Tokens to commit at each step: num_masked spread over num_steps evenly, larger shares first.
 
     The released LLaDA sampler's split of the s/t schedule; with more steps than tokens, the idle steps are left out.
     """

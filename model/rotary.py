@@ -21,7 +21,8 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 
 def yarn_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
-    """Inverse frequencies (head_dim / 2,) stretched by `rope_factor`, and the factor on cos and sin (YaRN, 3.2 and 3.4)."""
+    """Inverse frequencies (head_dim / 2,) stretched by `rope_factor`, and the factor on cos and sin (YaRN, 3.2 and
+    3.4)."""
     plain = inverse_frequencies(config)
 
     def dimension(turns: float) -> float:  # the (real-valued) dimension that turns so often over the original context

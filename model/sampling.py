@@ -11,8 +11,9 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """logits (..., V) -> tokens (...,) and the model's own probability of each (...,) float32.
 
-    temperature 0 is argmax; otherwise Gumbel-max over the `top_k` likeliest (0 = all), in float64: lower precision truncates
-    the tail of the distribution (arXiv:2409.02908). The probability is that of the plain softmax, at temperature 1.
+    temperature 0 is argmax; otherwise Gumbel-max over the `top_k` likeliest (0 = all), in float64: lower precision
+    truncates the tail of the distribution (arXiv:2409.02908). The probability is that of the plain softmax, at
+    temperature 1.
     """
     probabilities = logits.float().softmax(dim=-1)
     if temperature == 0:

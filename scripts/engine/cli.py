@@ -14,10 +14,10 @@ class _Parser(argparse.ArgumentParser):
 def parse_args(description: str, *groups: type, argv: list[str] | None = None, **defaults: Any) -> tuple:
     """Parse argv into one instance of each dataclass in `groups`, in order, and last the frozenset of the fields typed.
 
-    A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag; a
-    Literal lists its choices; `X | None` may be left out; a field without help text is not a flag. Underscores in flags
-    read as hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks is
-    reported as a usage error.
+    A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
+    a Literal lists its choices; `X | None` may be left out; a field without help text is not a flag. Underscores in
+    flags read as hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks
+    is reported as a usage error.
     """
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for group in groups:

@@ -35,7 +35,7 @@ class CheckpointConfig:
     def load(self, runtime: RuntimeConfig) -> tuple[Transformer, PreTrainedTokenizerFast]:
         if self.checkpoint is None:
             raise ValueError(
-                "--checkpoint is missing: give one of the files that training wrote, such as weights/<run>_state_dict.pt"
+                "--checkpoint is missing: give a file that training wrote, such as weights/<run>_state_dict.pt"
             )
         tokenizer = load_tokenizer(self.tokenizer_dir)
         model = load_model(self.checkpoint, runtime.torch_device, tokenizer=fingerprint(tokenizer))
@@ -79,8 +79,10 @@ class Likelihood:
     def line(self) -> str:
         sign = "<= " if self.kind == "upper bound" else ""
         return (
-            f"{self.documents:,} documents, {self.tokens:,} tokens: {sign}{self.nats_per_token:.4f} +- {self.standard_error:.4f} nats per token, "
-            f"perplexity {sign}{self.perplexity:.2f}, {sign}{self.bits_per_byte:.4f} +- {self.bits_per_byte_error:.4f} bits per byte"
+            f"{self.documents:,} documents, {self.tokens:,} tokens: "
+            f"{sign}{self.nats_per_token:.4f} +- {self.standard_error:.4f} nats per token, "
+            f"perplexity {sign}{self.perplexity:.2f}, "
+            f"{sign}{self.bits_per_byte:.4f} +- {self.bits_per_byte_error:.4f} bits per byte"
         )
 
 
@@ -102,8 +104,8 @@ def evaluate_file(
 ) -> dict[str, Likelihood]:
     """Likelihood of all documents, and of those in each script ("han", "other") where the file has both.
 
-    Every token but BOS is scored exactly once, EOS included. A document longer than `max_length` is scored in windows, each
-    beginning with the last token of the one before as context.
+    Every token but BOS is scored exactly once, EOS included. A document longer than `max_length` is scored in windows,
+    each beginning with the last token of the one before as context.
     """
     documents, windows = _windows(model, tokenizer, config, max_length)
     for batch, chosen in _batches(windows, tokenizer, config, runtime):

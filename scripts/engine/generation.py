@@ -24,8 +24,10 @@ class Generation:
 
     def report(self) -> str:
         return (
-            f"{self.prompt}\u2502{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, {self.num_forward_passes} forward passes, "
-            f"{self.seconds:.2f} s, {self.num_tokens / self.seconds:.1f} tokens/s, {self.num_tokens / self.num_forward_passes:.2f} tokens per pass]"
+            f"{self.prompt}\u2502{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
+            f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
+            f"{self.num_tokens / self.seconds:.1f} tokens/s, "
+            f"{self.num_tokens / self.num_forward_passes:.2f} tokens per pass]"
         )
 
 
@@ -46,7 +48,8 @@ def generate(
     ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
     if len(ids) + sampling.max_new_tokens > max_length:
         raise ValueError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} exceed --max-seq-len {max_length}"
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} "
+            f"exceed --max-seq-len {max_length}"
         )
     prompt_ids = torch.tensor([ids], device=runtime.torch_device)
     model.eval()

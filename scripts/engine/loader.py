@@ -39,7 +39,8 @@ class RowOrder:
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a batch from the host, without `document_ids` where every row is one document and full: no mask is needed then."""
+    """Move a batch from the host, without `document_ids` where every row is one document and full: no mask is needed
+    then."""
     if "document_ids" in batch and not batch["document_ids"].any():
         batch = {name: tensor for name, tensor in batch.items() if name != "document_ids"}
     if device.type == "cuda":  # pinned memory lets the copy overlap with the step before

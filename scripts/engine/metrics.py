@@ -11,7 +11,8 @@ from torch import Tensor
 
 
 class Meter:
-    """Running sums of (sum, count) pairs on the device; read once per log line, so that training never waits for them."""
+    """Running sums of (sum, count) pairs on the device; read once per log line, so that training never waits for
+    them."""
 
     def __init__(self, state: dict[str, tuple[Tensor, Tensor]] | None = None):
         self.sums: dict[str, tuple[Tensor, Tensor]] = dict(state or {})

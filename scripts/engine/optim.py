@@ -97,7 +97,7 @@ class MovingAverage:
 
 
 def scale_and_clip(parameters: list[Tensor], scale: Tensor, max_norm: float) -> Tensor:
-    """Multiply the gradients by `scale` and clip their norm to `max_norm` (0 = not at all); returns the norm before clipping.
+    """Multiply the gradients by `scale`, clip their norm to `max_norm` (0 = not at all); returns the unclipped norm.
 
     One pass over the gradients and no wait for the device.
     """

@@ -21,7 +21,8 @@ TIMED_STEPS = 2
 def dry_run(
     model: Transformer, objective: Any, rows: Rows, trainer: Any, runtime: RuntimeConfig, total_steps: int
 ) -> None:
-    """Print shapes, parameters, memory and hours; a copy of the model runs a few forward and backward passes for the time."""
+    """Print shapes, parameters, memory and hours; a copy of the model runs a few forward and backward passes for the
+    time."""
     batch = rows.batch(np.arange(min(trainer.batch_size, len(rows))) % len(rows))
     for name, parameter in model.named_parameters():
         if not name.startswith("layers.") or name.startswith("layers.0."):
@@ -53,7 +54,8 @@ def dry_run(
     )
     if device.type == "cuda":
         print(
-            f"measured peak of the device's memory, without the optimizer: {torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
+            f"measured peak of the device's memory, without the optimizer: "
+            f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
         )
     print(
         f"{total_steps:,} steps, {seconds_per_step:.2f} s each without the optimizer (measured, {TIMED_STEPS} passes), "
@@ -64,7 +66,8 @@ def dry_run(
 def show_batch(
     tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, batch_size: int, mask_id: int, seed: int
 ) -> None:
-    """Print the rows of the first batch in colour: what is masked, scored, context, padding, and where documents change."""
+    """Print the rows of the first batch in colour: what is masked, scored, context, padding, and where documents
+    change."""
     indices = RowOrder(len(rows), seed)(0, min(batch_size, 4))
     batch = rows.batch(indices)
     maskable = batch["loss_mask"]
@@ -90,5 +93,6 @@ def show_batch(
             text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
             pieces.append(f"{boundary}{COLOURS[kind]}{text}{RESET}")
         print(
-            f"row {indices[row]}: {int(masked[row].sum())} masked of {int(maskable[row].sum())} maskable\n{''.join(pieces)}\n"
+            f"row {indices[row]}: {int(masked[row].sum())} masked of {int(maskable[row].sum())} maskable\n"
+            f"{''.join(pieces)}\n"
         )

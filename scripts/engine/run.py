@@ -92,7 +92,8 @@ def settings_of(*groups: Any) -> dict[str, Any]:
 
 
 def saved_state(config: RunConfig) -> dict[str, Any] | None:
-    """The checkpoint that this run continues, None for a new run. ValueError where the run exists and --resume is never."""
+    """The checkpoint that this run continues, None for a new run. ValueError where the run exists and --resume is
+    never."""
     exists = config.state_path.exists()
     if config.resume == "must" and not exists:
         raise FileNotFoundError(f"--resume must, but there is no {config.state_path}")

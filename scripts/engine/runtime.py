@@ -71,7 +71,8 @@ class RuntimeConfig:
             if self.torch_device.type == "cuda"
             else f"{torch.get_num_threads()} threads"
         )
-        return f"{self.torch_device} ({name}), {str(self.torch_dtype).removeprefix('torch.')}{', compiled' if self.compile else ''}"
+        dtype = str(self.torch_dtype).removeprefix("torch.")
+        return f"{self.torch_device} ({name}), {dtype}{', compiled' if self.compile else ''}"
 
 
 def _cpu_has_bfloat16_units() -> bool:

@@ -44,29 +44,24 @@ def train_stage(
     data: the data group of flags, with `max_seq_len`. build() -> the dataset: `train` and `validation` rows, `meta`,
     `describe()`; it is called only once nothing else is wrong, since reading a corpus takes time.
     """
-    run, runtime = configs.run, configs.runtime
+    run = configs.run
     previewing = run.dry_run or run.show_batch
     state = None if previewing else saved_state(run)
-    settings = settings_of(configs.shape, configs.optim, configs.trainer, run, runtime, objective, data)
+    settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
     notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
     model = _starting_model(configs, tokenizer, state)
     model.config.require_length(data.max_seq_len, "--max-seq-len")
     dataset = build()
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
         raise ValueError(
-            f"{run.state_path} was trained on other contents of {data.data}; give the same file, or choose another --run-name"
+            f"{run.state_path} was trained on other contents of {data.data}; "
+            "give the same file, or choose another --run-name"
         )
-    total_steps = configs.trainer.total_steps(len(dataset.train))
-    print(_header(stage, model, dataset, configs, total_steps), flush=True)
+    print(_header(stage, model, dataset, configs), flush=True)
     for note in notes:
         print(f"resuming with another setting: {note}")
-    if run.show_batch:
-        show_batch(
-            tokenizer, objective, dataset.train, configs.trainer.batch_size, model.config.mask_token_id, runtime.seed
-        )
-    if run.dry_run:
-        dry_run(model, objective, dataset.train, configs.trainer, runtime, total_steps)
     if previewing:
+        _preview(model, objective, dataset, configs, tokenizer)
         return None
     identity = {
         "tokenizer": fingerprint(tokenizer),
@@ -74,8 +69,23 @@ def train_stage(
         "settings": settings,
         "data": dataset.meta,
         "command": shlex.join(sys.argv),
-        "provenance": provenance(runtime),
+        "provenance": provenance(configs.runtime),
     }
+    _fit(model, objective, dataset, configs, identity, state)
+    return model
+
+
+def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, tokenizer: Any) -> None:
+    rows, size, seed = dataset.train, configs.trainer.batch_size, configs.runtime.seed
+    if configs.run.show_batch:
+        show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed)
+    if configs.run.dry_run:
+        dry_run(model, objective, rows, configs.trainer, configs.runtime, configs.trainer.total_steps(len(rows)))
+
+
+def _fit(
+    model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, identity: dict, state: dict | None
+) -> None:
     trainer = Trainer(
         model,
         objective,
@@ -83,20 +93,19 @@ def train_stage(
         dataset.validation,
         optim=configs.optim,
         trainer=configs.trainer,
-        run=run,
-        runtime=runtime,
+        run=configs.run,
+        runtime=configs.runtime,
         identity=identity,
         state=state,
     )
     trainer.log.write(
         "resume" if state else "start",
         step=trainer.step,
-        total_steps=total_steps,
+        total_steps=trainer.total_steps,
         parameters=model.num_parameters(),
         **identity,
     )
     trainer.fit()
-    return model
 
 
 def _check_continuation(
@@ -105,7 +114,8 @@ def _check_continuation(
     """Lines on what differs harmlessly; ValueError if the saved run is another stage's or had other settings."""
     if state["stage"] != stage:
         raise ValueError(
-            f"{run.state_path} is a run of {state['stage']}, not of {stage}; choose another --run-name, and --load-from for its weights"
+            f"{run.state_path} is a run of {state['stage']}, not of {stage}; "
+            "choose another --run-name, and --load-from for its weights"
         )
     if "step" not in state or "optimizers" not in state:
         raise ValueError(f"{run.state_path} holds weights only; resume from the run's own <run-name>.pt")
@@ -129,16 +139,19 @@ def _starting_model(
     return Transformer(shape)
 
 
-def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs, total_steps: int) -> str:
+def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs) -> str:
+    total_steps = configs.trainer.total_steps(len(dataset.train))
     tokens = total_steps * configs.trainer.rows_per_step * dataset.train.seq_len * dataset.train.real_token_share
     source = f", starting from {configs.run.load_from}" if configs.run.load_from else ""
     return "\n".join(
         [
             f"{stage}: run {configs.run.run_name}{source}",
             f"device {configs.runtime.describe()}",
-            f"model {model.num_parameters() / 1e6:.1f}M parameters: width {model.config.hidden_size}, {model.config.num_hidden_layers} layers, "
+            f"model {model.num_parameters() / 1e6:.1f}M parameters: width {model.config.hidden_size}, "
+            f"{model.config.num_hidden_layers} layers, "
             f"{model.config.num_attention_heads} heads, vocabulary {model.config.vocab_size}",
             f"data {dataset.describe()}",
-            f"{total_steps:,} steps of {configs.trainer.rows_per_step} rows: {tokens / 1e6:.1f}M tokens, {total_steps * configs.trainer.rows_per_step / len(dataset.train):.2f} passes",
+            f"{total_steps:,} steps of {configs.trainer.rows_per_step} rows: {tokens / 1e6:.1f}M tokens, "
+            f"{total_steps * configs.trainer.rows_per_step / len(dataset.train):.2f} passes",
         ]
     )

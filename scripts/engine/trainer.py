@@ -155,7 +155,8 @@ class Trainer:
             for name, (total, number) in loss.averages.items():
                 self.meter.add(name, total, number)
             count += loss.count.sum()
-            # Divided by a constant near the true count, which is known only after the last micro-batch and put right then.
+            # Divided by a constant near the true count, which is known only after the last micro-batch and put right
+            # then.
             self.scaler.scale(loss.nats.sum() / nominal).backward()
         self._update(nominal / count.clamp(min=1))
         self.step += 1

@@ -1,9 +1,13 @@
 """Use a diffusion checkpoint: continue a prompt by iterative denoising, evaluate a file, or score a given response.
 
-    uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt --prompt "Once upon a time"
-    uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
+    uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
+        --prompt "Once upon a time"
+    uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
+        --eval-data dataset/val.jsonl
     uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
         --prompt "Two and two make" --cond-ll-response " four."
+
+The network's shape comes from the checkpoint; no flag describes it.
 """
 
 import json

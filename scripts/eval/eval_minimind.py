@@ -1,7 +1,11 @@
 """Use an autoregressive checkpoint: continue a prompt, or evaluate a file.
 
-uv run python -m scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt --prompt "Once upon a time"
-uv run python -m scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt --eval-data dataset/val.jsonl
+    uv run python -m scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt \\
+        --prompt "Once upon a time"
+    uv run python -m scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt \\
+        --eval-data dataset/val.jsonl
+
+The network's shape comes from the checkpoint; no flag describes it.
 """
 
 import json

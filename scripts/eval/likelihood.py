@@ -2,7 +2,8 @@
 
     uv run python -m scripts.eval.likelihood --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
 
-Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6), over the same tokens.
+Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6), over the same
+tokens.
 """
 
 import json

@@ -2,8 +2,8 @@
 
     uv run python -m scripts.train.train_pretrain --data dataset/pretrain_hq.jsonl --run-name minimind_pretrain
 
-Writes weights/<run>.pt (everything needed to continue), <run>_state_dict.pt (for the stages that follow), <run>_best.pt,
-<run>_log.jsonl and <run>_loss.png.
+Writes weights/<run>.pt (everything needed to continue), <run>_state_dict.pt (for the stages that follow),
+<run>_best.pt, <run>_log.jsonl and <run>_loss.png.
 """
 
 from dataset.pretrain import PretrainData, PretrainDataset

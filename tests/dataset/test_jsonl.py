@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset import jsonl
-from dataset.jsonl import JsonlFile, cached_directory, is_validation, read_documents, read_rows
+from dataset.disk_cache import cached_directory
+from dataset.jsonl import JsonlFile, is_validation, read_documents, read_rows
 
 ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
 
@@ -56,12 +57,15 @@ def test_row_numbers_are_the_physical_lines_an_editor_shows(tmp_path):
     assert [(number, row["text"]) for number, row in read_rows(path)] == [(2, "a"), (5, "b")]
 
 
-@pytest.mark.parametrize("data", [
-    b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
-    b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n',
-    b'\xef\xbb\xbf\r\n{"text": "a"}\r\n{"text": "b"}',
-    b'{"text": "no", "text": "a"}\n{"text": "b"}',
-])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
+        b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n',
+        b'\xef\xbb\xbf\r\n{"text": "a"}\r\n{"text": "b"}',
+        b'{"text": "no", "text": "a"}\n{"text": "b"}',
+    ],
+)
 def test_byte_order_mark_windows_line_ends_and_duplicate_keys_are_accepted(tmp_path, data):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
@@ -133,26 +137,29 @@ def test_a_long_line_is_never_cut(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize(("second_line", "says"), [
-    (b'{"content": "x", "id": 1}', 'field "text" is missing; fields present: content, id (choose one with --'),
-    (b"{}", "fields present: none"),
-    (b'{"a\\nb": 1}', r"a\nb"),
-    (b'{"text": 5}', 'field "text" is a number, expected a string'),
-    (b'{"text": null}', 'field "text" is null, expected a string'),
-    (b'{"text": ["x"]}', 'field "text" is an array, expected a string'),
-    (b'{"text": "x"', "not valid JSON at column 13"),
-    (b'{"text": "x",}', "not valid JSON at column 1"),
-    (b"[1]", "expected an object"),
-    (b'"x"', "found a string"),
-    (b"7", "found a number"),
-    (b"null", "found null"),
-    (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte offset 13 of the row)"),
-    (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
-    (rb'{"text": "\ud800"}', r"\ud800 is half a surrogate pair"),
-    (rb'{"other": ["\uDC01"], "text": "x"}', r"\udc01 is half a surrogate pair"),
-    (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
-    (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not readable JSON"),
-])
+@pytest.mark.parametrize(
+    ("second_line", "says"),
+    [
+        (b'{"content": "x", "id": 1}', 'field "text" is missing; fields present: content, id (choose one with --'),
+        (b"{}", "fields present: none"),
+        (b'{"a\\nb": 1}', r"a\nb"),
+        (b'{"text": 5}', 'field "text" is a number, expected a string'),
+        (b'{"text": null}', 'field "text" is null, expected a string'),
+        (b'{"text": ["x"]}', 'field "text" is an array, expected a string'),
+        (b'{"text": "x"', "not valid JSON at column 13"),
+        (b'{"text": "x",}', "not valid JSON at column 1"),
+        (b"[1]", "expected an object"),
+        (b'"x"', "found a string"),
+        (b"7", "found a number"),
+        (b"null", "found null"),
+        (b'{"text": "caf\xe9"}', "not UTF-8 (byte 0xe9 at byte offset 13 of the row)"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8"),
+        (rb'{"text": "\ud800"}', r"\ud800 is half a surrogate pair"),
+        (rb'{"other": ["\uDC01"], "text": "x"}', r"\udc01 is half a surrogate pair"),
+        (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not readable JSON"),
+    ],
+)
 @pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
 def test_a_bad_row_is_refused_in_one_sentence_with_its_number(tmp_path, name, second_line, says):
     path = tmp_path / name
@@ -163,27 +170,37 @@ def test_a_bad_row_is_refused_in_one_sentence_with_its_number(tmp_path, name, se
     assert says in message
 
 
-@pytest.mark.parametrize(("name", "data", "says"), [
-    ("a.jsonl", b"", "has no rows"),
-    ("a.jsonl.gz", b"", "has no rows"),
-    ("a.jsonl", b"\n \n\xef\xbb\xbf"[:3], "has no rows"),
-    ("a.txt", b"", "is empty"),
-    ("a.txt", b"fine\nb\xffd\n", "row 2: not UTF-8 (byte 0xff at byte offset 1 of the row)"),
-    ("a.jsonl.gz", b'{"text": "plain"}', "is not a gzip file"),
-    ("a.jsonl", gzip.compress(b'{"text": "x"}'), "rename it to end in .gz"),
-    ("a.parquet", b"PAR1", "unknown file type"),
-    ("a.json.gz", b"", "unknown file type"),
-    ("jsonl", b"", "unknown file type"),
-])
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("a.jsonl", b"", "has no rows"),
+        ("a.jsonl.gz", b"", "has no rows"),
+        ("a.jsonl", b"\n \n\xef\xbb\xbf"[:3], "has no rows"),
+        ("a.txt", b"", "is empty"),
+        ("a.txt", b"fine\nb\xffd\n", "row 2: not UTF-8 (byte 0xff at byte offset 1 of the row)"),
+        ("a.jsonl.gz", b'{"text": "plain"}', "is not a gzip file"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "rename it to end in .gz"),
+        ("a.parquet", b"PAR1", "unknown file type"),
+        ("a.json.gz", b"", "unknown file type"),
+        ("jsonl", b"", "unknown file type"),
+    ],
+)
 def test_a_bad_file_is_refused_in_one_sentence(tmp_path, name, data, says):
     path = tmp_path / name
     path.write_bytes(data)
     assert says in refusal(read_documents, path)
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-4],
-                                    lambda data: data[:-8] + bytes(8), lambda data: data + b"garbage",
-                                    lambda data: data[:200] + bytes(200) + data[400:]])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[: len(data) // 2],
+        lambda data: data[:-4],
+        lambda data: data[:-8] + bytes(8),
+        lambda data: data + b"garbage",
+        lambda data: data[:200] + bytes(200) + data[400:],
+    ],
+)
 @pytest.mark.parametrize("read", [read_documents, lambda path: JsonlFile(path, path.parent / "cache")])
 def test_a_damaged_gzip_file_is_refused_and_leaves_no_cache(tmp_path, damage, read):
     path = tmp_path / "a.jsonl.gz"
@@ -295,8 +312,10 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
 
 def test_a_killed_build_is_no_cache_and_is_cleaned_up_by_the_next(tmp_path):
     """The child ends without any cleaning up, as after kill -9; its process id then belongs to nobody."""
-    child = ("import os, sys; from pathlib import Path; from dataset.jsonl import cached_directory\n"
-             "cached_directory(Path(sys.argv[1]), 'key', lambda folder: os._exit(9), None)")
+    child = (
+        "import os, sys; from pathlib import Path; from dataset.disk_cache import cached_directory\n"
+        "cached_directory(Path(sys.argv[1]), 'key', lambda folder: os._exit(9), None)"
+    )
     root = Path(__file__).parents[2]
     assert subprocess.run([sys.executable, "-c", child, tmp_path], cwd=root).returncode == 9
     assert [path.suffix for path in tmp_path.iterdir()] == [".building"]
@@ -329,8 +348,10 @@ def test_builds_at_the_same_time_all_end_with_one_sound_cache(tmp_path):
         barrier.wait(10)
         make(folder)
 
-    threads = [threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build, sound)))
-               for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build, sound)))
+        for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -105,7 +105,10 @@ def test_a_batch_is_its_rows_in_the_order_asked_for(lengths, seq_len, packed, ra
 def test_a_batch_has_the_types_of_the_data_contract():
     batch = PackedRows(split_of([5, 6]), 4, True, PAD).batch(np.array([1, 2]))
     assert {name: tensor.dtype for name, tensor in batch.items()} == {
-        "input_ids": torch.int64, "loss_mask": torch.bool, "document_ids": torch.int64}
+        "input_ids": torch.int64,
+        "loss_mask": torch.bool,
+        "document_ids": torch.int64,
+    }
     assert PackedRows(split_of([5, 6]), 4, False, PAD).batch(np.array([], dtype=np.int64))["input_ids"].shape == (0, 4)
 
 
@@ -133,7 +136,8 @@ texts = st.lists(st.text(ALPHABET, max_size=30), min_size=1, max_size=12)
 
 @given(texts, st.sampled_from([0.0, 0.2, 0.9]), st.sampled_from([1, 20, 10**6]))
 def test_the_streams_are_the_encoded_documents_of_the_two_sides_of_the_split(
-        tmp_path_factory, tokenizer, texts, fraction, chunk):
+    tmp_path_factory, tokenizer, texts, fraction, chunk
+):
     """Whatever the size of the chunks in which the text is tokenised."""
     path = write_texts(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
@@ -151,8 +155,11 @@ def test_the_streams_are_the_encoded_documents_of_the_two_sides_of_the_split(
     for split, mine in ((cache.train, trained), (cache.validation, held_out)):
         name = "train" if split is cache.train else "validation"
         assert cache.meta[name] == {
-            "documents": len(mine), "tokens": len(split.tokens), "characters": sum(map(len, mine)),
-            "bytes": sum(len(text.encode()) for text in mine)}
+            "documents": len(mine),
+            "tokens": len(split.tokens),
+            "characters": sum(map(len, mine)),
+            "bytes": sum(len(text.encode()) for text in mine),
+        }
 
 
 def test_two_documents_always_leave_one_for_validation_and_copies_of_it_follow(tmp_path, tokenizer):
@@ -178,8 +185,9 @@ def test_the_separator_is_tokenised_but_does_not_move_the_split(tmp_path, tokeni
 
 def test_compressed_and_plain_corpora_make_equal_caches(tmp_path, tokenizer):
     numbers = [str(i) for i in range(100)]
-    plain, packed = (build(write_texts(tmp_path / name, numbers), tokenizer, val_fraction=0.3)
-                     for name in ("a.jsonl", "a.jsonl.gz"))
+    plain, packed = (
+        build(write_texts(tmp_path / name, numbers), tokenizer, val_fraction=0.3) for name in ("a.jsonl", "a.jsonl.gz")
+    )
     assert plain.meta == packed.meta
     assert plain.meta["data_sha256"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
     for split in ("train", "validation"):
@@ -191,7 +199,8 @@ def test_a_text_file_is_tokenised_whole(tmp_path, tokenizer):
     path.write_text("".join(f"document {i}\n" * 30 + "\n" for i in range(40)), encoding="utf-8", newline="")
     cache = build(path, tokenizer, val_fraction=0.2)
     assert sorted(documents_of(cache.train) + documents_of(cache.validation)) == sorted(
-        expected(tokenizer, read_documents(path)))
+        expected(tokenizer, read_documents(path))
+    )
     assert cache.meta["train"]["bytes"] + cache.meta["validation"]["bytes"] == path.stat().st_size
 
 
@@ -242,9 +251,15 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["train.tokens", "train.starts", "validation.tokens", "meta.json"])
-@pytest.mark.parametrize("damage", [lambda file: file.write_bytes(file.read_bytes()[:-1]), lambda file: file.unlink(),
-                                    lambda file: file.write_bytes(b""),
-                                    lambda file: file.write_bytes(file.read_bytes() + b"more")])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: file.write_bytes(file.read_bytes()[:-1]),
+        lambda file: file.unlink(),
+        lambda file: file.write_bytes(b""),
+        lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    ],
+)
 def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, tokenizer, capsys, name, damage):
     path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
     first = documents_of(build(path, tokenizer).train)

@@ -66,26 +66,32 @@ def test_meta_and_description_agree_with_the_rows(tmp_path, tokenizer):
     assert f"{meta['train_tokens']:,} tokens, {len(dataset.train):,} rows of 16" in description
 
 
-@pytest.mark.parametrize(("options", "says"), [
-    ({"max_seq_len": 1}, "--max-seq-len 1"),
-    ({"val_fraction": -0.1}, "--val-fraction -0.1"),
-    ({"val_fraction": 1.0}, "--val-fraction 1.0"),
-    ({"val_fraction": float("nan")}, "--val-fraction nan"),
-    ({"jsonl_field": ""}, "--jsonl-field"),
-    ({"data": Path("a.csv")}, "unknown file type"),
-    ({"data": Path("a.txt.gz"), "jsonl_sep": "x"}, "--jsonl-sep 'x'"),
-    ({"data": Path("a.txt"), "jsonl_field": "content"}, "--jsonl-field content"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_seq_len": 1}, "--max-seq-len 1"),
+        ({"val_fraction": -0.1}, "--val-fraction -0.1"),
+        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
+        ({"val_fraction": float("nan")}, "--val-fraction nan"),
+        ({"jsonl_field": ""}, "--jsonl-field"),
+        ({"data": Path("a.csv")}, "unknown file type"),
+        ({"data": Path("a.txt.gz"), "jsonl_sep": "x"}, "--jsonl-sep 'x'"),
+        ({"data": Path("a.txt"), "jsonl_field": "content"}, "--jsonl-field content"),
+    ],
+)
 def test_an_impossible_flag_is_refused_by_name_and_value(options, says):
     with pytest.raises(ValueError, match=says.replace("(", r"\(")) as caught:
         PretrainData(**options)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("texts", "fraction", "says"), [
-    (["", ""], 0.1, "all 2 rows are empty"),
-    ([text for text in TEXTS if is_validation(text, 0.5)], 0.5, "held out by --val-fraction 0.5"),
-])
+@pytest.mark.parametrize(
+    ("texts", "fraction", "says"),
+    [
+        (["", ""], 0.1, "all 2 rows are empty"),
+        ([text for text in TEXTS if is_validation(text, 0.5)], 0.5, "held out by --val-fraction 0.5"),
+    ],
+)
 def test_nothing_to_train_on_is_refused_with_the_reason(tmp_path, tokenizer, texts, fraction, says):
     with pytest.raises(ValueError, match=says):
         dataset_of(tmp_path, tokenizer, texts=texts, val_fraction=fraction)

@@ -31,7 +31,10 @@ def test_greedy_cached_decoding_equals_recomputing_every_prefix(tiny_model):
 
 def test_a_batch_decodes_as_its_rows_do_alone(tiny_model):
     prompts = torch.randint(4, 24, (4, 5))
-    for model, decode, more in ((tiny_model(), decode_autoregressive, ()), (tiny_model(attention="full"), decode_diffusion, (DenoisingConfig(gen_steps=4),))):
+    for model, decode, more in (
+        (tiny_model(), decode_autoregressive, ()),
+        (tiny_model(attention="full"), decode_diffusion, (DenoisingConfig(gen_steps=4),)),
+    ):
         together = decode(model, prompts, GREEDY, *more).tokens
         for row in range(4):
             alone = decode(model, prompts[row : row + 1], GREEDY, *more).tokens[0]
@@ -112,7 +115,9 @@ def test_one_by_one_sampling_in_random_order_follows_the_models_joint(tiny_model
                     expected[pair] += 0.5 * p[first].item() * q[second].item()
         sampling = SamplingConfig(max_new_tokens=2, temperature=1.0, top_k=0)
         settings = DenoisingConfig(gen_steps=2, gen_remasking="random")
-        out = decode_diffusion(model, torch.ones(draws, 1, dtype=torch.long), sampling, settings, torch.Generator().manual_seed(0))
+        out = decode_diffusion(
+            model, torch.ones(draws, 1, dtype=torch.long), sampling, settings, torch.Generator().manual_seed(0)
+        )
     counts = Counter(tuple(row) for row in out.tokens[:, 1:].tolist())
     chi_squared = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in expected.items())
     assert sum(expected.values()) == pytest.approx(1.0) and set(counts) <= set(expected)

@@ -68,7 +68,9 @@ def test_noise_of_a_row_depends_neither_on_micro_batch_nor_on_process(schedule):
 
 def test_noise_is_a_function_of_seed_and_step():
     maskable = torch.ones(8, 8, dtype=torch.bool)
-    again, other_step, other_seed = (masked("iid_t", maskable, s, seed)[1].scored for s, seed in ((3, 0), (4, 0), (3, 1)))
+    again, other_step, other_seed = (
+        masked("iid_t", maskable, s, seed)[1].scored for s, seed in ((3, 0), (4, 0), (3, 1))
+    )
     reference = masked("iid_t", maskable, 3, 0)[1].scored
     assert torch.equal(reference, again)
     assert not torch.equal(reference, other_step) and not torch.equal(reference, other_seed)

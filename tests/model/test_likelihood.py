@@ -36,7 +36,8 @@ def test_the_estimate_falls_within_its_stated_error_of_the_enumeration(ids, tiny
 
 
 def test_as_many_samples_as_tokens_visit_every_count_once(tiny_model):
-    """Systematic k: for n samples of n tokens each k in 1..n occurs exactly once, so the constant-cost model is exact."""
+    """Systematic k: for n samples of n tokens each k in 1..n occurs exactly once, so the constant-cost model is
+    exact."""
     model = tiny_model(attention="full")
     torch.nn.init.zeros_(model.lm_head.weight)
     result = diffusion_bound(model, batch_of(torch.randint(4, 24, (5, 8))), num_samples=8)
@@ -81,7 +82,11 @@ def test_rows_cost_the_same_in_any_batch_and_with_any_padding(attention, tiny_mo
     mask[:, :2] = False
     whole = row_nats(model, batch_of(ids, torch.zeros_like(ids), mask) | {"row_ids": torch.arange(4)}, 4)
     order = torch.tensor([2, 0])
-    some = batch_of(F.pad(ids[order], (0, 3)), F.pad(torch.zeros(2, 9, dtype=torch.long), (0, 3), value=-1), F.pad(mask[order], (0, 3)))
+    some = batch_of(
+        F.pad(ids[order], (0, 3)),
+        F.pad(torch.zeros(2, 9, dtype=torch.long), (0, 3), value=-1),
+        F.pad(mask[order], (0, 3)),
+    )
     part = row_nats(model, some | {"row_ids": order}, 4)
     torch.testing.assert_close(part.nats, whole.nats[order], rtol=1e-5, atol=1e-5)
 

@@ -27,7 +27,8 @@ def uniform(model):
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)
 @pytest.mark.parametrize("step", range(3))
 def test_uniform_logits_cost_ln_v_under_every_schedule(schedule, step, tiny_model):
-    """V counts the 23 tokens that can be predicted: [MASK] cannot. Holds for every row alone, whatever its mask rate."""
+    """V counts the 23 tokens that can be predicted: [MASK] cannot. Holds for every row alone, whatever its mask
+    rate."""
     batch = batch_of(torch.randint(4, 24, (6, 9)))
     loss = replace(DIFFUSION, mask_schedule=schedule)(uniform(tiny_model()), batch, StepNoise(0, step, 6))
     if schedule == "iid_t":  # unbiased over masks only: weight / n times the number of masks is 1 on average
@@ -44,7 +45,8 @@ def test_uniform_logits_cost_ln_v_autoregressively(tiny_model):
 
 
 def brute_force_bound(model, ids):
-    """LLaDA Eq. 6 by all subsets, and Eq. 3 by all subsets with t integrated out: Beta(k, n - k + 1) = 1 / (k C(n, k))."""
+    """LLaDA Eq. 6 by all subsets, and Eq. 3 by all subsets with t integrated out: Beta(k, n - k + 1) = 1 / (k C(n,
+    k))."""
     n, mask_id = len(ids), model.config.mask_token_id
     eq6 = eq3 = 0.0
     for k in range(1, n + 1):
@@ -152,7 +154,8 @@ def test_loss_and_gradient_with_the_scored_only_head_equal_the_dense_ones(object
 
 @pytest.mark.parametrize("objective", [NextToken(), DIFFUSION])
 def test_losses_of_rows_do_not_depend_on_batch_or_padding(objective, tiny_model):
-    """A row's nats are the same alone and in a batch, short and padded: sums over rows then mean the same everywhere."""
+    """A row's nats are the same alone and in a batch, short and padded: sums over rows then mean the same
+    everywhere."""
     model, ids = tiny_model(), torch.randint(4, 24, (3, 8))
     documents = torch.zeros_like(ids)
     whole = objective(model, batch_of(ids, documents), StepNoise(0, 0, 3))
@@ -178,7 +181,8 @@ def test_the_variance_of_the_schedules_is_as_derived(tiny_model):
     model, n = uniform(tiny_model()), 64
     batch, rows = batch_of(torch.randint(4, 24, (4000, n))), 4000
     per_token = {
-        name: replace(DIFFUSION, mask_schedule=name)(model, batch, StepNoise(0, 0, rows)).nats / n for name in ("iid_t", "fixed_count")
+        name: replace(DIFFUSION, mask_schedule=name)(model, batch, StepNoise(0, 0, rows)).nats / n
+        for name in ("iid_t", "fixed_count")
     }
     assert per_token["fixed_count"].std() < 1e-5
     predicted = math.log(23) * math.sqrt((math.log(1 / 1e-3) - 1) / n)
@@ -194,7 +198,9 @@ def test_run_lengths_and_unlikelihood_are_what_they_say():
 
 
 def test_the_repetition_penalty_waits_warms_up_and_acts_on_wrong_repetitions_only(tiny_model):
-    objective = replace(DIFFUSION, repeat_penalty_weight=0.4, repeat_penalty_delay_steps=10, repeat_penalty_warmup_steps=20)
+    objective = replace(
+        DIFFUSION, repeat_penalty_weight=0.4, repeat_penalty_delay_steps=10, repeat_penalty_warmup_steps=20
+    )
     assert [objective.penalty_weight_at(s) for s in (0, 10, 20, 30, 99)] == [0.0, 0.0, pytest.approx(0.2), 0.4, 0.4]
     assert replace(objective, repeat_penalty_warmup_steps=0).penalty_weight_at(10) == 0.4
     model = tiny_model()

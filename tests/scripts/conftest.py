@@ -21,7 +21,9 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     draw = random.Random(seed)
     return [
         f"{number}: "
-        + " ".join(f"{draw.choice(NOUNS)} {draw.choice(VERBS)} {draw.choice(NOUNS)}." for _ in range(draw.randint(1, 9)))
+        + " ".join(
+            f"{draw.choice(NOUNS)} {draw.choice(VERBS)} {draw.choice(NOUNS)}." for _ in range(draw.randint(1, 9))
+        )
         for number in range(count)
     ]
 

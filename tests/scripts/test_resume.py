@@ -1,0 +1,378 @@
+"""A run that is stopped and continued is the run that was not; and one that cannot be continued is refused."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint
+from scripts.engine.metrics import read_log
+from scripts.engine.trainer import Trainer
+from scripts.train import diffusion, train_pretrain
+
+# Say where a run lies or when it ran, not what it computed.
+NOT_COMPUTED = {"settings", "command", "provenance", "seconds", "log_lines"}
+CLOCK = {"seconds", "tokens_per_second"}
+
+RUNS = {
+    "ar": (train_pretrain, []),
+    "ar-muon-ema-tied": (train_pretrain, ["--optimizer", "muon", "--ema-decay", "0.9", "--tie-embeddings"]),
+    "ar-everything": (
+        train_pretrain,
+        ["--accumulation-steps", "2", "--ema-decay", "0.9", "--dropout", "0.2", "--no-packing", "--qk-norm", "--num-key-value-heads", "2"],
+    ),
+    "iid_t-everything": (
+        diffusion,
+        ["--mask-schedule", "iid_t", "--accumulation-steps", "2", "--ema-decay", "0.9", "--dropout", "0.2", "--variable-length-prob", "0.5", "--repeat-penalty-weight", "0.5", "--repeat-penalty-min-run", "1", "--repeat-penalty-delay-steps", "3", "--repeat-penalty-warmup-steps", "6"],
+    ),
+    "fixed_count-muon": (diffusion, ["--mask-schedule", "fixed_count", "--optimizer", "muon", "--dropout", "0.1"]),
+    "random-no-packing": (diffusion, ["--mask-schedule", "random", "--no-packing", "--lr-schedule", "cosine"]),
+}
+
+
+@pytest.fixture
+def runs(pretrain_argv, diffusion_argv):
+    """runs[name] -> (module, argv) of a run of 12 steps."""
+    base = {train_pretrain: pretrain_argv, diffusion: diffusion_argv}
+    return {name: (module, base[module] + extra) for name, (module, extra) in RUNS.items()}
+
+
+class Killed(BaseException):
+    """What kill -9 looks like from inside."""
+
+
+@pytest.fixture
+def at(monkeypatch):
+    """at(method, steps, action): the next time that the trainer has run `method` at one of `steps`, do `action` once."""
+
+    def plan(method, steps, action, before=False):
+        original, left = getattr(Trainer, method), set(steps)
+
+        def wrapped(self, *args):
+            def act():
+                if self.step in left:
+                    left.remove(self.step)
+                    action()
+
+            if before:
+                act()
+            result = original(self, *args)
+            if not before:
+                act()
+            return result
+
+        monkeypatch.setattr(Trainer, method, wrapped)
+
+    return plan
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def kill():
+    raise Killed
+
+
+@pytest.fixture(autouse=True)
+def _signals_are_harmless():
+    """Outside the trainer's own handlers a signal of these tests fails the test instead of ending pytest."""
+
+    def unexpected(number, frame):
+        raise AssertionError(f"signal {number} arrived where the run does not listen for it")
+
+    kept = {number: signal.signal(number, unexpected) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def same(a, b, where="") -> None:
+    """Fails naming the first entry in which two nested states differ, to the bit."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            same(x, y, f"{where}/{i}")
+    else:
+        assert a == b, f"{where}: {a} != {b}"
+
+
+def computed(path: Path) -> dict:
+    return {name: value for name, value in load_checkpoint(path).items() if name not in NOT_COMPUTED}
+
+
+def events(path: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if name not in CLOCK}
+        for row in read_log(path)
+        if row["event"] not in ("start", "resume")
+    ]
+
+
+def assert_same_run(run_name: str) -> None:
+    """The run in whole/ and the one in parts/ left the same weights, optimizer, averages, counters and losses."""
+    for suffix in (".pt", "_state_dict.pt", "_best.pt"):
+        same(computed(Path(f"whole/{run_name}{suffix}")), computed(Path(f"parts/{run_name}{suffix}")), suffix)
+    whole, parts = events(Path(f"whole/{run_name}_log.jsonl")), events(Path(f"parts/{run_name}_log.jsonl"))
+    assert [row["event"] for row in whole].count("eval") >= 2
+    same(whole, parts, "log")
+
+
+def run_name(argv: list[str]) -> str:
+    return argv[argv.index("--run-name") + 1]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_stopped_twice_by_signals_equals_the_run_that_was_not(name, runs, command, at):
+    """Steps 5 and 7 are multiples of neither the save (3) nor the eval interval (4), 7 not of the log interval (5)."""
+    module, argv = runs[name]
+    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+    at("_train_step", [5], send(signal.SIGTERM))
+    at("_train_step", [7], send(signal.SIGINT))
+    first = command(module, [*argv, "--save-dir", "parts"])
+    assert first.code == 143 and "--resume must" in first.out and not first.err.count("Traceback")
+    assert load_checkpoint(Path(f"parts/{run_name(argv)}.pt"))["step"] == 5
+    second = command(module, [*argv, "--save-dir", "parts", "--resume", "must"])
+    assert second.code == 130
+    assert load_checkpoint(Path(f"parts/{run_name(argv)}.pt"))["step"] == 7
+    assert command(module, [*argv, "--save-dir", "parts", "--resume", "auto"]).code == 0
+    assert_same_run(run_name(argv))
+
+
+KILLS = {
+    "between the save and the validation of its step": ("save", [8], False),
+    "right after a save": ("save", [9], False),
+    "before a save": ("save", [9], True),
+    "after a validation, whose log line and best weights are of a lost future": ("_validate", [8], False),
+    "two steps after a save": ("_train_step", [11], False),
+    "before the weights are exported": ("export", [12], True),
+}
+
+
+@pytest.mark.parametrize("name", ["ar-everything", "iid_t-everything", "fixed_count-muon"])
+@pytest.mark.parametrize("moment", KILLS)
+def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, moment, runs, command, at):
+    module, argv = runs[name]
+    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+    method, steps, before = KILLS[moment]
+    at(method, steps, kill, before)
+    with pytest.raises(Killed):
+        command(module, [*argv, "--save-dir", "parts"])
+    assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
+    assert_same_run(run_name(argv))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_validation_loses_nothing(number, code, runs, command, at):
+    """The average of the weights, swapped in for the validation, must not be what is continued with."""
+    module, argv = runs["ar-everything"]
+    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+    at("_validate", [8], send(number), before=True)
+    assert command(module, [*argv, "--save-dir", "parts"]).code == code
+    assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
+    assert_same_run("ar")
+
+
+def test_a_signal_in_the_last_instant_before_the_check_is_saved_before_it_is_obeyed(runs, command, at):
+    """Between the decision whether to save and the question whether to stop, the answer may change."""
+    module, argv = runs["ar"]
+    at("_stop_if_asked", [7], send(signal.SIGTERM), before=True)
+    assert command(module, [*argv, "--save-dir", "parts"]).code == 143
+    assert load_checkpoint(Path("parts/ar.pt"))["step"] == 7, "stopped at step 7, saved an earlier one"
+
+
+def test_a_pending_early_stop_comes_at_the_same_step(runs, command, at):
+    module, argv = runs["fixed_count-muon"]
+    # No decrease is large enough after the first: validations at 4 (counts from infinity), 8 and 12 of 40 steps.
+    argv = [*argv, "--max-iters", "40", "--early-stop-patience", "2", "--early-stop-min-delta", "5"]
+    whole = command(module, [*argv, "--save-dir", "whole"])
+    assert whole.code == 0 and load_checkpoint(Path("whole/dm.pt"))["step"] == 12
+    at("_train_step", [10], send(signal.SIGTERM))
+    assert command(module, [*argv, "--save-dir", "parts"]).code == 143
+    assert load_checkpoint(Path("parts/dm.pt"))["bad_evals"] == 1
+    assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
+    assert_same_run("dm")
+
+
+def test_resuming_a_finished_run_changes_nothing(runs, command):
+    module, argv = runs["ar"]
+    for save_dir in ("whole", "parts"):
+        assert command(module, [*argv, "--save-dir", save_dir]).code == 0
+    again = command(module, [*argv, "--save-dir", "parts", "--resume", "must"])
+    assert again.code == 0
+    assert_same_run("ar")
+
+
+def test_a_longer_target_continues_a_finished_run_in_batch_order_and_noise(runs, command):
+    """With a constant learning rate, 6 steps and 6 more are 12: the schedule alone knows the total."""
+    module, argv = runs["ar"]
+    constant = [*argv, "--lr-stable-ratio", "1", "--eval-interval", "6"]
+    assert command(module, [*constant, "--save-dir", "whole"]).code == 0
+    assert command(module, [*constant, "--save-dir", "parts", "--max-iters", "6"]).code == 0
+    more = command(module, [*constant, "--save-dir", "parts", "--resume", "must"])
+    assert more.code == 0 and "--max-iters was 6, is 12" in more.out
+    same(computed(Path("whole/ar.pt"))["weights"], computed(Path("parts/ar.pt"))["weights"])
+
+
+def test_resume_auto_starts_what_does_not_exist_and_must_refuses_to(runs, command, refused):
+    module, argv = runs["ar"]
+    refused(module, [*argv, "--resume", "must"], "--resume must", "weights/ar.pt")
+    assert command(module, [*argv, "--resume", "auto"]).code == 0
+    assert Path("weights/ar_state_dict.pt").exists()
+
+
+def test_an_existing_run_is_refused_naming_the_three_ways_out(runs, command, refused):
+    module, argv = runs["ar"]
+    assert command(module, argv).code == 0
+    refused(module, argv, "weights/ar.pt", "--resume must", "--overwrite", "--run-name")
+
+
+def test_overwrite_starts_anew(runs, command):
+    module, argv = runs["ar"]
+    assert command(module, argv).code == 0
+    before = computed(Path("weights/ar.pt"))
+    assert command(module, [*argv, "--overwrite", "--seed", "5"]).code == 0
+    after = computed(Path("weights/ar.pt"))
+    assert after["step"] == 12 and not torch.equal(after["weights"]["norm.weight"], before["weights"]["norm.weight"])
+    assert [row["event"] for row in read_log(Path("weights/ar_log.jsonl"))].count("start") == 1
+
+
+def test_overwrite_leaves_no_best_weights_of_the_old_run(runs, command):
+    """The new run has no validation rows, and so no best weights; those of the old one are of another training."""
+    module, argv = runs["ar"]
+    assert command(module, argv).code == 0
+    assert command(module, [*argv, "--overwrite", "--val-fraction", "0", "--seed", "5"]).code == 0
+    assert not Path("weights/ar_best.pt").exists()
+
+
+OTHERWISE = [
+    ("--learning-rate", "0.5"),
+    ("--batch-size", "3"),
+    ("--accumulation-steps", "2"),
+    ("--seed", "7"),
+    ("--hidden-size", "64"),
+    ("--warmup-steps", "3"),
+    ("--ema-decay", "0.5"),
+    ("--optimizer", "muon"),
+    ("--max-seq-len", "16"),
+    ("--val-fraction", "0.4"),
+    ("--dropout", "0.5"),
+]
+
+
+@pytest.mark.parametrize("flag, value", OTHERWISE)
+def test_resuming_with_another_setting_names_it(flag, value, runs, command, refused, at):
+    module, argv = runs["ar"]
+    at("_train_step", [2], send(signal.SIGTERM))
+    assert command(module, argv).code == 143
+    refused(module, [*argv, "--resume", "must", flag, value], flag, value, "other settings")
+
+
+def test_resuming_with_another_mask_schedule_names_it(runs, command, refused, at):
+    module, argv = runs["iid_t-everything"]
+    at("_train_step", [2], send(signal.SIGTERM))
+    assert command(module, argv).code == 143
+    refused(module, [*argv, "--resume", "must", "--mask-schedule", "random"], "--mask-schedule was iid_t, is random")
+
+
+def test_resuming_with_harmless_settings_works_and_is_told_where_numbers_may_change(runs, command, at):
+    module, argv = runs["ar"]
+    at("_train_step", [2], send(signal.SIGTERM))
+    assert command(module, argv).code == 143
+    result = command(
+        module, [*argv, *["--resume", "must", "--max-iters", "9", "--log-interval", "1", "--save-interval", "2", "--eval-interval", "3"]]
+    )
+    assert result.code == 0
+    assert "--max-iters was 12, is 9" in result.out and "--eval-interval was 4, is 3" in result.out
+    assert "--log-interval" not in result.out
+    assert load_checkpoint(Path("weights/ar.pt"))["step"] == 9
+
+
+def test_the_same_data_in_another_place_is_the_same_run(runs, command, at, workspace):
+    """What counts is the content, whose hash is compared."""
+    module, argv = runs["ar"]
+    at("_train_step", [2], send(signal.SIGTERM))
+    assert command(module, argv).code == 143
+    (workspace / "moved.jsonl").write_bytes((workspace / "corpus.jsonl").read_bytes())
+    assert command(module, [*argv, "--resume", "must", "--data", "moved.jsonl"]).code == 0
+
+
+def test_other_contents_of_the_data_file_are_refused(runs, command, refused, at, workspace):
+    module, argv = runs["ar"]
+    at("_train_step", [2], send(signal.SIGTERM))
+    assert command(module, argv).code == 143
+    with (workspace / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    refused(module, [*argv, "--resume", "must"], "corpus.jsonl")
+
+
+def test_another_stages_run_is_refused(runs, command, refused):
+    module, argv = runs["ar"]
+    assert command(module, argv).code == 0
+    other = [*runs["random-no-packing"][1], "--run-name", "ar", "--resume", "must"]
+    refused(diffusion, other, "scripts.train.train_pretrain", "--run-name", "--load-from")
+
+
+def test_exported_weights_are_not_a_run(runs, command, refused):
+    module, argv = runs["ar"]
+    assert command(module, argv).code == 0
+    os.replace("weights/ar_state_dict.pt", "weights/ar.pt")
+    refused(module, [*argv, "--resume", "must"], "weights only")
+
+
+def test_overwrite_and_resume_contradict(runs, refused):
+    module, argv = runs["ar"]
+    refused(module, [*argv, "--overwrite", "--resume", "auto"], "--overwrite", "--resume auto")
+
+
+def test_what_is_exported_is_the_moving_average(runs, command):
+    module, argv = runs["ar-everything"]
+    assert command(module, argv).code == 0
+    state = load_checkpoint(Path("weights/ar.pt"))
+    exported = load_checkpoint(Path("weights/ar_state_dict.pt"))["weights"]
+    same(exported, {**exported, **state["average"]["shadow"]})
+    assert not torch.equal(exported["lm_head.weight"], state["weights"]["lm_head.weight"])
+
+
+def test_best_weights_score_the_loss_that_the_log_says(runs, command):
+    """The best weights are those of the best validation, not of the save before or after it."""
+    module, argv = runs["ar"]
+    # A rate that grows until the loss rises again: the best weights are not the last.
+    assert command(module, [*argv, "--lr", "5", "--warmup-steps", "1000", "--eval-interval", "1"]).code == 0
+    best = min((row for row in events(Path("weights/ar_log.jsonl")) if row["event"] == "eval"), key=lambda r: r["loss"])
+    saved = load_checkpoint(Path("weights/ar_best.pt"))
+    assert (saved["step"], saved["best_loss"]) == (best["step"], best["loss"]) and best["step"] < 12
+    again = ["--run-name", "again", "--load-from", "weights/ar_best.pt", "--lr", "1e-12", "--max-iters", "1"]
+    assert command(module, [*argv, *again]).code == 0
+    assert events(Path("weights/again_log.jsonl"))[-1]["loss"] == pytest.approx(best["loss"], abs=1e-5)
+
+
+def test_sigterm_and_resume_in_processes_of_their_own(pretrain_argv, command, workspace):
+    """The same through the operating system: a real process, a real signal, a new process."""
+    argv = [*pretrain_argv, "--max-iters", "100000", "--log-interval", "1"]
+    root = Path(__file__).parents[2]
+    line = [sys.executable, "-m", "scripts.train.train_pretrain", *argv]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        line, cwd=workspace, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for text in process.stdout:
+            if text.startswith("step 4: train"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume must" in rest and "Traceback" not in errors
+    step = load_checkpoint(Path("weights/ar.pt"))["step"]
+    assert step >= 4
+    assert command(train_pretrain, [*argv, "--resume", "must", "--max-iters", str(step + 2)]).code == 0
+    assert load_checkpoint(Path("weights/ar.pt"))["step"] == step + 2
