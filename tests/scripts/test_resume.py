@@ -23,11 +23,41 @@ RUNS = {
     "ar-muon-ema-tied": (train_pretrain, ["--optimizer", "muon", "--ema-decay", "0.9", "--tie-embeddings"]),
     "ar-everything": (
         train_pretrain,
-        ["--accumulation-steps", "2", "--ema-decay", "0.9", "--dropout", "0.2", "--no-packing", "--qk-norm", "--num-key-value-heads", "2"],
+        [
+            "--accumulation-steps",
+            "2",
+            "--ema-decay",
+            "0.9",
+            "--dropout",
+            "0.2",
+            "--no-packing",
+            "--qk-norm",
+            "--num-key-value-heads",
+            "2",
+        ],
     ),
     "iid_t-everything": (
         diffusion,
-        ["--mask-schedule", "iid_t", "--accumulation-steps", "2", "--ema-decay", "0.9", "--dropout", "0.2", "--variable-length-prob", "0.5", "--repeat-penalty-weight", "0.5", "--repeat-penalty-min-run", "1", "--repeat-penalty-delay-steps", "3", "--repeat-penalty-warmup-steps", "6"],
+        [
+            "--mask-schedule",
+            "iid_t",
+            "--accumulation-steps",
+            "2",
+            "--ema-decay",
+            "0.9",
+            "--dropout",
+            "0.2",
+            "--variable-length-prob",
+            "0.5",
+            "--repeat-penalty-weight",
+            "0.5",
+            "--repeat-penalty-min-run",
+            "1",
+            "--repeat-penalty-delay-steps",
+            "3",
+            "--repeat-penalty-warmup-steps",
+            "6",
+        ],
     ),
     "fixed_count-muon": (diffusion, ["--mask-schedule", "fixed_count", "--optimizer", "muon", "--dropout", "0.1"]),
     "random-no-packing": (diffusion, ["--mask-schedule", "random", "--no-packing", "--lr-schedule", "cosine"]),
@@ -290,7 +320,22 @@ def test_resuming_with_harmless_settings_works_and_is_told_where_numbers_may_cha
     at("_train_step", [2], send(signal.SIGTERM))
     assert command(module, argv).code == 143
     result = command(
-        module, [*argv, *["--resume", "must", "--max-iters", "9", "--log-interval", "1", "--save-interval", "2", "--eval-interval", "3"]]
+        module,
+        [
+            *argv,
+            *[
+                "--resume",
+                "must",
+                "--max-iters",
+                "9",
+                "--log-interval",
+                "1",
+                "--save-interval",
+                "2",
+                "--eval-interval",
+                "3",
+            ],
+        ],
     )
     assert result.code == 0
     assert "--max-iters was 12, is 9" in result.out and "--eval-interval was 4, is 3" in result.out
