@@ -21,8 +21,9 @@ def source_key(path: Path, *options: object) -> str:
     return hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()[:24]
 
 
-def cached_directory(cache_dir: Path, name: str, build: Callable[[Path], None],
-                     fault: Callable[[Path], str | None]) -> Path:
+def cached_directory(
+    cache_dir: Path, name: str, build: Callable[[Path], None], fault: Callable[[Path], str | None]
+) -> Path:
     """`cache_dir/name`, made by `build(empty directory)` unless it is there and `fault(directory)` is None.
 
     It is built beside its place and renamed into it, so a killed build leaves nothing that looks like a cache, and of

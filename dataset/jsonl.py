@@ -27,8 +27,15 @@ GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abABcdefCDEF]")
 DOCUMENT_CHARACTERS = 2000  # aimed-at length of a document cut from a .txt file
-JSON_TYPES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", int: "a number",
-              float: "a number", type(None): "null"}
+JSON_TYPES = {
+    dict: "an object",
+    list: "an array",
+    str: "a string",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
 CACHE_FORMAT = 1
 
 
@@ -113,8 +120,9 @@ def read_rows(path: Path, observe: Observer | None = None) -> Iterator[tuple[int
         raise ValueError(f"{path} has no rows; expected one JSON object per line")
 
 
-def read_documents(path: Path, field: str = "text", separator: str | None = None,
-                   observe: Observer | None = None) -> Iterator[str]:
+def read_documents(
+    path: Path, field: str = "text", separator: str | None = None, observe: Observer | None = None
+) -> Iterator[str]:
     """The documents of a file, in order, in constant memory.
 
     .jsonl: row[field], followed by `separator` if given. An empty text comes out as "" (without separator), for the
@@ -156,11 +164,15 @@ def _text_of(path: Path, number: int, row: dict[str, Any], field: str) -> str:
     if field not in row:
         present = ", ".join(list(row)[:10]) or "none"
         present = present if present.isprintable() else ascii(present)
-        raise ValueError(f'{path}, row {number}: field "{field}" is missing; fields present: {present} '
-                         "(choose one with --jsonl-field)")
+        raise ValueError(
+            f'{path}, row {number}: field "{field}" is missing; fields present: {present} '
+            "(choose one with --jsonl-field)"
+        )
     if not isinstance(row[field], str):
-        raise ValueError(f'{path}, row {number}: field "{field}" is {JSON_TYPES[type(row[field])]}, expected a string '
-                         "(choose another field with --jsonl-field, or correct that row)")
+        raise ValueError(
+            f'{path}, row {number}: field "{field}" is {JSON_TYPES[type(row[field])]}, expected a string '
+            "(choose another field with --jsonl-field, or correct that row)"
+        )
     return row[field]
 
 
@@ -213,8 +225,9 @@ def _refuse_lone_surrogates(path: Path, number: int, row: dict[str, Any]) -> Non
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"{path}, row {number}: {found} is half a surrogate pair and no character; "
-                         "correct or delete that row") from None
+        raise ValueError(
+            f"{path}, row {number}: {found} is half a surrogate pair and no character; correct or delete that row"
+        ) from None
 
 
 def _gzip_fault(path: Path, number: int, error: Exception) -> str:

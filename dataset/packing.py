@@ -53,8 +53,16 @@ class TokenCache:
     meta: dict[str, Any]
 
     @classmethod
-    def build_or_open(cls, path: Path, tokenizer: PreTrainedTokenizerFast, *, cache_dir: Path, field: str = "text",
-                      separator: str | None = None, val_fraction: float = 0.005) -> "TokenCache":
+    def build_or_open(
+        cls,
+        path: Path,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        cache_dir: Path,
+        field: str = "text",
+        separator: str | None = None,
+        val_fraction: float = 0.005,
+    ) -> "TokenCache":
         """Tokenise `path` into `cache_dir`, or open what an earlier call left there for this file and these options.
 
         The key holds the file's path, size and modification time; a warm open does not read it. Which documents are
@@ -266,8 +274,14 @@ class _Build:
 
     def _write_meta(self, folder: Path, counts: dict[str, dict[str, int]]) -> None:
         meta = {
-            "format": FORMAT, "dtype": self.dtype.name, "options": self.options, "tokenizer": self.fingerprint,
-            "data_sha256": self.digest.hexdigest(), "rows": self.rows, "empty_rows": self.empty_rows, **counts,
+            "format": FORMAT,
+            "dtype": self.dtype.name,
+            "options": self.options,
+            "tokenizer": self.fingerprint,
+            "data_sha256": self.digest.hexdigest(),
+            "rows": self.rows,
+            "empty_rows": self.empty_rows,
+            **counts,
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
@@ -317,8 +331,11 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 def _expected_sizes(meta: dict[str, Any]) -> dict[str, int]:
     item = np.dtype(meta["dtype"]).itemsize
-    return {f"{split}.{name}": meta[split][count] * size
-            for split in SPLITS for name, count, size in (("tokens", "tokens", item), ("starts", "documents", 8))}
+    return {
+        f"{split}.{name}": meta[split][count] * size
+        for split in SPLITS
+        for name, count, size in (("tokens", "tokens", item), ("starts", "documents", 8))
+    }
 
 
 def _fault(folder: Path) -> str | None:
@@ -334,8 +351,9 @@ def _fault(folder: Path) -> str | None:
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
-    return TokenSplit(_map(folder / f"{split}.tokens", np.dtype(meta["dtype"])),
-                      _map(folder / f"{split}.starts", np.dtype(np.int64)))
+    return TokenSplit(
+        _map(folder / f"{split}.tokens", np.dtype(meta["dtype"])), _map(folder / f"{split}.starts", np.dtype(np.int64))
+    )
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -76,8 +76,12 @@ class PretrainDataset:
         if config.data is None:
             raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
         cache = TokenCache.build_or_open(
-            config.data, tokenizer, cache_dir=config.cache_dir, field=config.jsonl_field,
-            separator=config.separator, val_fraction=config.val_fraction,
+            config.data,
+            tokenizer,
+            cache_dir=config.cache_dir,
+            field=config.jsonl_field,
+            separator=config.separator,
+            val_fraction=config.val_fraction,
         )
         self.config, self.cache = config, cache
         parts = (
@@ -106,11 +110,19 @@ class PretrainDataset:
         path, meta = self.config.data, self.meta
         if meta["rows"] == meta["empty_rows"]:
             return f"{path} has nothing to train on: all {meta['rows']:,} rows are empty"
-        return (f"{path} has nothing to train on: all {meta['validation_documents']:,} documents are held out by "
-                f"--val-fraction {self.config.val_fraction}; lower it, or give more data")
+        return (
+            f"{path} has nothing to train on: all {meta['validation_documents']:,} documents are held out by "
+            f"--val-fraction {self.config.val_fraction}; lower it, or give more data"
+        )
 
 
 def _summary(meta: dict[str, Any], real_token_share: float) -> dict[str, Any]:
     parts = {f"{split}_{name}": value for split in ("train", "validation") for name, value in meta[split].items()}
-    return {"rows": meta["rows"], "empty_rows": meta["empty_rows"], **parts, "real_token_share": real_token_share,
-            "data_sha256": meta["data_sha256"], "tokenizer_fingerprint": meta["tokenizer"]}
+    return {
+        "rows": meta["rows"],
+        "empty_rows": meta["empty_rows"],
+        **parts,
+        "real_token_share": real_token_share,
+        "data_sha256": meta["data_sha256"],
+        "tokenizer_fingerprint": meta["tokenizer"],
+    }

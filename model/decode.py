@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.cache import KVCache
 from model.losses import forbid
-from model.remasking import Step, commit, transfer_schedule
+from model.remasking import POLICIES, Step, commit, transfer_schedule
 from model.sampling import sample_tokens
 from model.transformer import Transformer
 
@@ -41,7 +41,7 @@ class DenoisingConfig:
     gen_block_size: Annotated[
         int, "denoise blocks of so many tokens from left to right (0 = the whole continuation at once)"
     ] = 0
-    gen_remasking: Annotated[Literal["low_confidence", "random"], "which predictions a step keeps"] = "low_confidence"
+    gen_remasking: Annotated[Literal[*POLICIES], "which predictions a step keeps"] = "low_confidence"
 
     def __post_init__(self):
         if self.gen_steps < 1:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 
 def forbid(logits: Tensor, token_id: int) -> Tensor:
-    """logits (..., V) with one token made impossible: [MASK] is never predicted, in training as in decoding."""
-    return logits.index_fill(-1, torch.tensor([token_id], device=logits.device), -math.inf)
+    """logits (..., V) with one token made impossible, in place: [MASK] is never predicted, in training as in decoding."""
+    logits[..., token_id] = -math.inf
+    return logits
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.forward_process import Noised, StepNoise, mask_tokens
+from model.forward_process import MASK_SCHEDULES, Noised, StepNoise, mask_tokens
 from model.losses import forbid, run_lengths, sum_by_row, token_nats, unlikelihood
 from model.transformer import Transformer
 
@@ -59,9 +59,9 @@ class MaskedDiffusion:
 
     attention = "full"
 
-    mask_schedule: Annotated[
-        Literal["iid_t", "fixed_count", "random"], "which tokens are masked and how they are weighted"
-    ] = "fixed_count"
+    mask_schedule: Annotated[Literal[*MASK_SCHEDULES], "which tokens are masked and how they are weighted"] = (
+        "fixed_count"
+    )
     iid_mask_eps: Annotated[float, "iid_t: rates are drawn from (eps, 1 - eps)"] = 1e-3
     variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length"] = 0.01
     repeat_penalty_weight: Annotated[float, "unlikelihood of continuing a run of equal tokens (0 = off)"] = 0.0

@@ -1,6 +1,7 @@
 """Device, precision and seed: how a command computes, not what."""
 
 import platform
+import shutil
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from typing import Annotated, Literal
 
 import torch
 import transformers
+
+CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class RuntimeConfig:
             raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise ValueError("--device mps was asked for, but this machine has no Metal GPU that torch can use")
+        if self.compile and device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
+            raise ValueError(
+                f"--compile needs a C++ compiler on a CPU, one of {', '.join(CXX_COMPILERS)}; none was found"
+            )
         if self.dtype == "float16" and device.type == "cpu":
             raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
 

@@ -1,0 +1,97 @@
+"""How noisy each mask schedule's loss and gradient are, for one model and one batch: only the masks are drawn anew.
+
+    uv run python -m scripts.eval.schedule_variance --checkpoint weights/diffusion_state_dict.pt \\
+        --data dataset/pretrain_hq.jsonl --batch-size 16 --num-draws 64
+
+Prints, per schedule: the mean loss with its standard error, the standard deviation of a batch's loss, and the variance
+of its gradient relative to the squared norm of the mean gradient.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from dataset.pretrain import PretrainData, PretrainDataset
+from model.forward_process import MASK_SCHEDULES, StepNoise
+from model.objective import MaskedDiffusion
+from model.transformer import Transformer
+from scripts.engine.cli import parse_args, run
+from scripts.engine.evaluation import CheckpointConfig
+from scripts.engine.loader import RowOrder, to_device
+from scripts.engine.runtime import RuntimeConfig, provenance
+
+
+@dataclass(frozen=True)
+class VarianceConfig:
+    """The measurement."""
+
+    checkpoint: Annotated[Path | None, "diffusion checkpoint"] = None
+    batch_size: Annotated[int, "rows in the batch"] = 16
+    num_draws: Annotated[int, "masks drawn per schedule"] = 64
+    json: Annotated[Path | None, "also write the result to this file"] = None
+
+    def __post_init__(self):
+        if self.batch_size < 1 or self.num_draws < 2:
+            raise ValueError("--batch-size must be at least 1 and --num-draws at least 2")
+
+
+@dataclass(frozen=True)
+class Spread:
+    mean: float  # nats per token
+    standard_error: float
+    standard_deviation: float  # of one batch's loss over the masks
+    gradient_noise: float  # E |g - E g|^2 / |E g|^2 over the masks
+
+
+def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime: RuntimeConfig) -> Spread:
+    """Sums of g and |g|^2 over the draws give the gradient's variance, without the bias of its estimated mean."""
+    objective = MaskedDiffusion(mask_schedule=schedule, variable_length_prob=0.0)
+    losses, squares, rows = [], 0.0, len(batch["input_ids"])
+    total = [torch.zeros_like(p) for p in model.parameters()]
+    for draw in range(draws):
+        model.zero_grad()
+        with runtime.autocast():
+            loss = objective(model, batch, StepNoise(runtime.seed, draw, rows, 0, runtime.torch_device))
+        value = loss.nats.sum() / loss.count.sum()
+        value.backward()
+        losses.append(float(value.detach()))
+        gradients = [p.grad for p in model.parameters()]
+        squares += sum(float(g.double().square().sum()) for g in gradients)
+        torch._foreach_add_(total, gradients)
+    of_mean = sum(float(g.double().square().sum()) for g in total) / draws**2
+    variance = (squares / draws - of_mean) * draws / (draws - 1)
+    values = torch.tensor(losses, dtype=torch.float64)
+    return Spread(
+        float(values.mean()),
+        float(values.std()) / math.sqrt(draws),
+        float(values.std()),
+        variance / (of_mean - variance / draws),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, data, runtime, given = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
+    checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
+    model, tokenizer = checkpoint.load(runtime)
+    if model.config.attention != "full":
+        raise ValueError(f"{config.checkpoint} is autoregressive; mask schedules belong to diffusion")
+    rows = PretrainDataset(data, tokenizer).train
+    batch = rows.batch(RowOrder(len(rows), runtime.seed)(0, config.batch_size))
+    batch = to_device(batch, runtime.torch_device)
+    result = {name: measure(model, batch, name, config.num_draws, runtime) for name in MASK_SCHEDULES}
+    print(f"{'schedule':<12} {'mean loss':>20} {'std of a batch':>15} {'gradient noise':>15}")
+    for name, spread in result.items():
+        mean = f"{spread.mean:.4f} +- {spread.standard_error:.4f}"
+        print(f"{name:<12} {mean:>20} {spread.standard_deviation:>15.4f} {spread.gradient_noise:>15.3f}")
+    if config.json:
+        settings = {"batch_size": config.batch_size, "num_draws": config.num_draws, "seed": runtime.seed}
+        written = {"spread": {k: asdict(v) for k, v in result.items()}, "settings": settings, **provenance(runtime)}
+        config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

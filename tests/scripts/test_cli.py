@@ -1,0 +1,404 @@
+"""The command line as an interface: flags, aliases, help, and commands that run as they are written."""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pytest
+import torch
+
+import scripts.eval
+import scripts.train
+from dataset.tokenizer import load_tokenizer
+from model.checkpoint import load_checkpoint
+from scripts.engine import cli
+from scripts.engine.run import SILENT, TOLD, RunConfig
+from scripts.eval import eval_diffusion, eval_minimind, likelihood
+from scripts.train import diffusion, train_pretrain
+
+ROOT = Path(__file__).parents[2]
+MODULES = sorted(
+    f"{package.__name__}.{found.name}"
+    for package in (scripts.train, scripts.eval)
+    for found in pkgutil.iter_modules(package.__path__)
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group."""
+
+    some_number: Annotated[int, "a number, 5 % of it", "--number", "--n"] = 3
+    some_text: Annotated[str | None, "a text"] = None
+    some_flag: Annotated[bool, "a flag"] = False
+    kind: Annotated[Literal["a", "b"], "a choice"] = "a"
+    hidden: int = 7
+
+    def __post_init__(self):
+        if self.some_number < 0:
+            raise ValueError(f"--some-number must not be negative, not {self.some_number}")
+
+
+def parse(*argv):
+    return cli.parse_args("what it does", Group, argv=list(argv))
+
+
+def test_defaults_and_what_was_typed():
+    assert parse() == (Group(), frozenset())
+    assert parse("--n", "4", "--some-flag") == (Group(some_number=4, some_flag=True), {"some_number", "some_flag"})
+    assert parse("--some-number", "3")[1] == {"some_number"}  # typed, although it is the default
+    assert parse("--no-some-flag") == (Group(), {"some_flag"})
+
+
+def test_a_command_may_change_a_default_but_not_invent_a_field():
+    made, given = cli.parse_args("d", Group, argv=[], some_number=9)
+    assert made.some_number == 9 and not given
+    with pytest.raises(TypeError, match="nonsense"):
+        cli.parse_args("d", Group, argv=[], nonsense=9)
+
+
+@pytest.mark.parametrize(
+    "spelling", [["--some_number", "5"], ["--some_number=5"], ["--some-number=5"], ["--number", "5"]]
+)
+def test_underscores_and_aliases_are_the_flag(spelling):
+    assert parse(*spelling)[0].some_number == 5
+
+
+@pytest.mark.parametrize("text", ["a_b", "snake_case and --more_of_it", "--some_thing else", "a=b_c", "你好_", ""])
+def test_values_are_kept_as_they_are(text):
+    """A prompt is a value: its underscores are its own, wherever it begins with two hyphens, too."""
+    assert parse("--some-text", text)[0].some_text == text
+    assert parse(f"--some_text={text}")[0].some_text == text
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--nonsense"], "--nonsense"),
+        (["--some-numb", "3"], "--some-numb"),
+        (["--some-number", "three"], "three"),
+        (["--some-number", "3.5"], "3.5"),
+        (["--some-number"], "--some-number"),
+        (["--kind", "c"], "'a', 'b'"),
+        (["--some-number", "-4"], "must not be negative"),
+        (["--hidden", "8"], "--hidden"),
+        (["stray"], "stray"),
+        (["--some-flag=yes"], "--some-flag"),
+    ],
+)
+def test_wrong_arguments_end_in_one_sentence_and_exit_2(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+def test_help_shows_help_text_default_and_aliases(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for part in ("what it does", "--some-number, --number, --n", "a number, 5 % of it [3]", "a text [none]", "{a,b}"):
+        assert part in re.sub(r"\s+", " ", text), part
+    assert "hidden" not in text
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (ValueError("two\nlines"), 2, "error: two lines\n"),
+        (FileNotFoundError("no x"), 2, "error: no x\n"),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(143), 143, ""),
+        (None, 0, ""),
+    ],
+)
+def test_how_a_command_ends(error, code, said, capsys):
+    def main(argv):
+        if error is not None:
+            raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, [])
+    assert stop.value.code == code and capsys.readouterr().err == said
+
+
+def test_our_own_faults_are_not_dressed_as_the_users():
+    def main(argv):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        cli.run(main, [])
+
+
+# -- the real commands -------------------------------------------------------------------------------------------------
+
+
+def documented(module: str) -> list[list[str]]:
+    """The arguments of every command for `module` in its own docstring."""
+    text = importlib.import_module(module).__doc__.replace("\\\n", " ")
+    found = re.findall(rf"^ *(?:uv run )?python -m {re.escape(module)}\b(.*)$", text, re.MULTILINE)
+    return [shlex.split(arguments) for arguments in found]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_help_works_and_contains_the_command_itself(module, command):
+    result = command(importlib.import_module(module), ["--help"])
+    assert (result.code, result.err) == (0, "")
+    assert f"python -m {module}" in result.out
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_the_commands_in_a_docstring_parse_and_fail_for_want_of_their_files_only(
+    module, command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    commands = documented(module)
+    assert commands, f"{module}: no command in its docstring"
+    for argv in commands:
+        result = command(importlib.import_module(module), argv)
+        assert result.code == 2 and "--help lists the flags" not in result.err, result.err
+        assert re.search(r"does not exist|there is no|holds no", result.err), result.err
+
+
+# The project's published commands (README.md), shortened in nothing but their prompts.
+PUBLISHED = """
+scripts.train.train_pretrain --data ./dataset/pretrain_hq.jsonl --jsonl-field text --tokenizer-dir .
+  --run-name minimind_pretrain --hidden-size 512 --num-hidden-layers 8 --num-attention-heads 8
+  --max-seq-len 256 --epochs 1 --batch-size 96
+scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt --tokenizer-dir .
+  --prompt "请介绍你自己。" --max-new-tokens 200
+scripts.train.diffusion --train --use-tokenizer --data ./dataset/pretrain_hq.jsonl
+  --inference-rope-scaling --learning-rate 4e-4 --warmup-steps 2000 --min-lr-ratio 0.025 --mask-schedule iid_t
+  --repeat-penalty-weight 0 --init-from-minimind weights/minimind_pretrain_state_dict.pt
+  --run-name diffusion_from_ar_eq3 --early-stop-patience 5 --early-stop-min-delta 0.001 --max-iters 40000
+  --batch-size 96
+scripts.eval.eval_diffusion --checkpoint weights/diffusion_from_ar_eq3.pt --tokenizer-dir .
+  --seq-len 256 --prompt "请介绍你自己。" --max-new-tokens 200
+"""
+
+
+def published() -> list[tuple[str, list[str]]]:
+    lines = PUBLISHED.strip().replace("\n  ", " ").splitlines()
+    return [(module, rest) for module, *rest in map(shlex.split, lines)]
+
+
+def test_the_published_commands_run_one_after_the_other(command, workspace, tokenizer_dir):
+    """As written, but for a tiny shape and few steps: each finds what those before it wrote."""
+    (workspace / "dataset").mkdir()
+    (workspace / "corpus.jsonl").rename(workspace / "dataset" / "pretrain_hq.jsonl")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (workspace / name).write_bytes((tokenizer_dir / name).read_bytes())
+    tiny = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--batch-size", "4"]
+    for module, argv in published():
+        smaller = []
+        if module == "scripts.train.train_pretrain":
+            smaller = [*tiny, "--dtype", "float32"]
+        elif module == "scripts.train.diffusion":
+            smaller = ["--max-iters", "2", "--batch-size", "4", "--dtype", "float32"]
+        result = command(importlib.import_module(module), argv + smaller)
+        assert result.code == 0, (module, result.err)
+
+
+def test_a_command_in_a_process_of_its_own_reports_a_mistake_without_a_traceback(workspace):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
+    line = [sys.executable, "-m", "scripts.eval.likelihood", "--checkpoint", "没有.pt", "--eval-data", "x.jsonl"]
+    result = subprocess.run(line, cwd=workspace, env=environment, capture_output=True)
+    assert result.returncode == 2 and result.stdout == b""
+    assert result.stderr.decode("utf-8").startswith("error: ") and result.stderr.count(b"\n") == 1
+
+
+@pytest.mark.parametrize("module", [train_pretrain, diffusion])
+def test_documented_aliases_reach_their_fields(module, command, pretrain_argv, diffusion_argv):
+    argv = pretrain_argv if module is train_pretrain else diffusion_argv
+    run = argv[argv.index("--run-name") + 1]
+    argv = [*argv, "--lr", "0.00321", "--seq_len", "16", "--max_iters", "1"]
+    assert command(module, argv).code == 0
+    settings = load_checkpoint(Path(f"weights/{run}.pt"))["settings"]
+    assert (settings["learning_rate"], settings["max_seq_len"], settings["max_iters"]) == (0.00321, 16, 1)
+
+
+def test_settings_that_may_change_are_settings():
+    """A renamed field would make its name in these lists a dead letter."""
+    from dataset.pretrain import PretrainData
+    from scripts.engine.runtime import RuntimeConfig
+    from scripts.engine.trainer import TrainerConfig
+
+    known = {f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData) for f in fields(group)}
+    assert known >= SILENT | TOLD and not SILENT & TOLD
+
+
+# -- previews ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
+@pytest.mark.parametrize("module", [train_pretrain, diffusion])
+def test_a_preview_writes_nothing(module, flag, command, pretrain_argv, diffusion_argv, workspace):
+    argv = pretrain_argv if module is train_pretrain else diffusion_argv
+    before = {p for p in workspace.rglob("*") if "dataset" not in p.parts}
+    result = command(module, [*argv, flag])
+    assert result.code == 0 and "12 steps" in result.out
+    assert {p for p in workspace.rglob("*") if "dataset" not in p.parts} == before
+
+
+def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):
+    said = command(train_pretrain, [*pretrain_argv, "--dry-run", "--accumulation-steps", "3"]).out
+    assert command(train_pretrain, [*pretrain_argv, "--accumulation-steps", "3"]).code == 0
+    weights = load_checkpoint(Path("weights/ar_state_dict.pt"))["weights"]
+    assert f"parameters {sum(t.numel() for t in weights.values()):,};" in said
+    for name, tensor in weights.items():
+        if not name.startswith("layers.1."):
+            assert re.search(rf"{re.escape(name)} +{re.escape(str(tuple(tensor.shape)))}", said), name
+
+
+def test_a_shown_batch_is_the_first_batch_in_full(command, diffusion_argv, texts):
+    """Without its colours and boundaries, a shown row is the text of documents of the corpus."""
+    said = command(diffusion, [*diffusion_argv, "--show-batch", "--no-packing", "--max-seq-len", "128"]).out
+    rows = re.findall(r"row (\d+): (\d+) masked of (\d+) maskable\n(.*)\n", said)
+    assert len(rows) == 4
+    for _, masked, maskable, text in rows:
+        assert 1 <= int(masked) <= int(maskable)
+        assert text.count("\033[41m") == int(masked)
+        plain = re.sub(r"\033\[\d+m", "", text).replace("|<|", "<|").replace("<|endoftext|>", "")
+        assert plain.strip("|").count("<|im_start|>") == 1
+    assert len({text for *_, text in rows}) == 4
+
+
+# -- character mode and a tokenizer of the run's own -------------------------------------------------------------------
+
+
+@pytest.fixture
+def character_argv(workspace, tiny_flags, texts):
+    """Character-level training on a .txt file: no tokenizer directory at all."""
+    (workspace / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
+    flags = [*tiny_flags, "--train", "--run-name", "chars", "--max-new-tokens", "4", "--data", "corpus.txt"]
+    at = flags.index("--tokenizer-dir")
+    return flags[:at] + flags[at + 2 :]
+
+
+GENERATE = ["--run-name", "chars", "--max-new-tokens", "6", "--gen-steps", "3", "--max-seq-len", "32"]
+
+
+def test_character_mode_trains_and_generates(command, character_argv, texts):
+    assert command(diffusion, character_argv).code == 0
+    tokenizer = load_tokenizer(Path("weights/chars_tokenizer"))
+    assert len(tokenizer) == 16 + len(set("\n".join(texts)))
+    result = command(diffusion, [*GENERATE, "--prompt", "the cat"])
+    assert result.code == 0 and result.out.startswith("the cat│")
+    argv = ["--checkpoint", "weights/chars_state_dict.pt", "--tokenizer-dir", "weights/chars_tokenizer"]
+    result = command(
+        eval_diffusion, [*argv, "--prompt", "老朋友", "--max-new-tokens", "4", "--eval-data", "corpus.txt"]
+    )
+    assert result.code == 0 and "documents" in result.out
+
+
+def test_character_mode_resumes_with_its_own_tokenizer(command, character_argv):
+    assert command(diffusion, [*character_argv, "--max-iters", "5"]).code == 0
+    before = Path("weights/chars_tokenizer/tokenizer.json").read_bytes()
+    assert command(diffusion, [*character_argv, "--resume", "must"]).code == 0
+    assert Path("weights/chars_tokenizer/tokenizer.json").read_bytes() == before
+    assert load_checkpoint(Path("weights/chars.pt"))["step"] == 12
+
+
+def test_a_character_outside_the_vocabulary_is_named(command, character_argv, refused):
+    assert command(diffusion, character_argv).code == 0
+    refused(diffusion, [*GENERATE, "--prompt", "the € cat"], "€", "U+20AC")
+
+
+def test_a_refused_run_keeps_the_tokenizer_of_the_existing_one(command, character_argv, refused, workspace):
+    """With other data it would be another tokenizer, and the existing run worthless."""
+    assert command(diffusion, character_argv).code == 0
+    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
+    refused(diffusion, [*character_argv, "--data", "other.txt"], "--overwrite")
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
+def test_a_preview_keeps_the_tokenizer_of_the_existing_run(flag, command, character_argv, workspace):
+    assert command(diffusion, character_argv).code == 0
+    before = Path("weights/chars_tokenizer/tokenizer.json").read_bytes()
+    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
+    assert command(diffusion, [*character_argv, "--data", "other.txt", flag]).code == 0
+    assert Path("weights/chars_tokenizer/tokenizer.json").read_bytes() == before
+
+
+def test_resume_must_without_a_run_writes_no_tokenizer(character_argv, refused):
+    refused(diffusion, [*character_argv, "--resume", "must"], "--resume must")
+
+
+def test_a_retrained_tokenizer_is_accepted_by_every_other_command(command, tiny_flags):
+    at = tiny_flags.index("--tokenizer-dir")
+    argv = tiny_flags[:at] + tiny_flags[at + 2 :]
+    argv += ["--train", "--use-tokenizer", "--retrain-tokenizer", "--target-vocab-size", "320", "--run-name", "own"]
+    assert command(diffusion, [*argv, "--max-new-tokens", "4"]).code == 0
+    own = ["--tokenizer-dir", "weights/own_tokenizer"]
+    assert len(load_tokenizer(Path("weights/own_tokenizer"))) == 320
+    use = ["--checkpoint", "weights/own_state_dict.pt", *own, "--eval-data", "corpus.jsonl", "--nmc", "1"]
+    assert command(eval_diffusion, use).code == 0
+    assert command(likelihood, use).code == 0
+    assert command(train_pretrain, [*tiny_flags, *own, "--max-iters", "1", "--run-name", "ar"]).code == 0
+
+
+# -- generation through the commands -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(command, pretrain_argv, diffusion_argv, tokenizer_dir):
+    """(module, argv) of both evaluation commands with a checkpoint of their kind."""
+    assert command(train_pretrain, [*pretrain_argv, "--max-iters", "2"]).code == 0
+    assert command(diffusion, [*diffusion_argv, "--max-iters", "2"]).code == 0
+    tokenizer = ["--tokenizer-dir", str(tokenizer_dir), "--max-new-tokens", "5", "--dtype", "float32"]
+    return [
+        (eval_minimind, ["--checkpoint", "weights/ar_state_dict.pt", *tokenizer]),
+        (eval_diffusion, ["--checkpoint", "weights/dm_state_dict.pt", *tokenizer]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "🙂👨‍👩‍👧", "a\x00b", "<|im_start|>user<|im_end|><|mask|>", "  \n\t", "你好_ --x_y", "'\"\\"]
+)
+def test_every_prompt_comes_back_as_it_was_given(prompt, trained, command):
+    for module, argv in trained:
+        result = command(module, [*argv, f"--prompt={prompt}", "--json"])
+        assert result.code == 0, result.err
+        generation = json.loads(result.out)["generation"]
+        assert generation["prompt"] == prompt and 1 <= generation["num_tokens"] <= 5
+        assert "<|mask|>" not in generation["text"]
+
+
+def test_generation_repeats_with_its_seed(trained, command):
+    for module, argv in trained:
+        one, two, other = (
+            command(module, [*argv, "--prompt", "the", "--gen-seed", seed, "--gen-temp", "5", "--gen-top-k", "0"]).out
+            for seed in ("1", "1", "2")
+        )
+        assert one.splitlines()[0] == two.splitlines()[0] != other.splitlines()[0]
+
+
+def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):
+    for module, argv in trained:
+        result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", "--nmc", "1"])
+        assert {"generation", "likelihood", "checkpoint", "seed"} <= json.loads(result.out).keys()
+
+
+def test_a_trained_model_is_the_same_whatever_is_generated_afterwards(command, diffusion_argv):
+    assert command(diffusion, diffusion_argv).code == 0
+    before = load_checkpoint(Path("weights/dm_state_dict.pt"))["weights"]
+    assert command(diffusion, [*diffusion_argv, "--overwrite", "--prompt", "the", "--gen-temp", "3"]).code == 0
+    after = load_checkpoint(Path("weights/dm_state_dict.pt"))["weights"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def test_the_loss_curve_is_drawn(command, pretrain_argv, plots):
+    assert command(train_pretrain, pretrain_argv).code == 0
+    assert Path("weights/ar_loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in Path("weights").iterdir()) == [
+        *("ar.pt", "ar_best.pt", "ar_log.jsonl", "ar_loss.png", "ar_state_dict.pt")
+    ]

@@ -1,0 +1,291 @@
+"""scripts/engine/evaluation.py: every token once, whatever the windows, the batches and the order of the rows."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dataset.tokenizer import encode, fingerprint, token_ids
+from model.checkpoint import save_checkpoint
+from model.config import ModelConfig
+from model.transformer import Transformer
+from scripts.engine import evaluation
+from scripts.engine.evaluation import (
+    DataEvalConfig,
+    _ratio_error,
+    evaluate_file,
+    masked_cross_entropy,
+    response_likelihood,
+    script_of,
+)
+from scripts.engine.runtime import RuntimeConfig
+from scripts.eval import eval_diffusion, eval_minimind, likelihood
+
+KINDS = ["causal", "full"]
+
+
+@pytest.fixture
+def runtime():
+    return RuntimeConfig(device="cpu", dtype="float32", seed=11)
+
+
+@pytest.fixture
+def model_of(tokenizer):
+    """model_of(attention, uniform=False) -> a model for the test's tokenizer, its logits far from uniform, or all 0."""
+
+    def build(attention, uniform=False):
+        config = ModelConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            attention=attention,
+            **token_ids(tokenizer),
+        )
+        model = Transformer(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(0 if uniform else 8)
+        return model.eval()
+
+    return build
+
+
+@pytest.fixture
+def data(workspace, jsonl):
+    """data(texts, name, **more) -> the evaluation of a file with these documents."""
+    return lambda texts, name="eval.jsonl", **more: DataEvalConfig(
+        eval_data=jsonl(workspace / name, texts), **{"num_samples": 3} | more
+    )
+
+
+def close(a: float, b: float) -> bool:
+    return a == pytest.approx(b, rel=1e-6, abs=1e-6, nan_ok=True)
+
+
+@pytest.mark.parametrize("max_length", [2, 3, 7, 32, 33, 1000])
+def test_windows_score_every_token_but_bos_exactly_once_in_order(max_length, model_of, tokenizer, texts, data):
+    """Each window begins with the token before its first scored one."""
+    documents, windows = evaluation._windows(model_of("causal"), tokenizer, data(texts), max_length)
+    assert len(documents) == len(texts)
+    scored = [[] for _ in documents]
+    for number, ids in windows:
+        assert 2 <= len(ids) <= max_length
+        expected_context = scored[number][-1] if scored[number] else tokenizer.bos_token_id
+        assert ids[0] == expected_context
+        scored[number] += ids[1:]
+    for text, found in zip(texts, scored, strict=True):
+        assert found == [*encode(tokenizer, text), tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_counts_are_those_of_the_text_at_every_window_size(kind, model_of, tokenizer, texts, data, runtime):
+    model = model_of(kind)
+    for max_length in (5, 32, 300):
+        found = evaluate_file(model, tokenizer, data(texts), max_length, runtime)["all"]
+        assert found.documents == len(texts)
+        assert found.tokens == sum(len(encode(tokenizer, t)) + 1 for t in texts)
+        assert found.bytes == sum(len(t.encode()) for t in texts)
+
+
+def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(model_of, tokenizer, texts, data, runtime):
+    """Against one plain forward pass per document, without padding, batching, masks or selection."""
+    model = model_of("causal")
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]])
+        with torch.no_grad():
+            logits = model(ids, is_causal=True)[0, :-1].double().log_softmax(-1)
+        nats -= float(logits.gather(1, ids[0, 1:, None]).sum())
+    found = evaluate_file(model, tokenizer, data(texts), 400, runtime)["all"]
+    assert found.kind == "exact" and found.mask_standard_error == 0
+    assert close(found.nats_per_token, nats / found.tokens)
+    assert close(found.bits_per_byte, nats / math.log(2) / found.bytes)
+    assert close(found.perplexity, math.exp(nats / found.tokens))
+
+
+def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(model_of, tokenizer, texts, data, runtime):
+    model, text = model_of("causal"), max(texts, key=len)
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]
+    nats, start = 0.0, 0
+    while start < len(ids) - 1:
+        window = torch.tensor([ids[start : start + 16]])
+        with torch.no_grad():
+            logits = model(window, is_causal=True)[0, :-1].double().log_softmax(-1)
+        nats -= float(logits.gather(1, window[0, 1:, None]).sum())
+        start += 15
+    found = evaluate_file(model, tokenizer, data([text]), 16, runtime)["all"]
+    assert close(found.nats_per_token, nats / (len(ids) - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data, runtime):
+    model = model_of(kind)
+    results = [
+        evaluate_file(model, tokenizer, data(texts, eval_batch_size=size), 24, runtime) for size in (1, 2, 7, 1000)
+    ]
+    for result in results[1:]:
+        assert result.keys() == results[0].keys()
+        for group, value in result.items():
+            for field in ("nats_per_token", "standard_error", "mask_standard_error", "bits_per_byte"):
+                assert close(getattr(value, field), getattr(results[0][group], field)), (group, field)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_batch_size_does_not_change_the_masked_cross_entropy(uniform, model_of, tokenizer, texts, data, runtime):
+    model = model_of("full", uniform)
+    losses = [
+        masked_cross_entropy(model, tokenizer, data(texts, eval_batch_size=size), 24, 0.5, runtime)
+        for size in (1, 7, 1000)
+    ]
+    assert all(close(loss, math.log(len(tokenizer) - 1) if uniform else losses[0]) for loss in losses)
+
+
+def test_the_order_of_the_rows_is_irrelevant_to_an_exact_likelihood(model_of, tokenizer, texts, data, runtime):
+    model = model_of("causal")
+    a = evaluate_file(model, tokenizer, data(texts), 24, runtime)
+    b = evaluate_file(model, tokenizer, data(texts[::-1], "reversed.jsonl"), 24, runtime)
+    for group in a:
+        for field in ("documents", "tokens", "nats_per_token", "standard_error", "bits_per_byte_error"):
+            assert close(getattr(a[group], field), getattr(b[group], field)), (group, field)
+
+
+def test_the_order_of_the_rows_moves_a_bound_by_no_more_than_its_own_noise(model_of, tokenizer, texts, data, runtime):
+    """Masks follow the window's number, so another order draws other masks."""
+    model = model_of("full")
+    a = evaluate_file(model, tokenizer, data(texts, num_samples=8), 24, runtime)["all"]
+    b = evaluate_file(model, tokenizer, data(texts[::-1], "r.jsonl", num_samples=8), 24, runtime)["all"]
+    assert abs(a.nats_per_token - b.nats_per_token) < 5 * math.hypot(a.mask_standard_error, b.mask_standard_error)
+    assert a.tokens == b.tokens
+
+
+@pytest.mark.parametrize("kind, choices", [("causal", 0), ("full", 1)])
+@pytest.mark.parametrize("max_length", [9, 300])
+def test_a_model_that_knows_nothing_costs_the_logarithm_of_its_choices(
+    kind, choices, max_length, model_of, tokenizer, texts, data, runtime
+):
+    """Diffusion has one choice less: [MASK] is never predicted. Its estimate is exact here, whatever the masks."""
+    found = evaluate_file(model_of(kind, uniform=True), tokenizer, data(texts), max_length, runtime)
+    expected = math.log(len(tokenizer) - choices)
+    for value in found.values():
+        assert close(value.nats_per_token, expected)
+        assert value.perplexity == pytest.approx(len(tokenizer) - choices, rel=1e-5)
+        assert close(value.bits_per_byte, expected / math.log(2) * value.tokens / value.bytes)
+        assert value.standard_error < 1e-5 and value.mask_standard_error < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scripts_add_up_to_all(kind, model_of, tokenizer, texts, data, runtime):
+    found = evaluate_file(model_of(kind), tokenizer, data(texts), 24, runtime)
+    assert found.keys() == {"all", "han", "other"}
+    for field in ("documents", "tokens", "bytes"):
+        assert getattr(found["all"], field) == sum(getattr(found[s], field) for s in ("han", "other"))
+    for rate, weight in (("nats_per_token", "tokens"), ("bits_per_byte", "bytes")):
+        parts = sum(getattr(found[s], rate) * getattr(found[s], weight) for s in ("han", "other"))
+        assert close(getattr(found["all"], rate), parts / getattr(found["all"], weight))
+
+
+def test_scripts():
+    assert [script_of(t) for t in ("你好", "hello", "", "123", "hello 你好", "a long sentence 你")] == [
+        *("han", "other", "other", "other", "han", "other")
+    ]
+
+
+def test_the_ratio_error_is_what_a_bootstrap_finds():
+    draw = np.random.default_rng(0)
+    counts = draw.integers(5, 200, 400).astype(float)
+    totals = counts * draw.normal(3, 0.5, 400) + draw.normal(0, 20, 400)
+    samples = draw.integers(0, 400, (4000, 400))
+    ratios = totals[samples].sum(axis=1) / counts[samples].sum(axis=1)
+    assert _ratio_error(totals, counts) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_the_ratio_error_of_equal_counts_is_the_textbook_one_and_of_one_document_unknown():
+    totals = np.array([1.0, 4.0, 2.5, 7.0])
+    expected = (totals / 3).std(ddof=1) / math.sqrt(4)
+    assert _ratio_error(totals, np.full(4, 3.0)) == pytest.approx(expected)
+    assert math.isnan(_ratio_error(np.array([1.0]), np.array([2.0])))
+
+
+@pytest.mark.parametrize("batches", [1, 3, 1000])
+def test_a_limit_on_batches_takes_documents_from_the_whole_file(batches, model_of, tokenizer, texts, data):
+    config = data(texts, eval_batch_size=4, eval_max_batches=batches)
+    chosen = evaluation._spread(texts, tokenizer, config, 16)
+    assert len(set(chosen)) == len(chosen) and set(chosen) <= set(texts)
+    windows = sum(-(-(len(encode(tokenizer, t)) + 1) // 15) for t in chosen)
+    if batches == 1000:
+        assert chosen == texts
+    else:
+        assert abs(windows - 4 * batches) <= 8
+    if len(chosen) > 1:
+        assert chosen[0] == texts[0] and chosen[-1] == texts[-1]
+
+
+def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenizer, runtime):
+    """log p(a, b) = log p(a) + log p(b | a), for a causal model to the last digit."""
+    model, a, b = model_of("causal"), "the cat", " sees 一只小猫."
+
+    def score(prompt, response):
+        return response_likelihood(model, tokenizer, prompt, response, 1, 64, runtime)
+
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, a), *encode(tokenizer, b)]
+    with torch.no_grad():
+        logs = model(torch.tensor([ids]), is_causal=True)[0, :-1].double().log_softmax(-1)
+    tokens = logs.gather(1, torch.tensor(ids)[1:, None])[:, 0]
+    whole = score("", a)["log_likelihood"] + score(a, b)["log_likelihood"]
+    assert close(whole, float(tokens.sum()))
+    assert score(a, b)["tokens"] == len(encode(tokenizer, b))
+
+
+def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokenizer, runtime):
+    model = model_of("full")
+    response = next(c for c in "abcdefgh" if len(encode(tokenizer, c)) == 1)
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
+    with torch.no_grad():
+        logits = model(torch.tensor([[*ids, tokenizer.mask_token_id]]))[0, -1].double()
+    logits[tokenizer.mask_token_id] = -math.inf
+    expected = float(logits.log_softmax(-1)[encode(tokenizer, response)[0]])
+    for samples in (1, 5):
+        found = response_likelihood(model, tokenizer, "the cat", response, samples, 64, runtime)
+        assert close(found["log_likelihood"], expected)
+
+
+def test_a_likelihood_file_says_all_that_the_number_depends_on(model_of, tokenizer, tokenizer_dir, command, workspace):
+    model = model_of("full")
+    save_checkpoint(Path("m.pt"), model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="test")
+    argv = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--device", "cpu"]
+    argv += ["--dtype", "float32", "--nmc", "2", "--seed", "5"]
+    assert command(likelihood, [*argv, "--json", "result.json"]).code == 0
+    result = json.loads(Path("result.json").read_text(encoding="utf-8"))
+    assert {"commit", "torch", "device", "likelihood", "settings"} <= result.keys()
+    assert result["settings"]["seed"] == 5 and result["settings"]["num_samples"] == 2
+    said = command(eval_diffusion, [*argv, "--json"])
+    assert json.loads(said.out)["likelihood"]["all"] == result["likelihood"]["all"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_evaluation_commands_agree_with_the_library(dtype, model_of, tokenizer, tokenizer_dir, command, workspace):
+    model = model_of("causal")
+    save_checkpoint(Path("m.pt"), model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="test")
+    argv = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--device", "cpu"]
+    result = command(eval_minimind, [*argv, "--dtype", dtype, "--json"])
+    config = DataEvalConfig(eval_data=Path("corpus.jsonl"))
+    exact = evaluate_file(model, tokenizer, config, 256, RuntimeConfig(device="cpu", dtype="float32"))["all"]
+    found = json.loads(result.out)["likelihood"]["all"]
+    assert found["nats_per_token"] == pytest.approx(exact.nats_per_token, rel=1e-6 if dtype == "float32" else 2e-2)
+    assert found["tokens"] == exact.tokens
+
+
+def test_the_model_sees_no_dropout_in_an_evaluation(model_of, tokenizer, tokenizer_dir, command, workspace):
+    model = model_of("causal")
+    path = Path("m.pt")
+    config = replace(model.config, dropout=0.5)
+    save_checkpoint(path, config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="test")
+    argv = ["--checkpoint", path, "--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--dtype", "float32"]
+    one, two = (json.loads(command(eval_minimind, [*argv, "--json"]).out)["likelihood"] for _ in range(2))
+    assert one == two

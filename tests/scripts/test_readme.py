@@ -1,0 +1,101 @@
+"""The commands of README.md, taken from its text, in its order, each run to its end in a tiny form."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from scripts.engine.cli import run
+
+ROOT = Path(__file__).parents[2]
+# What makes a documented command tiny; a command gets those of its module, behind its own flags.
+SHAPE = "--hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2"
+TINY = {
+    "scripts.train.train_pretrain": f"{SHAPE} --dtype float32 --batch-size 4 --log-interval 1",
+    "scripts.train.diffusion": "--dtype float32",
+    "scripts.train.train_tokenizer": "--target-vocab-size 300",
+    "scripts.eval.schedule_variance": "--batch-size 2 --num-draws 2 --dtype float32",
+    "scripts.eval.likelihood": "--num-samples 2 --dtype float32",
+}
+TRAIN_DIFFUSION = "--max-iters 3 --batch-size 4 --log-interval 1 --max-new-tokens 8"
+
+
+def commands(path: Path) -> list[list[str]]:
+    """argv of every `uv run python -m MODULE ...` in the file's bash blocks, continuation lines joined."""
+    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[4:] for line in lines if line.startswith("uv run python -m ")]
+
+
+def tiny(module: str, argv: list[str]) -> list[str]:
+    more = TINY.get(module, "")
+    if module == "scripts.train.diffusion" and "--train" in argv:
+        more += f" {TRAIN_DIFFUSION}" + ("" if "--init-from-minimind" in argv else f" {SHAPE}")
+    return [*argv, *more.split()]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder such as a user has after the README's set-up, with little data in it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "dataset").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ROOT / name, folder)
+    texts = [
+        f"今天是第{i}天。Day {i} was as long as the {i + 1} days before it, and nobody said why." for i in range(40)
+    ]
+    rows = "".join(json.dumps({"text": text * 4}, ensure_ascii=False) + "\n" for text in texts)
+    (folder / "dataset" / "pretrain_hq.jsonl").write_text(rows, encoding="utf-8")
+    speech = "ROMEO:\nWhat light is this that breaks?\n\nJULIET:\nNone, sir; it is a test.\n\n"
+    (folder / "dataset" / "tiny_shakespeare.txt").write_text(speech * 60, encoding="utf-8")
+    return folder
+
+
+def test_every_command_of_the_readme_runs_in_its_order(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    found = commands(ROOT / "README.md")
+    assert len(found) >= 12
+    for module, *argv in found:
+        with pytest.raises(SystemExit) as ended:
+            run(importlib.import_module(module).main, tiny(module, argv))
+        output = capsys.readouterr()
+        assert ended.value.code == 0, f"{module} {shlex.join(argv)}\n{output.err}"
+        assert output.out.strip(), f"{module} {shlex.join(argv)} printed nothing"
+
+
+def test_the_four_documented_stages_stand_in_the_readme_as_specified():
+    """They are the project's public interface: changing one breaks somebody's notes."""
+    text = re.sub(r"\s*\\\n\s*", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    for command in (
+        "uv run python -m scripts.train.train_pretrain --data ./dataset/pretrain_hq.jsonl --jsonl-field text "
+        "--tokenizer-dir . --run-name minimind_pretrain --hidden-size 512 --num-hidden-layers 8 "
+        "--num-attention-heads 8 --max-seq-len 256 --epochs 1 --batch-size 96",
+        "uv run python -m scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt "
+        '--tokenizer-dir . --prompt "请介绍你自己。" --max-new-tokens 200',
+        "uv run python -m scripts.train.diffusion --train --use-tokenizer --data ./dataset/pretrain_hq.jsonl "
+        "--inference-rope-scaling --learning-rate 4e-4 --warmup-steps 2000 --min-lr-ratio 0.025 "
+        "--mask-schedule iid_t --repeat-penalty-weight 0 "
+        "--init-from-minimind weights/minimind_pretrain_state_dict.pt --run-name diffusion_from_ar_eq3 "
+        "--early-stop-patience 5 --early-stop-min-delta 0.001 --max-iters 40000 --batch-size 96",
+        "uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_from_ar_eq3.pt --tokenizer-dir . "
+        '--seq-len 256 --prompt "请介绍你自己。" --max-new-tokens 200',
+    ):
+        assert command in text
+
+
+def test_the_readme_names_every_runnable_module_and_no_other():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = {module for module, *_ in commands(ROOT / "README.md")}
+    runnable = {
+        f"scripts.{folder}.{path.stem}"
+        for folder in ("train", "eval")
+        for path in (ROOT / "scripts" / folder).glob("[a-z]*.py")
+    }
+    assert named == runnable
+    for line in re.findall(r"^  .*\.py.*$", text, flags=re.MULTILINE):  # the map of the tree names real files
+        for name in re.findall(r"[a-z_]+\.py", line):
+            assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/*/{name}")), name
