@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def forbid(logits: Tensor, token_id: int) -> Tensor:
-    """logits (..., V) with one token made impossible, in place: [MASK] is never predicted, in training as in decoding."""
+    """logits (..., V) with one token made impossible, in place: [MASK] is never predicted, nor decoded."""
     logits[..., token_id] = -math.inf
     return logits
 
