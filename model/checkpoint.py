@@ -7,6 +7,7 @@ code. Nothing is inferred from tensor shapes, and nothing is loaded "where it fi
 import os
 import pickle
 import re
+import zipfile
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,24 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
             f"there is no checkpoint {path}; training writes <run>_state_dict.pt, and --save-dir says where"
         )
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
+            raise ValueError
         return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+    except (
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        zipfile.BadZipFile,
+    ):
         raise ValueError(
             f"{path} is damaged or not a torch checkpoint; copy it again, or use the run's other files"
         ) from None
@@ -77,12 +90,39 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if payload.get("version") != VERSION:
         raise ValueError(f"{path} has checkpoint version {payload.get('version')}, this code reads version {VERSION}")
     missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
-    unknown = payload.get("config", {}).keys() - {f.name for f in fields(ModelConfig)}
-    if missing or unknown:
-        raise ValueError(
-            f"{path} is incomplete or foreign: missing {sorted(missing)}, unknown settings {sorted(unknown)}"
-        )
+    if missing:
+        raise ValueError(f"{path} is incomplete: {', '.join(sorted(missing))} is missing")
+    faults = _config_faults(payload["config"]) or _weight_faults(payload["weights"])
+    if faults:
+        raise ValueError(f"{path} is not what training writes: {'; '.join(faults[:3])}")
     return payload
+
+
+def _config_faults(config: Any) -> list[str]:
+    """What keeps `config` from being the settings of a model."""
+    if not isinstance(config, dict):
+        return ["its config is not a table of settings"]
+    known = asdict(ModelConfig())
+    faults = [f"unknown setting {name}" for name in config.keys() - known.keys()]
+    for name, value in config.items():
+        right = type(known.get(name))
+        if name in known and type(value) is not right and not (right is float and type(value) is int):
+            faults.append(f"{name} is {value!r}, expected {right.__name__}")
+    if not faults:
+        try:
+            ModelConfig(**config)
+        except ValueError as error:
+            faults.append(str(error))
+    return faults
+
+
+def _weight_faults(weights: Any) -> list[str]:
+    """What keeps `weights` from being tensors by name."""
+    if not isinstance(weights, dict):
+        return ["its weights are not tensors by name"]
+    return [f"{name} is not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)] + [
+        f"{name!r} is not a name" for name in weights if not isinstance(name, str)
+    ]
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None) -> Transformer:
@@ -98,8 +138,19 @@ def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | 
         )
     with torch.random.fork_rng(devices=[]):  # the initial weights, soon replaced, cost no random number of the caller
         model = Transformer(ModelConfig(**payload["config"])).to(device)
-    load_weights(model, payload["weights"], str(path))
+    load_weights(model, final_weights(payload), str(path))
     return model.eval()
+
+
+def final_weights(payload: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights that a run stands for: their moving average, where it keeps one."""
+    average = payload.get("average")
+    if not average:
+        return payload["weights"]
+    weights = payload["weights"] | average["shadow"]
+    if payload["config"]["tie_embeddings"]:  # a tied head is one parameter under two names
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    return weights
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) -> None:
@@ -141,7 +192,7 @@ def import_foreign(path: Path, config: ModelConfig) -> Transformer:
     """
     weights = read_archive(path)
     weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
-    if not isinstance(weights, dict) or not any(str(name).endswith("embed_tokens.weight") for name in weights):
+    if _weight_faults(weights) or not any(name.endswith("embed_tokens.weight") for name in weights):
         raise ValueError(
             f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
             "(model.embed_tokens.weight, ...)"
@@ -175,6 +226,8 @@ def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tok
     """
     payload = read_archive(path)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+        if "num_attention_heads" not in given:
+            raise ValueError(f"{path} does not say how many heads its model has; give --num-attention-heads with it")
         return import_foreign(path, config)
     model = load_model(path, tokenizer=tokenizer)
     names = {f.name for f in fields(ModelConfig)} & given

@@ -25,7 +25,7 @@ class ModelConfig:
     rope_theta: Annotated[float, "rotary base frequency"] = 1e6
     max_position_embeddings: Annotated[int, "longest sequence, in tokens, that the model accepts"] = 32768
     inference_rope_scaling: Annotated[
-        bool, "YaRN for sequences longer than the original context of 2048 tokens; shorter ones stay plain rotary"
+        bool, "YaRN where --max-seq-len exceeds the original context of 2048 tokens; below it, plain rotary"
     ] = False
     qk_norm: Annotated[bool, "RMSNorm on queries and keys (as in Qwen3)"] = False
     tie_embeddings: Annotated[bool, "one matrix for the embedding and the head"] = False
@@ -72,6 +72,8 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
                 f"--num-key-value-heads {self.num_key_value_heads}"
             )
+        if self.rope_theta <= 1 or self.rms_norm_eps < 0:
+            raise ValueError("--rope-theta must be above 1 and --rms-norm-eps not negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
         if self.attention not in ("causal", "full"):

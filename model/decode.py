@@ -25,8 +25,11 @@ class SamplingConfig:
     max_new_tokens: Annotated[int, "longest continuation, in tokens"] = 128
     temperature: Annotated[float, "0 = the likeliest token", "--ar-temperature", "--gen-temp"] = 0.8
     top_k: Annotated[int, "sample among the k likeliest tokens (0 = all)", "--ar-top-k", "--gen-top-k"] = 8
+    gen_seed: Annotated[int | None, "seed of sampling (none: that of --seed)"] = None
 
     def __post_init__(self):
+        if self.gen_seed is not None and not 0 <= self.gen_seed < 2**32:
+            raise ValueError(f"--gen-seed must be from 0 to {2**32 - 1}, not {self.gen_seed}")
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
         if self.temperature < 0 or self.top_k < 0:

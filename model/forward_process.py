@@ -25,6 +25,7 @@ class StepNoise:
     total_rows: int
     first_row: int = 0
     device: torch.device | str = "cpu"
+    width: int = 0  # tokens of the longest row of the step, where micro-batches differ in length
 
     def choices(self, purpose: str) -> random.Random:
         """A host-side generator for decisions that all rows of the step share."""
@@ -39,9 +40,9 @@ class StepNoise:
             raise ValueError(f"rows {self.first_row}..{self.first_row + rows} of a global batch of {self.total_rows}")
         return draw[self.first_row : self.first_row + rows]
 
-    def uniform(self, purpose: str, rows: int, *shape: int) -> Tensor:
-        """(rows, *shape) independent U[0, 1) float32."""
-        return self._rows(self._draw(purpose, *shape), rows)
+    def uniform(self, purpose: str, rows: int, length: int = 1) -> Tensor:
+        """(rows, length) independent U[0, 1) float32."""
+        return self._rows(self._draw(purpose, max(self.width, length)), rows)[:, :length]
 
     def stratified(self, purpose: str, rows: int) -> Tensor:
         """(rows,) each U[0, 1), exactly one in every stratum of width 1 / total_rows of the global batch.
@@ -57,12 +58,12 @@ class StepNoise:
 class Noised:
     """One corrupted batch and all that its loss needs to know.
 
-    The loss of row b is weight_b * sum of the cross-entropies at its scored positions, in nats per `count_b` tokens.
+    The loss of row b is the sum of weight * cross-entropy over its scored positions, in nats per `count_b` tokens.
     """
 
     input_ids: Tensor  # (B, L) x_t
     scored: Tensor  # (B, L) bool, masked positions, whose clean token is to be predicted
-    weight: Tensor  # (B,) float32
+    weight: Tensor  # (B, L) float32
     count: Tensor  # (B,) float32, tokens that the row's loss stands for
 
 
@@ -83,7 +84,7 @@ def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Ten
     """
     total = maskable.sum(dim=1)
     eps = config.iid_mask_eps
-    t = eps + (1 - 2 * eps) * noise.uniform("rate", len(maskable))
+    t = eps + (1 - 2 * eps) * noise.uniform("rate", len(maskable))[:, 0]
     keys = noise.uniform("mask", *maskable.shape)
     scored = (keys < t[:, None]) & maskable
     empty = ~scored.any(dim=1)
@@ -103,7 +104,7 @@ def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tup
 
 
 def random_rate(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
-    """A rate t ~ U(0, 1) per row and the plain mean over all masked tokens of the batch, as many small codes train.
+    """A uniform mask rate per row and the plain mean over all masked tokens of the batch, as many small codes train.
 
     Heavy masks count more (integral of 2 t g(t) instead of g(t)), so this is not a likelihood bound.
     """
@@ -117,7 +118,7 @@ MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_r
 def mask_tokens(
     input_ids: Tensor, maskable: Tensor, mask_id: int, schedule: str, noise: StepNoise, config: MaskSettings
 ) -> Noised:
-    """Mask input_ids (B, L) at positions drawn from maskable (B, L) bool; rows with nothing maskable get weight 0."""
+    """Mask input_ids (B, L) at positions drawn from maskable (B, L) bool; elsewhere the weight is 0."""
     scored, weight, count = MASK_SCHEDULES[schedule](maskable, noise, config)
-    weight = torch.where(maskable.any(dim=1), weight, 0.0)
+    weight = (weight if weight.ndim == 2 else weight[:, None]).expand(maskable.shape) * maskable
     return Noised(torch.where(scored, mask_id, input_ids), scored, weight, count)

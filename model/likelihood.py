@@ -19,7 +19,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class RowNats:
-    nats: Tensor  # (B,) float64, -log p of the row's scored tokens, or the estimate of its upper bound
+    nats: Tensor  # (B,) float64 on the host, -log p of the row's scored tokens, or the estimate of its upper bound
     variance: Tensor  # (B,) float64, variance of that estimate over the masks drawn (0 where exact)
     count: Tensor  # (B,) int64 scored tokens
 
@@ -29,8 +29,11 @@ def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0) 
     """Chain rule for a causal model; LLaDA Eq. 6 with `num_samples` masks per row for a diffusion model."""
     if model.config.attention == "causal":
         loss = NextToken()(model, batch, StepNoise(seed, 0, len(batch["input_ids"])))
-        return RowNats(loss.nats.double(), torch.zeros_like(loss.nats, dtype=torch.float64), loss.count.long())
-    return diffusion_bound(model, batch, num_samples, seed)
+        nats = loss.nats.cpu().double()
+        return RowNats(nats, torch.zeros_like(nats), loss.count.cpu().long())
+    if model.config.attention == "full":
+        return diffusion_bound(model, batch, num_samples, seed)
+    raise ValueError(f"no likelihood is defined for attention {model.config.attention!r}")
 
 
 @torch.no_grad()
@@ -42,13 +45,15 @@ def diffusion_bound(model: Transformer, batch: Batch, num_samples: int, seed: in
     row's own index in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
     """
     maskable = batch["loss_mask"]
-    total = maskable.sum(dim=1)
+    total = maskable.sum(dim=1).cpu()  # sums are float64, which not every device has
     keys, offsets = _row_keys(batch, num_samples, seed)
     estimates = []
     for sample in range(num_samples):
         stratum = (offsets + sample / num_samples) % 1.0
         k = (1 + (stratum * total).long()).minimum(total)
-        estimates.append(_masked_nats(model, batch, lowest(keys[sample], maskable, k)) * total / k.clamp(min=1))
+        estimates.append(
+            _masked_nats(model, batch, lowest(keys[sample], maskable, k.to(maskable.device))) * total / k.clamp(min=1)
+        )
     stacked = torch.stack(estimates)
     variance = stacked.var(dim=0) / num_samples if num_samples > 1 else torch.full_like(stacked[0], torch.nan)
     return RowNats(stacked.mean(dim=0), variance, total)
@@ -60,24 +65,25 @@ def masked_nats(model: Transformer, batch: Batch, ratio: float, seed: int = 0) -
 
     A diagnostic at one mask rate; it bounds no likelihood. `count` are the masked tokens.
     """
-    total = batch["loss_mask"].sum(dim=1)
+    maskable = batch["loss_mask"]
+    total = maskable.sum(dim=1)
     k = (total * ratio).round().long().clamp(min=1).minimum(total)
-    nats = _masked_nats(model, batch, lowest(_row_keys(batch, 1, seed)[0][0], batch["loss_mask"], k))
-    return RowNats(nats, torch.zeros_like(nats), k)
+    nats = _masked_nats(model, batch, lowest(_row_keys(batch, 1, seed)[0][0], maskable, k))
+    return RowNats(nats, torch.zeros_like(nats), k.cpu())
 
 
 def _masked_nats(model: Transformer, batch: Batch, scored: Tensor) -> Tensor:
-    """(B,) float64: sum over the scored (B, L) positions of -log p(x_0 | x_t), those positions being [MASK] in x_t."""
+    """(B,) float64 on the host: sum over the scored (B, L) positions, [MASK] in x_t, of -log p(x_0 | x_t)."""
     input_ids, mask_id = batch["input_ids"], model.config.mask_token_id
     attn_mask = document_mask(batch["document_ids"]) if "document_ids" in batch else None
     positions = scored.flatten().nonzero()[:, 0]
     logits = forbid(model(torch.where(scored, mask_id, input_ids), attn_mask=attn_mask, select=positions), mask_id)
-    nats = token_nats(logits, input_ids.flatten()[positions]).double()
-    return sum_by_row(nats, positions, *input_ids.shape)
+    nats = token_nats(logits, input_ids.flatten()[positions])
+    return sum_by_row(nats, positions, *input_ids.shape).cpu().double()
 
 
 def _row_keys(batch: Batch, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random keys (num_samples, B, L) at the maskable positions and offsets (B,) in [0, 1), each row from its own seed.
+    """Random keys (num_samples, B, L) at the maskable positions, and offsets (B,) in [0, 1) on the host, by row.
 
     Drawn on the host over maskable tokens alone, so that neither padding nor neighbours nor the device change them.
     """
@@ -89,4 +95,4 @@ def _row_keys(batch: Batch, num_samples: int, seed: int) -> tuple[Tensor, Tensor
         generator = torch.Generator().manual_seed(random.Random(f"{seed}/{row_id}").getrandbits(63))
         offsets[row] = torch.rand((), generator=generator, dtype=torch.float64)
         keys[:, row, eligible] = torch.rand(num_samples, int(eligible.sum()), generator=generator)
-    return keys.to(maskable.device), offsets.to(maskable.device)
+    return keys.to(maskable.device), offsets

@@ -94,14 +94,14 @@ class MaskedDiffusion:
         attn_mask = None if documents is None else document_mask(documents)
         logits = forbid(model(noised.input_ids, attn_mask=attn_mask, select=positions), mask_id)
         nats = token_nats(logits, input_ids.flatten()[positions])
-        by_row = sum_by_row(nats, positions, rows, length)
-        averages = loss_by_rate(by_row.detach(), noised, batch["loss_mask"])
+        averages = loss_by_rate(sum_by_row(nats.detach(), positions, rows, length), noised, batch["loss_mask"])
         penalty_weight = self.penalty_weight_at(noise.step)
         if penalty_weight:
             penalty = self.repeat_penalty(logits, noised, input_ids, positions)
             averages["repeat_penalty"] = (penalty.detach().sum(), torch.tensor(len(positions), device=penalty.device))
-            by_row = by_row + penalty_weight * sum_by_row(penalty, positions, rows, length)
-        return RowLoss(noised.weight * by_row, noised.count, averages)
+            nats = nats + penalty_weight * penalty
+        weighted = nats * noised.weight.flatten()[positions]
+        return RowLoss(sum_by_row(weighted, positions, rows, length), noised.count, averages)
 
     def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
         """LLaDA 2.2: a small share of the steps sees a random length, or short canvases would be off-distribution."""

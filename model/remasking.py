@@ -26,7 +26,8 @@ def low_confidence(step: Step) -> Tensor:
 
 def random_order(step: Step) -> Tensor:
     """LLaDA Alg. 4: any-order ancestral sampling."""
-    return torch.rand(step.confidence.shape, generator=step.generator, device=step.confidence.device)
+    device = step.confidence.device if step.generator is None else step.generator.device
+    return torch.rand(step.confidence.shape, generator=step.generator, device=device).to(step.confidence.device)
 
 
 POLICIES: dict[str, Callable[[Step], Tensor]] = {"low_confidence": low_confidence, "random": random_order}

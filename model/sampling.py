@@ -15,6 +15,8 @@ def sample_tokens(
     truncates the tail of the distribution (arXiv:2409.02908). The probability is that of the plain softmax, at
     temperature 1.
     """
+    if logits.device.type == "mps":  # has no float64
+        return tuple(x.to(logits.device) for x in sample_tokens(logits.cpu(), temperature, top_k, generator))
     probabilities = logits.float().softmax(dim=-1)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)

@@ -108,6 +108,8 @@ class Transformer(nn.Module):
         stretched, self.yarn_scale = yarn_frequencies(config)
         self.register_buffer("frequencies", inverse_frequencies(config), persistent=False)
         self.register_buffer("yarn_frequencies", stretched, persistent=False)
+        # The longest sequence that the work at hand allows, in tokens; see _rotary. None: each canvas for itself.
+        self.context_length: int | None = None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -160,7 +162,8 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(x))
 
     def _rotary(self, position_ids: Tensor, canvas: int) -> tuple[Tensor, Tensor]:
-        """YaRN holds for a whole canvas or not at all: keys in a cache must agree with the queries to come."""
-        if self.config.inference_rope_scaling and canvas > self.config.rope_original_length:
+        """YaRN holds for all sequences of one context or for none: a document must cost the same alone, packed and
+        padded, and keys in a cache must agree with the queries to come."""
+        if self.config.inference_rope_scaling and (self.context_length or canvas) > self.config.rope_original_length:
             return rotary_tables(position_ids, self.yarn_frequencies, self.yarn_scale)
         return rotary_tables(position_ids, self.frequencies)

@@ -1,6 +1,9 @@
 """Command lines from config dataclasses, and the one place where a user's mistake becomes a sentence."""
 
 import argparse
+import math
+import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
@@ -53,17 +56,39 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             stream.reconfigure(encoding="utf-8", errors="replace")
     try:
         main(argv)
+    except BrokenPipeError:  # the reader of our output has gone, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        print("error: out of memory; lower --batch-size, --max-seq-len or the size of the model", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
 
 
+def refuse_idle(given: frozenset[str], **needs: tuple[bool, str]) -> None:
+    """needs: field=(whether it has an effect, what it takes). ValueError for a typed flag that would be ignored."""
+    for name, (used, condition) in needs.items():
+        if name in given and not used:
+            raise ValueError(f"--{name.replace('_', '-')} has no effect without {condition}; leave it out")
+
+
 def _hyphens(argument: str) -> str:
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value if flag.startswith("--") else argument
+    """--some_flag and --some_flag=value with hyphens; anything else, such as a prompt, stays as it was typed."""
+    return re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), argument)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def _conversion(kind: Any) -> dict[str, Any]:
@@ -72,7 +97,7 @@ def _conversion(kind: Any) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kinds[0]) is Literal:
         return {"choices": get_args(kinds[0]), "type": type(get_args(kinds[0])[0])}
-    return {"type": kinds[0], "metavar": kinds[0].__name__.upper()}
+    return {"type": _finite if kinds[0] is float else kinds[0], "metavar": kinds[0].__name__.upper()}
 
 
 def _flags(group: type) -> list[tuple[str, Any, str, list[str]]]:

@@ -1,23 +1,27 @@
 """Likelihood of the documents of a file under a checkpoint of either kind, on the same tokens."""
 
+import hashlib
+import heapq
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from dataset.jsonl import read_documents
+from dataset.jsonl import content_hash, is_validation, open_text, read_documents
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, fingerprint, load_tokenizer
 from model.checkpoint import load_model
 from model.likelihood import masked_nats, row_nats
 from model.transformer import Transformer
 from scripts.engine.loader import to_device
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.metrics import or_none
+from scripts.engine.run import settings_of
+from scripts.engine.runtime import RuntimeConfig, provenance
 
 DOCUMENTS_AT_A_TIME = 512
 
@@ -32,6 +36,10 @@ class CheckpointConfig:
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "longest sequence the model is given, in tokens", "--seq-len"] = 256
 
+    def __post_init__(self):
+        if self.max_seq_len < 2:
+            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens")
+
     def load(self, runtime: RuntimeConfig) -> tuple[Transformer, PreTrainedTokenizerFast]:
         if self.checkpoint is None:
             raise ValueError(
@@ -40,6 +48,7 @@ class CheckpointConfig:
         tokenizer = load_tokenizer(self.tokenizer_dir)
         model = load_model(self.checkpoint, runtime.torch_device, tokenizer=fingerprint(tokenizer))
         model.config.require_length(self.max_seq_len, "--max-seq-len")
+        model.context_length = self.max_seq_len
         return model, tokenizer
 
 
@@ -49,10 +58,12 @@ class DataEvalConfig:
 
     eval_data: Annotated[Path | None, "text to evaluate: .jsonl or .txt, either may be .gz"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    eval_split: Annotated[Literal["all", "validation"], "validation: the documents that training held out"] = "all"
+    val_fraction: Annotated[float, "their share, as in training"] = 0.005
     eval_batch_size: Annotated[int, "rows per forward pass"] = 32
-    eval_max_batches: Annotated[
-        int | None, "stop after documents for about so many batches, spread over the file (none: all)"
-    ] = None
+    eval_max_batches: Annotated[int | None, "evaluate a random sample that fills about so many batches (none: all)"] = (
+        None
+    )
     num_samples: Annotated[int, "diffusion: masks drawn per row for the bound", "--nmc"] = 16
 
     def __post_init__(self):
@@ -71,7 +82,7 @@ class Likelihood:
     bytes: int
     nats_per_token: float
     standard_error: float  # over documents, of nats_per_token
-    mask_standard_error: float  # the part of it that the drawn masks make; 0 where exact
+    mask_standard_error: float  # of that, at most what the drawn masks add; 0 where exact
     perplexity: float
     bits_per_byte: float
     bits_per_byte_error: float
@@ -84,6 +95,14 @@ class Likelihood:
             f"perplexity {sign}{self.perplexity:.2f}, "
             f"{sign}{self.bits_per_byte:.4f} +- {self.bits_per_byte_error:.4f} bits per byte"
         )
+
+
+class Window(NamedTuple):
+    """A stretch of a document that fits the context; its first token is given, all others are scored."""
+
+    document: int
+    ids: list[int]
+    seed: int  # of its masks
 
 
 @dataclass
@@ -107,14 +126,14 @@ def evaluate_file(
     Every token but BOS is scored exactly once, EOS included. A document longer than `max_length` is scored in windows,
     each beginning with the last token of the one before as context.
     """
-    documents, windows = _windows(model, tokenizer, config, max_length)
+    documents, windows = _windows(tokenizer, config, max_length)
     for batch, chosen in _batches(windows, tokenizer, config, runtime):
         with runtime.autocast():
             result = row_nats(model, batch, config.num_samples, runtime.seed)
         for i, nats, variance, count in zip(
             chosen, result.nats.tolist(), result.variance.tolist(), result.count.tolist(), strict=True
         ):
-            document = documents[windows[i][0]]
+            document = documents[windows[i].document]
             document.nats, document.variance, document.tokens = (
                 document.nats + nats,
                 document.variance + variance,
@@ -137,7 +156,7 @@ def masked_cross_entropy(
     runtime: RuntimeConfig,
 ) -> float:
     """Nats per masked token over the file with `ratio` of the tokens of every window masked; no likelihood."""
-    _, windows = _windows(model, tokenizer, config, max_length)
+    _, windows = _windows(tokenizer, config, max_length)
     nats = count = 0.0
     for batch, _ in _batches(windows, tokenizer, config, runtime):
         with runtime.autocast():
@@ -164,59 +183,79 @@ def response_likelihood(
         raise ValueError(
             f"prompt and response are {len(condition) + len(answer)} tokens, more than --max-seq-len {max_length}"
         )
-    batch = _collate([(0, condition + answer)], tokenizer.pad_token_id)
+    batch = _collate([Window(0, condition + answer, 0)], tokenizer.pad_token_id)
     batch["loss_mask"][:, : len(condition)] = False
     with runtime.autocast():
         result = row_nats(model, to_device(batch, runtime.torch_device), num_samples, runtime.seed)
     return {
         "log_likelihood": -float(result.nats),
-        "mask_standard_error": math.sqrt(float(result.variance)),
+        "mask_standard_error": or_none(math.sqrt(float(result.variance))),
         "tokens": len(answer),
     }
 
 
 def _windows(
-    model: Transformer, tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int
-) -> tuple[list[_Document], list[tuple[int, list[int]]]]:
-    """Documents, and (document, ids) of every window; the first token of a window is context, all others are scored."""
-    texts = [text for text in read_documents(config.eval_data, config.jsonl_field) if text]
-    if not texts:
-        raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
-    texts = _spread(texts, tokenizer, config, max_length)
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int
+) -> tuple[list[_Document], list[Window]]:
+    """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches."""
+    texts = _chosen_texts(config)
+    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     documents, windows = [], []
     for first in range(0, len(texts), DOCUMENTS_AT_A_TIME):
         some = texts[first : first + DOCUMENTS_AT_A_TIME]
         for text, ids in zip(some, encode_batch(tokenizer, some), strict=True):
+            if len(windows) >= enough:
+                return documents, windows
             ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-            windows += [
-                (len(documents), ids[start : start + max_length]) for start in range(0, len(ids) - 1, max_length - 1)
-            ]
+            for start in range(0, len(ids) - 1, max_length - 1):
+                # Masks follow the text, not its place in the file.
+                seed = (content_hash(text) + start) % 2**63
+                windows.append(Window(len(documents), ids[start : start + max_length], seed))
             documents.append(_Document(script_of(text), len(text.encode("utf-8"))))
     return documents, windows
 
 
-def _spread(texts: list[str], tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int) -> list[str]:
-    """All documents, or so many of them, evenly spaced, as make about eval_max_batches batches."""
+def _chosen_texts(config: DataEvalConfig) -> list[str]:
+    """The documents of the split, in order; with eval_max_batches, a random sample of enough of them."""
+    texts = (text for text in read_documents(config.eval_data, config.jsonl_field) if text)
+    if config.eval_split == "validation":
+        texts = _held_out(texts, config.val_fraction)
     if config.eval_max_batches is None:
-        return texts
-    probe = texts[:: max(1, len(texts) // 200)]
-    windows_each = sum(-(-(len(ids) + 1) // (max_length - 1)) for ids in encode_batch(tokenizer, probe)) / len(probe)
-    count = min(len(texts), max(1, round(config.eval_max_batches * config.eval_batch_size / windows_each)))
-    return [texts[i] for i in np.linspace(0, len(texts) - 1, count).round().astype(int)]
+        chosen = list(texts)
+    else:
+        # Smallest scrambled hash: the hash itself would prefer the documents that training held out.
+        count = config.eval_max_batches * config.eval_batch_size
+        chosen = heapq.nsmallest(count, texts, key=lambda text: content_hash(text) * 0x9E3779B97F4A7C15 % 2**64)
+    if not chosen:
+        raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
+    return chosen
+
+
+def _held_out(texts: Iterable[str], fraction: float) -> Iterator[str]:
+    """The documents that training with this --val-fraction holds out: by hash, else those of the smallest hash."""
+    smallest, found = [], False
+    for text in texts:
+        if is_validation(text, fraction):
+            found = True
+            yield text
+        elif not smallest or content_hash(text) <= content_hash(smallest[0]):
+            smallest = [*(smallest if smallest and text == smallest[0] else []), text]
+    if not found:
+        yield from smallest
 
 
 def _batches(
-    windows: list[tuple[int, list[int]]],
+    windows: list[Window],
     tokenizer: PreTrainedTokenizerFast,
     config: DataEvalConfig,
     runtime: RuntimeConfig,
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
     """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i][1]))
+    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
     for first in tqdm(range(0, len(order), config.eval_batch_size), unit="batch", disable=not sys.stderr.isatty()):
         chosen = order[first : first + config.eval_batch_size]
         yield (
-            to_device(_collate([(i, windows[i][1]) for i in chosen], tokenizer.pad_token_id), runtime.torch_device),
+            to_device(_collate([windows[i] for i in chosen], tokenizer.pad_token_id), runtime.torch_device),
             chosen,
         )
 
@@ -227,19 +266,19 @@ def script_of(text: str) -> str:
     return "han" if letters and sum("\u4e00" <= c <= "\u9fff" for c in letters) >= 0.2 * len(letters) else "other"
 
 
-def _collate(rows: list[tuple[int, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """(number, ids) -> a batch in which all but each row's first token is scored; `row_ids` (B,) are the numbers."""
-    lengths = torch.tensor([len(ids) for _, ids in rows])
+def _collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch in which all but each row's first token is scored; `row_ids` (B,) seed the rows' masks."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
     place = torch.arange(int(lengths.max()))
     real = place < lengths[:, None]
     input_ids = torch.full(real.shape, pad_id)
-    for row, (_, ids) in enumerate(rows):
-        input_ids[row, : len(ids)] = torch.tensor(ids)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
     return {
         "input_ids": input_ids,
         "loss_mask": real & (place > 0),
         "document_ids": real.long() - 1,
-        "row_ids": torch.tensor([number for number, _ in rows]),
+        "row_ids": torch.tensor([row.seed for row in rows]),
     }
 
 
@@ -273,6 +312,23 @@ def _ratio_error(totals: np.ndarray, counts: np.ndarray) -> float:
 
 def as_json(result: dict[str, Likelihood]) -> dict[str, Any]:
     return {
-        name: {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(value).items()}
+        name: {k: or_none(v) if isinstance(v, float) else v for k, v in asdict(value).items()}
         for name, value in result.items()
+    }
+
+
+def circumstances(
+    runtime: RuntimeConfig, tokenizer: PreTrainedTokenizerFast, data: Path | None, *configs: Any
+) -> dict[str, Any]:
+    """What a result depends on, for its file: settings, tokenizer, SHA-256 of the data file, code, versions, device."""
+    sha256 = None
+    if data:
+        open_text(data).close()  # a missing file gets its message here
+        with data.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "settings": settings_of(*configs, runtime),
+        "tokenizer": fingerprint(tokenizer),
+        "data_sha256": sha256,
+        **provenance(runtime),
     }

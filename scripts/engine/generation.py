@@ -31,6 +31,19 @@ class Generation:
         )
 
 
+def prompt_tokens(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, sampling: SamplingConfig, max_length: int
+) -> list[int]:
+    """BOS and the prompt's ids. ValueError if with the continuation they exceed `max_length`, the canvas trained on."""
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
+    if len(ids) + sampling.max_new_tokens > max_length:
+        raise ValueError(
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} "
+            f"exceed --max-seq-len {max_length}"
+        )
+    return ids
+
+
 def generate(
     model: Transformer,
     tokenizer: PreTrainedTokenizerFast,
@@ -41,21 +54,13 @@ def generate(
     decoder: Callable[..., Decoded],
     *settings: Any,
 ) -> Generation:
-    """Continue BOS + prompt with `decoder(model, prompt_ids, sampling, *settings, generator)`.
-
-    ValueError if prompt and continuation are together longer than `max_length` tokens, the canvas that was trained.
-    """
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
-    if len(ids) + sampling.max_new_tokens > max_length:
-        raise ValueError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} "
-            f"exceed --max-seq-len {max_length}"
-        )
+    """Continue BOS + prompt with `decoder(model, prompt_ids, sampling, *settings, generator)`."""
+    ids = prompt_tokens(tokenizer, prompt, sampling, max_length)
     prompt_ids = torch.tensor([ids], device=runtime.torch_device)
     model.eval()
     started = time.perf_counter()
     with runtime.autocast():
-        result = decoder(model, prompt_ids, sampling, *settings, generator=runtime.generator())
+        result = decoder(model, prompt_ids, sampling, *settings, generator=runtime.generator(sampling.gen_seed))
     new = result.tokens[0, len(ids) :].tolist()
     seconds = time.perf_counter() - started
     ended = tokenizer.eos_token_id in new

@@ -11,6 +11,8 @@ from torch import Tensor
 class Rows(Protocol):
     """What a stage trains on: rows that can be fetched by number as a batch of (B, L) tensors on the host."""
 
+    seq_len: int  # the widest row
+
     def __len__(self) -> int: ...
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...

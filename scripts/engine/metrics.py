@@ -25,13 +25,18 @@ class Meter:
         self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
     def read(self) -> dict[str, Any]:
-        """name -> sum / count, a float or a list of floats (null where the count is 0); clears the sums."""
+        """name -> sum / count, a float or a list of floats, None where not finite; clears the sums."""
         values = {}
         for name, (total, count) in self.sums.items():
             ratio = torch.where(count > 0, total / count.clamp(min=1e-12), torch.nan).tolist()
-            values[name] = [None if math.isnan(x) else x for x in ratio] if isinstance(ratio, list) else ratio
+            values[name] = [or_none(x) for x in ratio] if isinstance(ratio, list) else or_none(ratio)
         self.sums.clear()
         return values
+
+
+def or_none(value: float) -> float | None:
+    """JSON has no infinity and no NaN."""
+    return value if math.isfinite(value) else None
 
 
 class RunLog:
@@ -40,13 +45,9 @@ class RunLog:
     def __init__(self, path: Path, keep_lines: int = 0):
         self.path, self.lines = path, keep_lines
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = (
-            path.read_text(encoding="utf-8").splitlines(keepends=True)[:keep_lines]
-            if keep_lines and path.exists()
-            else []
-        )
+        kept = _lines(path)[:keep_lines] if path.exists() else []
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
 
     def write(self, event: str, **values: Any) -> None:
@@ -56,7 +57,12 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in _lines(path)]
+
+
+def _lines(path: Path) -> list[str]:
+    """Cut at line feeds alone: str.splitlines also cuts at characters that JSON strings may hold (U+2028, U+0085)."""
+    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def plot_losses(log_path: Path, image_path: Path) -> None:
@@ -69,7 +75,7 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     rows = read_log(log_path)
     figure, axes = plt.subplots(figsize=(8, 5))
     for event, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("eval", {"marker": "o", "markersize": 3})):
-        points = [(row["step"], row["loss"]) for row in rows if row["event"] == event]
+        points = [(row["step"], row["loss"]) for row in rows if row["event"] == event and row["loss"] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), label={"train": "training", "eval": "validation"}[event], **style)
     for bin_index, label in ((0, "masked tokens, mask rate up to 10 %"), (-1, "masked tokens, mask rate above 90 %")):

@@ -13,7 +13,7 @@ class OptimConfig:
     """Optimisation."""
 
     learning_rate: Annotated[float, "peak learning rate", "--lr"] = 1e-3
-    weight_decay: Annotated[float, "decay of matrices; norms have none"] = 0.1
+    weight_decay: Annotated[float, "decay of the matrices; norms and the embedding have none"] = 0.1
     lr_schedule: Annotated[
         Literal["wsd", "cosine"], "after the warm-up: stay, then fall linearly; or fall along a cosine"
     ] = "wsd"
@@ -53,14 +53,19 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; with Muon, that for the matrices inside the layers and AdamW for the rest."""
-    inner = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("layers.")]
-    outer = [p for n, p in model.named_parameters() if p.ndim == 2 and not n.startswith("layers.")]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW for all parameters; with Muon, that for the matrices inside the layers and AdamW for the rest.
+
+    Norms do not decay, nor does the embedding: rows that a stage never sees would shrink to nothing, [MASK] in
+    autoregressive pretraining for one, which diffusion then starts from.
+    """
+    named = list(model.named_parameters())
+    inner = [p for n, p in named if p.ndim == 2 and n.startswith("layers.")]
+    head = [p for n, p in named if p.ndim == 2 and not n.startswith(("layers.", "embed_tokens."))]
+    rest = [p for n, p in named if p.ndim < 2 or n.startswith("embed_tokens.")]
     muon = config.optimizer == "muon"
     groups = [
-        {"params": outer if muon else inner + outer, "weight_decay": config.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": head if muon else inner + head, "weight_decay": config.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     if not muon:

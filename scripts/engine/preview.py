@@ -1,6 +1,7 @@
 """Looking before training: --dry-run and --show-batch."""
 
 import copy
+import sys
 import time
 from typing import Any
 
@@ -15,6 +16,12 @@ from scripts.engine.runtime import RuntimeConfig
 
 COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "padding": "\033[100m"}
 RESET = "\033[0m"
+MARKS = {
+    "masked": ("[", "]"),
+    "scored": ("", ""),
+    "context": ("(", ")"),
+    "padding": (".", ""),
+}  # where colours are lost
 TIMED_STEPS = 2
 
 
@@ -23,11 +30,11 @@ def dry_run(
 ) -> None:
     """Print shapes, parameters, memory and hours; a copy of the model runs a few forward and backward passes for the
     time."""
-    batch = rows.batch(np.arange(min(trainer.batch_size, len(rows))) % len(rows))
+    batch = rows.batch(np.arange(trainer.batch_size) % len(rows))  # full-sized, or the time would be too short
     for name, parameter in model.named_parameters():
         if not name.startswith("layers.") or name.startswith("layers.0."):
             print(f"  {name:<45} {tuple(parameter.shape)}")
-    print(f"  (layers.1 to layers.{model.config.num_hidden_layers - 1} are as layers.0)")
+    print(f"  ({model.config.num_hidden_layers} layers, all as layers.0)")
     device = runtime.torch_device
     network = copy.deepcopy(model).to(device).train()
     seconds = []
@@ -64,18 +71,19 @@ def dry_run(
 
 
 def show_batch(
-    tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, batch_size: int, mask_id: int, seed: int
+    tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, rows_per_step: int, mask_id: int, seed: int
 ) -> None:
     """Print the rows of the first batch in colour: what is masked, scored, context, padding, and where documents
     change."""
-    indices = RowOrder(len(rows), seed)(0, min(batch_size, 4))
+    indices = RowOrder(len(rows), seed)(0, min(rows_per_step, 4))
     batch = rows.batch(indices)
     maskable = batch["loss_mask"]
     masked = torch.zeros_like(maskable)
     if hasattr(objective, "mask_schedule"):
-        noise = StepNoise(seed, 0, len(maskable))
+        noise = StepNoise(seed, 0, rows_per_step)
         masked = mask_tokens(batch["input_ids"], maskable, mask_id, objective.mask_schedule, noise, objective).scored
-    print("  ".join(f"{colour} {name} {RESET}" for name, colour in COLOURS.items()) + "  | document boundary")
+    marks = {kind: (colour, RESET) for kind, colour in COLOURS.items()} if sys.stdout.isatty() else MARKS
+    print("  ".join(f"{before}{kind}{after}" for kind, (before, after) in marks.items()) + "  | document boundary")
     for row in range(len(maskable)):
         documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))[row]
         pieces = []
@@ -91,7 +99,7 @@ def show_batch(
             )
             boundary = "|" if i and documents[i] != documents[i - 1] else ""
             text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
-            pieces.append(f"{boundary}{COLOURS[kind]}{text}{RESET}")
+            pieces.append(f"{boundary}{marks[kind][0]}{text}{marks[kind][1]}")
         print(
             f"row {indices[row]}: {int(masked[row].sum())} masked of {int(maskable[row].sum())} maskable\n"
             f"{''.join(pieces)}\n"

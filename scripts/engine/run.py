@@ -1,13 +1,12 @@
 """A run on disk: its files, its settings, and whether it starts, continues or is refused."""
 
+import os
 import signal
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
-
-from model.checkpoint import load_checkpoint
 
 # Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
 # The first ones leave every number as it is; the others are named when they differ.
@@ -24,6 +23,8 @@ SILENT = {
     "weights_path",
 }
 TOLD = {
+    "data",
+    "tokenizer_dir",
     "max_iters",
     "epochs",
     "eval_interval",
@@ -52,7 +53,7 @@ class RunConfig:
         Literal["never", "auto", "must"], "continue <run-name>.pt: refuse to, if it exists, or fail without it"
     ] = "never"
     overwrite: Annotated[bool, "start anew although <run-name>.pt exists"] = False
-    save_interval: Annotated[int, "steps between checkpoints"] = 1000
+    save_interval: Annotated[int, "steps between checkpoints; each validation saves one, too"] = 1000
     log_interval: Annotated[int, "steps between log lines"] = 50
     eval_interval: Annotated[int, "steps between validations"] = 500
     eval_max_batches: Annotated[int, "validation batches, of --batch-size rows spread over the validation split"] = 20
@@ -65,8 +66,13 @@ class RunConfig:
         for name in ("save_interval", "log_interval", "eval_interval", "eval_max_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if not self.run_name or Path(self.run_name).name != self.run_name:
-            raise ValueError(f"--run-name {self.run_name!r} must be a plain file name; folders belong to --save-dir")
+        name = self.run_name
+        if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
+            raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")
+        if self.exported_path in (self.state_path, self.path("_best.pt")):
+            raise ValueError(
+                f"--weights-path {self.weights_path} is a file that the run writes for itself; choose another"
+            )
         if self.overwrite and self.resume != "never":
             raise ValueError(f"--overwrite and --resume {self.resume} contradict each other")
 
@@ -91,10 +97,10 @@ def settings_of(*groups: Any) -> dict[str, Any]:
     }
 
 
-def saved_state(config: RunConfig) -> dict[str, Any] | None:
-    """The checkpoint that this run continues, None for a new run. ValueError where the run exists and --resume is
-    never."""
-    exists = config.state_path.exists()
+def continues(config: RunConfig) -> bool:
+    """Whether this command continues a saved run. An error where it exists and --resume is never, or is missing and
+    --resume is must; called before anything is written."""
+    exists = config.state_path.is_file()
     if config.resume == "must" and not exists:
         raise FileNotFoundError(f"--resume must, but there is no {config.state_path}")
     if exists and config.resume == "never" and not config.overwrite:
@@ -102,7 +108,22 @@ def saved_state(config: RunConfig) -> dict[str, Any] | None:
             f"{config.state_path} exists: continue it with --resume must, replace it with --overwrite, "
             "or choose another --run-name"
         )
-    return load_checkpoint(config.state_path) if exists and not config.overwrite else None
+    left = [path for path in (config.path("_best.pt"), config.exported_path) if path.is_file()]
+    if left and not exists and not config.overwrite:
+        raise ValueError(
+            f"{left[0]} exists, without a {config.state_path.name} to continue: replace it with --overwrite, "
+            "or choose another --run-name"
+        )
+    return exists and not config.overwrite
+
+
+def require_writable(path: Path, flag: str) -> None:
+    """ValueError if no file can be written at `path`; found out before the work, not after it. Makes nothing."""
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag}: {path} cannot be written; choose another place")
 
 
 def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:
@@ -136,7 +157,7 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number:  # asked twice: do not make the user wait

@@ -24,7 +24,7 @@ class RuntimeConfig:
         "precision of matrix products; auto = bfloat16 on CUDA and on CPUs with bfloat16 units",
     ] = "auto"
     compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
-    seed: Annotated[int, "seed of initial weights, order, noise and sampling", "--gen-seed"] = 1337
+    seed: Annotated[int, "seed of initial weights, order, noise and sampling"] = 1337
 
     def __post_init__(self):
         try:
@@ -33,6 +33,10 @@ class RuntimeConfig:
             raise ValueError(
                 f"--device {self.device!r} is not a torch device; examples: auto, cpu, cuda, cuda:1, mps"
             ) from None
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError(f"--device {self.device} is not supported; use auto, cpu, cuda or mps")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
         if device.type == "mps" and not torch.backends.mps.is_available():
@@ -69,8 +73,10 @@ class RuntimeConfig:
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=self.torch_dtype)
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator(self.torch_device).manual_seed(self.seed)
+    def generator(self, seed: int | None = None) -> torch.Generator:
+        """For sampling; on the host for MPS, which has no float64 to sample in."""
+        device = "cpu" if self.torch_device.type == "mps" else self.torch_device
+        return torch.Generator(device).manual_seed(self.seed if seed is None else seed)
 
     def describe(self) -> str:
         name = (

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import starting_weights
+from model.checkpoint import load_checkpoint, starting_weights
 from model.config import ModelConfig
 from model.transformer import Transformer
+from scripts.engine.cli import refuse_idle
 from scripts.engine.optim import OptimConfig
 from scripts.engine.preview import dry_run, show_batch
-from scripts.engine.run import RunConfig, compare_settings, saved_state, settings_of
+from scripts.engine.run import RunConfig, compare_settings, continues, require_writable, settings_of
 from scripts.engine.runtime import RuntimeConfig, provenance
 from scripts.engine.trainer import Trainer, TrainerConfig
 
@@ -46,12 +47,18 @@ def train_stage(
     """
     run = configs.run
     previewing = run.dry_run or run.show_batch
-    state = None if previewing else saved_state(run)
+    state = load_checkpoint(run.state_path) if not previewing and continues(run) else None
     settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
+    _refuse_idle(configs, objective)
+    require_writable(run.state_path, "--save-dir")
+    require_writable(run.exported_path, "--weights-path")
     notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
     model = _starting_model(configs, tokenizer, state)
     model.config.require_length(data.max_seq_len, "--max-seq-len")
+    model.context_length = data.max_seq_len
     dataset = build()
+    if configs.trainer.early_stop_patience and not len(dataset.validation):
+        raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
         raise ValueError(
             f"{run.state_path} was trained on other contents of {data.data}; "
@@ -76,7 +83,7 @@ def train_stage(
 
 
 def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, tokenizer: Any) -> None:
-    rows, size, seed = dataset.train, configs.trainer.batch_size, configs.runtime.seed
+    rows, size, seed = dataset.train, configs.trainer.rows_per_step, configs.runtime.seed
     if configs.run.show_batch:
         show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed)
     if configs.run.dry_run:
@@ -106,6 +113,20 @@ def _fit(
         **identity,
     )
     trainer.fit()
+
+
+def _refuse_idle(configs: StageConfigs, objective: Any) -> None:
+    """ValueError for typed flags that the others switch off."""
+    penalty = getattr(objective, "repeat_penalty_weight", 0) > 0, "a positive --repeat-penalty-weight"
+    refuse_idle(
+        configs.given,
+        lr_stable_ratio=(configs.optim.lr_schedule == "wsd", "--lr-schedule wsd"),
+        early_stop_min_delta=(configs.trainer.early_stop_patience > 0, "--early-stop-patience"),
+        iid_mask_eps=(getattr(objective, "mask_schedule", "") == "iid_t", "--mask-schedule iid_t"),
+        repeat_penalty_min_run=penalty,
+        repeat_penalty_delay_steps=penalty,
+        repeat_penalty_warmup_steps=penalty,
+    )
 
 
 def _check_continuation(

@@ -13,7 +13,7 @@ from model.checkpoint import load_weights, save_checkpoint
 from model.forward_process import StepNoise
 from model.transformer import Transformer
 from scripts.engine.loader import RowOrder, Rows, in_order, to_device
-from scripts.engine.metrics import Meter, RunLog, plot_losses
+from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
 from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
@@ -53,7 +53,7 @@ class TrainerConfig:
 
 class Trainer:
     """Runs a stage from its first step, or from a saved state, to its end. Everything in the loop depends on
-    (seed, step) alone, so a resumed run repeats the uninterrupted one bit for bit on one device."""
+    (seed, step) alone, so on a CPU a resumed run repeats the uninterrupted one bit for bit (CUDA sums in any order)."""
 
     def __init__(
         self,
@@ -81,11 +81,16 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, optim)
         self.average = MovingAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.torch_dtype == torch.float16)
-        self.step = self.last_eval = self.bad_evals = self.best_step = 0
-        self.best_loss, self.seconds, self.tokens, self.meter = math.inf, 0.0, 0, Meter()
+        self.step = self.saved_step = self.last_eval = self.bad_evals = self.best_step = 0
+        self.best_loss = self.stop_loss = math.inf
+        self.seconds, self.tokens, self.meter = 0.0, 0, Meter()
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
         if state:
             self._restore(state)
+        else:
+            for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
+                path.unlink(missing_ok=True)  # --overwrite: files of another run must not pass for this one's
         if runtime.compile:
             for layer in self.model.layers:
                 layer.compile()
@@ -125,7 +130,10 @@ class Trainer:
                 self._stop_if_asked(stop)
         bar.close()
         self.save()
-        self.export(self.run.exported_path)
+        if self.average:
+            self.average.swap(self.model)  # from here on the model is what the run stands for
+        self._write_weights(self.run.exported_path)
+        self._say(f"saved {self.run.exported_path}")
         plot_losses(self.log.path, self.run.path("_loss.png"))
         return self.best_loss
 
@@ -148,15 +156,12 @@ class Trainer:
             batch = self.train_rows.batch(indices[first : first + size])
             self.tokens += int(batch["loss_mask"].sum())
             nominal = nominal or float(batch["loss_mask"].numel() * self.trainer.accumulation_steps)
-            loss = self._loss(
-                self.objective, batch, StepNoise(self.runtime.seed, self.step, per_step, first, self.device)
-            )
+            loss = self._loss(self.objective, batch, self._noise(self.step, per_step, first))
             self.meter.add("loss", loss.nats.sum(), loss.count.sum())
             for name, (total, number) in loss.averages.items():
                 self.meter.add(name, total, number)
             count += loss.count.sum()
-            # Divided by a constant near the true count, which is known only after the last micro-batch and put right
-            # then.
+            # A constant near the true count, which the last micro-batch completes and _update puts in its place.
             self.scaler.scale(loss.nats.sum() / nominal).backward()
         self._update(nominal / count.clamp(min=1))
         self.step += 1
@@ -166,6 +171,8 @@ class Trainer:
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = scale_and_clip(self.parameters, scale, self.optim.grad_clip)
+        if not self.scaler.is_enabled():  # the scaler meets infinities on purpose, and skips those steps
+            self.finite = self.finite & norm.isfinite()
         self.meter.add("grad_norm", norm, torch.ones((), device=self.device))
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -173,6 +180,9 @@ class Trainer:
         self.scaler.update()
         if self.average:
             self.average.update(self.model)
+
+    def _noise(self, step: int, total_rows: int, first_row: int) -> StepNoise:
+        return StepNoise(self.runtime.seed, step, total_rows, first_row, self.device, self.train_rows.seq_len)
 
     def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise):
         with self.runtime.autocast():
@@ -190,11 +200,9 @@ class Trainer:
         try:
             for first, batch in in_order(self.val_rows, size, max_rows):
                 self._stop_if_asked(stop)
-                loss = self._loss(
-                    objective, batch, StepNoise(self.runtime.seed, VALIDATION_STEP, max_rows, first, self.device)
-                )
-                nats.append(loss.nats.double().cpu())
-                counts.append(loss.count.double().cpu())
+                loss = self._loss(objective, batch, self._noise(VALIDATION_STEP, max_rows, first))
+                nats.append(loss.nats.cpu().double())
+                counts.append(loss.count.cpu().double())
                 for name, (total, number) in loss.averages.items():
                     meter.add(name, total, number)
             self.last_eval = self.step
@@ -209,8 +217,8 @@ class Trainer:
         """Log a validation; called while the validated weights (the average, if there is one) are in the model."""
         loss = float(nats.sum() / counts.sum())
         spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
-        if loss < self.best_loss - self.trainer.early_stop_min_delta:
-            self.bad_evals = 0
+        if loss < self.stop_loss - self.trainer.early_stop_min_delta:
+            self.stop_loss, self.bad_evals = loss, 0  # moves on counted improvements only, so that small ones add up
         else:
             self.bad_evals += 1
         if loss < self.best_loss:
@@ -221,7 +229,7 @@ class Trainer:
             step=self.step,
             loss=loss,
             standard_error=float(spread.sqrt() / counts.sum()),
-            best_loss=self.best_loss,
+            best_loss=or_none(self.best_loss),
             best_step=self.best_step,
             **meter.read(),
         )
@@ -231,7 +239,9 @@ class Trainer:
         plot_losses(self.log.path, self.run.path("_loss.png"))
 
     def _log_training(self, learning_rate: float, speed: float, bar: tqdm) -> None:
+        self._require_finite()
         values = self.meter.read()
+        loss = "none scored" if values["loss"] is None else f"{values['loss']:.4f}"
         self.log.write(
             "train",
             step=self.step,
@@ -244,10 +254,10 @@ class Trainer:
         best = f", best_val {self.best_loss:.4f}@{self.best_step}" if self.best_step else ""
         left = (self.total_steps - self.step) * self.trainer.rows_per_step * self.tokens_per_row / max(speed, 1e-9)
         self._say(
-            f"step {self.step}: train loss {values['loss']:.4f}, lr {learning_rate:.2e}{best}, {speed:.0f} tok/s, "
+            f"step {self.step}: train loss {loss}, lr {learning_rate:.2e}{best}, {speed:.0f} tok/s, "
             f"{self.seconds:.0f} s, {left:.0f} s to go"
         )
-        bar.set_postfix(loss=f"{values['loss']:.3f}", lr=f"{learning_rate:.1e}", tok_s=f"{speed:.0f}")
+        bar.set_postfix(loss=loss, lr=f"{learning_rate:.1e}", tok_s=f"{speed:.0f}")
 
     @property
     def tokens_per_row(self) -> float:
@@ -261,7 +271,8 @@ class Trainer:
     # -- the files -----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """<run>.pt: everything needed to continue."""
+        """<run>.pt: everything needed to continue. ValueError, and nothing written, once a gradient was not finite."""
+        self._require_finite()
         save_checkpoint(
             self.run.state_path,
             self.model.config,
@@ -272,6 +283,7 @@ class Trainer:
             bad_evals=self.bad_evals,
             best_loss=self.best_loss,
             best_step=self.best_step,
+            stop_loss=self.stop_loss,
             seconds=self.seconds,
             tokens=self.tokens,
             log_lines=self.log.lines,
@@ -280,28 +292,30 @@ class Trainer:
             scaler=self.scaler.state_dict(),
             average={"shadow": self.average.shadow, "updates": self.average.updates} if self.average else None,
         )
+        self.saved_step = self.step
         self._say(f"saved {self.run.state_path} (step {self.step})")
+
+    def _require_finite(self) -> None:
+        if not bool(self.finite):
+            last = f"; {self.run.state_path} holds step {self.saved_step}" if self.saved_step else ""
+            raise ValueError(
+                f"the gradient was not finite at or before step {self.step}, so the weights are spoilt{last}; "
+                "start again with a lower --learning-rate or another --dtype"
+            )
 
     def _restore(self, state: dict[str, Any]) -> None:
         load_weights(self.model, state["weights"], str(self.run.state_path))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "last_eval", "bad_evals", "best_loss", "best_step", "seconds", "tokens"):
+        if self.scaler.is_enabled() and state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        for name in ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens"):
             setattr(self, name, state[name])
+        self.saved_step = self.step
         self.meter = Meter({k: (a.to(self.device), b.to(self.device)) for k, (a, b) in state["meter"].items()})
         if self.average:
             self.average.updates = state["average"]["updates"]
             self.average.shadow = {k: v.to(self.device) for k, v in state["average"]["shadow"].items()}
-
-    def export(self, path) -> None:
-        """The weights for later stages: their moving average, if there is one."""
-        if self.average:
-            self.average.swap(self.model)
-        self._write_weights(path)
-        if self.average:
-            self.average.swap(self.model)
-        self._say(f"saved {path}")
 
     def _write_weights(self, path) -> None:
         save_checkpoint(
@@ -310,6 +324,8 @@ class Trainer:
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
         if stop.number:
+            if self.saved_step != self.step:  # the signal came between two checks
+                self.save()
             self._say(
                 f"stopped at step {self.step} of {self.total_steps}; continue with the same command and --resume must"
             )

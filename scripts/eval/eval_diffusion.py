@@ -11,21 +11,22 @@ The network's shape comes from the checkpoint; no flag describes it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
 from model.decode import DenoisingConfig, SamplingConfig, decode_diffusion
-from scripts.engine.cli import parse_args, run
+from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import (
     CheckpointConfig,
     DataEvalConfig,
     as_json,
+    circumstances,
     evaluate_file,
     masked_cross_entropy,
     response_likelihood,
 )
 from scripts.engine.generation import generate
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
-    if request.eval_mask_ratio is not None and data.eval_data is None:
-        raise ValueError("--eval-mask-ratio needs --eval-data")
+    generating = request.prompt is not None and request.cond_ll_response is None, "a --prompt to continue"
+    refuse_idle(given, **{f.name: generating for f in (*fields(SamplingConfig), *fields(DenoisingConfig))})
+    reading = data.eval_data is not None, "--eval-data"
+    refuse_idle(
+        given,
+        **dict.fromkeys(("jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples"), reading),
+    )
+    scoring = request.cond_ll_response is not None, "--cond-ll-response"
+    refuse_idle(given, eval_mask_ratio=reading, cond_ll_nmc=scoring)
     model, tokenizer = checkpoint.load(runtime)
     if model.config.attention != "full":
         raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
-    result = {"checkpoint": str(checkpoint.checkpoint), **provenance(runtime), "seed": runtime.seed}
+    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling, denoising)
     lines = []
     if request.cond_ll_response is not None:
         score = response_likelihood(
@@ -90,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         made = generate(
             model, tokenizer, request.prompt, sampling, runtime, checkpoint.max_seq_len, decode_diffusion, denoising
         )
-        result["generation"] = asdict(made) | {"sampling": asdict(sampling), "denoising": asdict(denoising)}
+        result["generation"] = asdict(made)
         lines.append(made.report())
     if data.eval_data is not None:
         likelihood = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)

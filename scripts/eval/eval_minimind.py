@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from model.decode import SamplingConfig, decode_autoregressive
-from scripts.engine.cli import parse_args, run
-from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, evaluate_file
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, circumstances, evaluate_file
 from scripts.engine.generation import generate
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,20 @@ def main(argv: list[str] | None = None) -> None:
     )
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
+    prompted, read = (request.prompt is not None, "--prompt"), (data.eval_data is not None, "--eval-data")
+    refuse_idle(given, max_new_tokens=prompted, temperature=prompted, top_k=prompted)
+    refuse_idle(
+        given, jsonl_field=read, eval_batch_size=read, eval_max_batches=read, num_samples=(False, "a diffusion model")
+    )
     model, tokenizer = checkpoint.load(runtime)
     if model.config.attention != "causal":
         raise ValueError(f"{checkpoint.checkpoint} was trained by diffusion; use scripts.eval.eval_diffusion")
-    result = {"checkpoint": str(checkpoint.checkpoint), **provenance(runtime), "seed": runtime.seed}
+    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling)
     if request.prompt is not None:
         made = generate(
             model, tokenizer, request.prompt, sampling, runtime, checkpoint.max_seq_len, decode_autoregressive
         )
-        result["generation"] = asdict(made) | {"sampling": asdict(sampling)}
+        result["generation"] = asdict(made)
         if not request.json:
             print(made.report())
     if data.eval_data is not None:

@@ -7,13 +7,14 @@ tokens.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from scripts.engine.cli import parse_args, run
-from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, evaluate_file
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, circumstances, evaluate_file
+from scripts.engine.run import require_writable
+from scripts.engine.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,19 @@ def main(argv: list[str] | None = None) -> None:
     )
     if data.eval_data is None:
         raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
+    if output.json:
+        require_writable(output.json, "--json")
     model, tokenizer = checkpoint.load(runtime)
+    refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
+    refuse_idle(given, num_samples=(model.config.attention == "full", "a diffusion model"))
     result = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
     print("\n".join(f"{name}: {value.line()}" for name, value in result.items()))
     if output.json:
-        settings = {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in (asdict(checkpoint) | asdict(data) | asdict(runtime)).items()
+        written = {
+            "likelihood": as_json(result),
+            **circumstances(runtime, tokenizer, data.eval_data, checkpoint, data),
         }
-        text = json.dumps({"likelihood": as_json(result), "settings": settings, **provenance(runtime)}, indent=1)
+        text = json.dumps(written, indent=1)
         output.json.write_text(text + "\n", encoding="utf-8")
 
 

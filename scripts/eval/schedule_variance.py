@@ -20,9 +20,10 @@ from model.forward_process import MASK_SCHEDULES, StepNoise
 from model.objective import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
-from scripts.engine.evaluation import CheckpointConfig
+from scripts.engine.evaluation import CheckpointConfig, circumstances
 from scripts.engine.loader import RowOrder, to_device
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.run import require_writable
+from scripts.engine.runtime import RuntimeConfig
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
         value.backward()
         losses.append(float(value.detach()))
         gradients = [p.grad for p in model.parameters()]
-        squares += sum(float(g.double().square().sum()) for g in gradients)
+        squares += sum(float(g.square().sum()) for g in gradients)
         torch._foreach_add_(total, gradients)
-    of_mean = sum(float(g.double().square().sum()) for g in total) / draws**2
+    of_mean = sum(float(g.square().sum()) for g in total) / draws**2
     variance = (squares / draws - of_mean) * draws / (draws - 1)
     values = torch.tensor(losses, dtype=torch.float64)
     return Spread(
@@ -75,6 +76,8 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
 
 def main(argv: list[str] | None = None) -> None:
     config, data, runtime, given = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
+    if config.json:
+        require_writable(config.json, "--json")
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
     model, tokenizer = checkpoint.load(runtime)
     if model.config.attention != "full":
@@ -88,8 +91,10 @@ def main(argv: list[str] | None = None) -> None:
         mean = f"{spread.mean:.4f} +- {spread.standard_error:.4f}"
         print(f"{name:<12} {mean:>20} {spread.standard_deviation:>15.4f} {spread.gradient_noise:>15.3f}")
     if config.json:
-        settings = {"batch_size": config.batch_size, "num_draws": config.num_draws, "seed": runtime.seed}
-        written = {"spread": {k: asdict(v) for k, v in result.items()}, "settings": settings, **provenance(runtime)}
+        written = {
+            "spread": {k: asdict(v) for k, v in result.items()},
+            **circumstances(runtime, tokenizer, data.data, config, data),
+        }
         config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,21 +8,30 @@ Without --use-tokenizer it works on characters, with a vocabulary of those in --
 <save-dir>/<run>_tokenizer.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from dataset.jsonl import read_documents
 from dataset.pretrain import PretrainData, PretrainDataset
-from dataset.tokenizer import MASK_TOKEN, fingerprint, load_tokenizer, save_tokenizer, train_bpe, train_characters
+from dataset.tokenizer import (
+    MASK_TOKEN,
+    PreTrainedTokenizerFast,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+    train_characters,
+)
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decode import DenoisingConfig, SamplingConfig, decode_diffusion
 from model.objective import MaskedDiffusion
-from scripts.engine.cli import parse_args, run
-from scripts.engine.generation import generate
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.generation import generate, prompt_tokens
 from scripts.engine.optim import OptimConfig
-from scripts.engine.run import RunConfig
+from scripts.engine.run import RunConfig, continues
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, train_stage
 from scripts.engine.trainer import TrainerConfig
@@ -64,70 +73,69 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=4e-4,
     )
     configs = StageConfigs(*configs)
-    refuse_unused(what, data, configs)
-    tokenizer = find_tokenizer(what, data, configs)
+    refuse_unused(what, configs)
+    tokenizer, is_new = find_tokenizer(what, data, configs)
+    if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
+        least = replace(sampling, max_new_tokens=1)
+        room = data.max_seq_len - len(prompt_tokens(tokenizer, what.prompt, least, data.max_seq_len))
+        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    prompt_tokens(tokenizer, what.prompt, sampling, data.max_seq_len)  # found out before the training, not after it
     if what.train:
-        model = train_stage(
-            "scripts.train.diffusion",
-            configs,
-            objective,
-            data,
-            tokenizer,
-            build=lambda: PretrainDataset(data, tokenizer),
-        )
+        build = partial(build_dataset, data, tokenizer, configs.run.path("_tokenizer") if is_new else None)
+        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build)
         if model is None:
             return
     else:
         model = load_model(configs.run.exported_path, configs.runtime.torch_device, tokenizer=fingerprint(tokenizer))
-    print(
-        generate(
-            model, tokenizer, what.prompt, sampling, configs.runtime, data.max_seq_len, decode_diffusion, denoising
-        ).report()
+    made = generate(
+        model, tokenizer, what.prompt, sampling, configs.runtime, data.max_seq_len, decode_diffusion, denoising
+    )
+    print(made.report())
+
+
+def refuse_unused(what: DiffusionRun, configs: StageConfigs) -> None:
+    """ValueError for typed flags that would be ignored."""
+    generating = {
+        f.name for group in (DiffusionRun, SamplingConfig, DenoisingConfig, RuntimeConfig) for f in fields(group)
+    }
+    generating |= {"tokenizer_dir", "max_seq_len", "run_name", "save_dir", "weights_path"}
+    if not what.train:
+        refuse_idle(configs.given, **dict.fromkeys(sorted(configs.given - generating), (False, "--train")))
+    ready_made = what.use_tokenizer and not what.retrain_tokenizer
+    refuse_idle(
+        configs.given,
+        mask_token=(not ready_made, "a tokenizer that is trained here"),
+        jsonl_sep=(not what.use_tokenizer, "character mode, that is, with --use-tokenizer"),
+        target_vocab_size=(what.retrain_tokenizer, "--retrain-tokenizer"),
+        tokenizer_dir=(ready_made, "a ready tokenizer: --use-tokenizer, and no --retrain-tokenizer"),
     )
 
 
-def refuse_unused(what: DiffusionRun, data: PretrainData, configs: StageConfigs) -> None:
-    """ValueError for flags that would be ignored."""
-    training = {f.name for group in (MaskedDiffusion, ModelConfig, OptimConfig, TrainerConfig) for f in fields(group)}
-    training |= {
-        "data",
-        "jsonl_field",
-        "val_fraction",
-        "packing",
-        "load_from",
-        "resume",
-        "overwrite",
-        "dry_run",
-        "show_batch",
-    }
-    if not what.train and (idle := sorted(training & configs.given)):
-        raise ValueError(f"--{idle[0].replace('_', '-')} is for training; add --train, or leave it out to generate")
-    if data.jsonl_sep is not None and what.use_tokenizer:
-        raise ValueError("--jsonl-sep is for character mode; leave it out with --use-tokenizer")
-    for name, needed in (("target_vocab_size", "retrain_tokenizer"), ("tokenizer_dir", "use_tokenizer")):
-        if name in configs.given and not getattr(what, needed):
-            raise ValueError(f"--{name.replace('_', '-')} needs --{needed.replace('_', '-')}")
-
-
-def find_tokenizer(what: DiffusionRun, data: PretrainData, configs: StageConfigs):
-    """The tokenizer in --tokenizer-dir, or the run's own, which a new run makes from --data."""
-    own: Path = configs.run.path("_tokenizer")
+def find_tokenizer(
+    what: DiffusionRun, data: PretrainData, configs: StageConfigs
+) -> tuple[PreTrainedTokenizerFast, bool]:
+    """The tokenizer in --tokenizer-dir, or the run's own; and whether that is new, made from --data, not yet saved."""
+    own = configs.run.path("_tokenizer")
     if what.use_tokenizer and not what.retrain_tokenizer:
-        return load_tokenizer(data.tokenizer_dir, what.mask_token)
-    continuing = configs.run.resume != "never" and configs.run.state_path.exists()
-    if not what.train or continuing:
-        return load_tokenizer(own, what.mask_token)
+        return load_tokenizer(data.tokenizer_dir), False
+    previewing = configs.run.dry_run or configs.run.show_batch
+    if not what.train or (not previewing and continues(configs.run)):
+        return load_tokenizer(own), False
     if data.data is None:
         raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
     texts = read_documents(data.data, data.jsonl_field, data.separator)
-    tokenizer = (
-        train_bpe(texts, what.target_vocab_size, what.mask_token)
-        if what.retrain_tokenizer
-        else train_characters(texts, what.mask_token)
-    )
-    save_tokenizer(tokenizer, own)
-    print(f"saved {own} ({len(tokenizer)} entries); give it to other commands with --tokenizer-dir")
-    return tokenizer
+    if what.retrain_tokenizer:
+        return train_bpe(texts, what.target_vocab_size, what.mask_token), not previewing
+    return train_characters(texts, what.mask_token), not previewing
+
+
+def build_dataset(data: PretrainData, tokenizer: PreTrainedTokenizerFast, own: Path | None) -> PretrainDataset:
+    """The rows; a new tokenizer is saved to `own` beside them, once nothing else can be refused."""
+    dataset = PretrainDataset(data, tokenizer)
+    if own:
+        save_tokenizer(tokenizer, own)
+        print(f"saved {own} ({len(tokenizer)} entries); give it to other commands with --tokenizer-dir")
+    return dataset
 
 
 if __name__ == "__main__":

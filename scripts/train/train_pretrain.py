@@ -10,7 +10,7 @@ from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.objective import NextToken
-from scripts.engine.cli import parse_args, run
+from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
@@ -30,10 +30,12 @@ def main(argv: list[str] | None = None) -> None:
         argv=argv,
         run_name="minimind_pretrain",
     )
+    configs = StageConfigs(*configs)
+    refuse_idle(configs.given, jsonl_sep=(False, "character mode, which scripts.train.diffusion has"))
     tokenizer = load_tokenizer(data.tokenizer_dir)
     train_stage(
         "scripts.train.train_pretrain",
-        StageConfigs(*configs),
+        configs,
         NextToken(),
         data,
         tokenizer,

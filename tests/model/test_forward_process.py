@@ -29,7 +29,7 @@ def test_only_maskable_tokens_are_masked_and_all_others_are_kept(schedule):
     assert torch.equal(noised.input_ids[~noised.scored], ids[~noised.scored])
     has_any = maskable.any(dim=1)
     assert torch.equal(noised.scored.any(dim=1), has_any)  # never a row without a target
-    assert (noised.weight[~has_any] == 0).all() and torch.isfinite(noised.weight).all()
+    assert (noised.weight[~maskable] == 0).all() and torch.isfinite(noised.weight).all()
 
 
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)
@@ -44,7 +44,7 @@ def test_fixed_count_hits_every_stratum_of_the_global_batch_once():
     for step in range(5):
         _, noised = masked("fixed_count", torch.ones(16, 16, dtype=torch.bool), step)
         assert sorted(noised.scored.sum(dim=1).tolist()) == list(range(1, 17))
-        assert torch.allclose(noised.weight * noised.scored.sum(dim=1), torch.tensor(16.0))
+        assert torch.allclose(noised.weight[:, 0] * noised.scored.sum(dim=1), torch.tensor(16.0))
 
 
 def test_stratified_numbers_are_uniform_and_one_in_each_stratum():
@@ -80,7 +80,7 @@ def test_iid_t_masks_at_the_rate_that_its_weight_says():
     """Weight 1/t: over many rows of one t the masked share is t within four standard errors."""
     maskable = torch.ones(512, 400, dtype=torch.bool)
     _, noised = masked("iid_t", maskable)
-    t = 1 / noised.weight
+    t = 1 / noised.weight[:, 0]
     error = (t * (1 - t) / 400).sqrt()
     assert ((noised.scored.float().mean(dim=1) - t).abs() < 4.5 * error + 1 / 400).all()
 
@@ -89,6 +89,15 @@ def test_a_row_given_its_one_mask_takes_its_realised_rate_as_weight():
     """Rows of two tokens are often left empty at small t; their weight must be n = 2, never 1/eps."""
     _, noised = masked("iid_t", torch.ones(4096, 2, dtype=torch.bool))
     single = noised.scored.sum(dim=1) == 1
-    forced = single & (noised.weight == 2.0)
+    weight = noised.weight[:, 0]
+    forced = single & (weight == 2.0)
     assert forced.float().mean() == pytest.approx(1 / 3, abs=0.05)  # P(no mask) = integral of (1 - t)^2
-    assert noised.weight[~forced].max() < 200  # small t without a mask would have weighed up to 1000
+    assert weight[~forced].max() < 200  # small t without a mask would have weighed up to 1000
+
+
+def test_noise_of_a_row_depends_not_on_the_length_of_its_micro_batch():
+    """Micro-batches of one step may be cut to different lengths; a row's draws are the first ones of the longest."""
+    noise = StepNoise(0, 4, total_rows=6, first_row=2, width=16)
+    assert torch.equal(noise.uniform("mask", 4, 9), noise.uniform("mask", 4, 16)[:, :9])
+    rows = torch.cat([StepNoise(0, 4, 6, first, width=16).uniform("mask", 1, 5 + first)[:, :5] for first in range(6)])
+    assert len(rows.unique(dim=0)) == 6

@@ -172,3 +172,18 @@ def test_impossible_shapes_are_refused(wrong):
 def test_sequences_past_the_longest_are_refused(tiny_model):
     with pytest.raises(ValueError, match="at most 64"):
         tiny_model()(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_yarn_is_decided_by_the_context_and_not_by_padding_or_packing(tiny_model):
+    """Once a context beyond the original one is declared, a document has one set of logits: alone, padded, packed."""
+    model = tiny_model(inference_rope_scaling=True, rope_original_length=8)
+    model.context_length = 32
+    ids = torch.randint(24, (1, 20))
+    documents = torch.tensor([[0] * 5 + [1] * 9 + [-1] * 6])
+    packed = model(ids, attn_mask=document_mask(documents))
+    for start, end in ((0, 5), (5, 14)):
+        torch.testing.assert_close(packed[:, start:end], model(ids[:, start:end]), rtol=1e-5, atol=1e-5)
+    model.context_length = 8
+    plain = tiny_model()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(model(ids), plain(ids))

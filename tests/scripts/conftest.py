@@ -11,6 +11,7 @@ import pytest
 
 from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine import cli, trainer
+from scripts.train import diffusion, train_pretrain
 
 NOUNS = ("the cat", "a small dog", "my old friend", "the river", "一只小猫", "老朋友", "那条河", "春天的风")
 VERBS = ("sees", "likes", "follows", "remembers", "看见了", "喜欢", "跟着", "记得")
@@ -128,9 +129,8 @@ def plots():
     """Loss curves are drawn in this test."""
 
 
-@pytest.fixture
-def tiny_flags(workspace, tokenizer_dir) -> list[str]:
-    """Flags of a small, fast training run of 12 steps."""
+def flags_of_a_tiny_run(tokenizer_dir: Path) -> list[str]:
+    """12 steps of a small shape on corpus.jsonl, with the intervals of logs, validations and saves all different."""
     return [
         *("--data", "corpus.jsonl", "--tokenizer-dir", str(tokenizer_dir), "--val-fraction", "0.2"),
         *("--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--intermediate-size", "64"),
@@ -139,13 +139,37 @@ def tiny_flags(workspace, tokenizer_dir) -> list[str]:
     ]
 
 
+PRETRAIN = ("--run-name", "ar")
+DIFFUSION = ("--run-name", "dm", "--train", "--use-tokenizer", "--max-new-tokens", "4", "--gen-steps", "2")
+
+
+@pytest.fixture
+def tiny_flags(workspace, tokenizer_dir) -> list[str]:
+    """Flags that both training commands have."""
+    return flags_of_a_tiny_run(tokenizer_dir)
+
+
 @pytest.fixture
 def pretrain_argv(tiny_flags):
     """Arguments of scripts.train.train_pretrain."""
-    return [*tiny_flags, "--run-name", "ar"]
+    return [*tiny_flags, *PRETRAIN]
 
 
 @pytest.fixture
 def diffusion_argv(tiny_flags):
     """Arguments of scripts.train.diffusion."""
-    return [*tiny_flags, "--run-name", "dm", "--train", "--use-tokenizer", "--max-new-tokens", "4", "--gen-steps", "2"]
+    return [*tiny_flags, *DIFFUSION]
+
+
+@pytest.fixture(scope="session")
+def weights_of_one_step(tmp_path_factory, tokenizer_dir, texts) -> Path:
+    """A save folder with the runs ar and dm, each of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    write_jsonl(folder / "corpus.jsonl", texts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(trainer, "plot_losses", lambda log, image: None)
+        for module, more in ((train_pretrain, PRETRAIN), (diffusion, DIFFUSION)):
+            result = run_command(module, [*flags_of_a_tiny_run(tokenizer_dir), *more, "--max-iters", "1"])
+            assert result.code == 0, result.err
+    return folder / "weights"

@@ -18,7 +18,9 @@ import torch
 import scripts.eval
 import scripts.train
 from dataset.tokenizer import load_tokenizer
+from model import objective
 from model.checkpoint import load_checkpoint
+from model.forward_process import mask_tokens
 from scripts.engine import cli
 from scripts.engine.run import SILENT, TOLD, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
@@ -272,6 +274,39 @@ def test_a_shown_batch_is_the_first_batch_in_full(command, diffusion_argv, texts
     assert len({text for *_, text in rows}) == 4
 
 
+def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
+    command, pretrain_argv, monkeypatch, workspace, texts, jsonl
+):
+    """Training fills a batch from the next pass over the rows; the estimate must, too."""
+    sizes = []
+
+    class Spy(train_pretrain.NextToken):
+        def __call__(self, model, batch, noise):
+            sizes.append(len(batch["input_ids"]))
+            return super().__call__(model, batch, noise)
+
+    monkeypatch.setattr(train_pretrain, "NextToken", Spy)
+    jsonl(workspace / "few.jsonl", texts[:2])
+    assert command(train_pretrain, [*pretrain_argv, "--data", "few.jsonl", "--batch-size", "9", "--dry-run"]).code == 0
+    assert set(sizes) == {9}
+
+
+def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_argv, monkeypatch):
+    argv = [*diffusion_argv, "--batch-size", "8", "--accumulation-steps", "2", "--variable-length-prob", "0"]
+    argv += ["--no-packing", "--max-iters", "1"]
+    shown = re.findall(r": (\d+) masked of (\d+) maskable", command(diffusion, [*argv, "--show-batch"]).out)
+    first = []
+
+    def spy(input_ids, maskable, *more):
+        noised = mask_tokens(input_ids, maskable, *more)
+        first.extend(zip(noised.scored.sum(dim=1).tolist(), maskable.sum(dim=1).tolist(), strict=True))
+        return noised
+
+    monkeypatch.setattr(objective, "mask_tokens", spy)
+    assert command(diffusion, argv).code == 0
+    assert [(int(a), int(b)) for a, b in shown] == first[:4]
+
+
 # -- character mode and a tokenizer of the run's own -------------------------------------------------------------------
 
 
@@ -327,6 +362,19 @@ def test_a_preview_keeps_the_tokenizer_of_the_existing_run(flag, command, charac
     (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
     assert command(diffusion, [*character_argv, "--data", "other.txt", flag]).code == 0
     assert Path("weights/chars_tokenizer/tokenizer.json").read_bytes() == before
+
+
+def test_a_new_run_whose_closing_sample_is_impossible_writes_no_tokenizer(character_argv, refused):
+    refused(diffusion, [*character_argv, "--prompt", "the € cat"], "€", "U+20AC")
+
+
+def test_an_overwriting_run_that_is_refused_keeps_the_tokenizer_of_the_old_one(
+    command, character_argv, refused, workspace
+):
+    assert command(diffusion, character_argv).code == 0
+    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
+    argv = [*character_argv, "--data", "other.txt", "--overwrite", "--load-from", "missing.pt"]
+    refused(diffusion, argv, "missing.pt")
 
 
 def test_resume_must_without_a_run_writes_no_tokenizer(character_argv, refused):

@@ -10,7 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
+from model.forward_process import StepNoise
+from model.objective import NextToken
+from model.transformer import Transformer
 from scripts.engine.loader import RowOrder, in_order
 from scripts.engine.metrics import read_log
 from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
@@ -175,6 +181,27 @@ def test_one_batch_of_8_two_of_4_and_four_of_2_are_one_step(name, command, pretr
                     assert (x is None and y is None) or y == pytest.approx(x, abs=1e-5)
         for key, tensor in weights[0].items():
             assert (tensors[key] - tensor).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_a_step_follows_the_gradient_of_the_mean_over_scored_tokens(passes, command, pretrain_argv, tokenizer_dir):
+    """Of all the tokens of all its passes; padding counts for nothing. One pass of plain autograd is the reference."""
+    argv = [*pretrain_argv, "--no-packing", "--max-iters", "1", "--log-interval", "1", "--accumulation-steps", passes]
+    assert command(train_pretrain, argv).code == 0
+    logged = next(row for row in read_log(Path("weights/ar_log.jsonl")) if row["event"] == "train")
+    data = PretrainData(data=Path("corpus.jsonl"), max_seq_len=32, packing=False, val_fraction=0.2)
+    rows = PretrainDataset(data, load_tokenizer(tokenizer_dir)).train
+    torch.manual_seed(1337)
+    model = Transformer(ModelConfig(**load_checkpoint(Path("weights/ar.pt"))["config"]))
+    count = 4 * passes
+    batch = rows.batch(RowOrder(len(rows), 1337)(0, count))
+    assert not batch["loss_mask"].all()
+    result = NextToken()(model, batch, StepNoise(1337, 0, count))
+    loss = result.nats.sum() / result.count.sum()
+    loss.backward()
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-5)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+    assert logged["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
 
 
 @settings(max_examples=50, deadline=None)

@@ -19,7 +19,7 @@ TINY = {
     "scripts.train.diffusion": "--dtype float32",
     "scripts.train.train_tokenizer": "--target-vocab-size 300",
     "scripts.eval.schedule_variance": "--batch-size 2 --num-draws 2 --dtype float32",
-    "scripts.eval.likelihood": "--num-samples 2 --dtype float32",
+    "scripts.eval.likelihood": "--dtype float32",
 }
 TRAIN_DIFFUSION = "--max-iters 3 --batch-size 4 --log-interval 1 --max-new-tokens 8"
 

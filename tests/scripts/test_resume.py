@@ -77,7 +77,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(method, steps, action): the next time that the trainer has run `method` at one of `steps`, do `action` once."""
+    """at(method, steps, action): when the trainer has run `method` at one of `steps`, do `action`, once each."""
 
     def plan(method, steps, action, before=False):
         original, left = getattr(Trainer, method), set(steps)
@@ -400,6 +400,20 @@ def test_best_weights_score_the_loss_that_the_log_says(runs, command):
     again = ["--run-name", "again", "--load-from", "weights/ar_best.pt", "--lr", "1e-12", "--max-iters", "1"]
     assert command(module, [*argv, *again]).code == 0
     assert events(Path("weights/again_log.jsonl"))[-1]["loss"] == pytest.approx(best["loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
+def test_a_line_separator_in_the_command_line_does_not_cut_the_log(separator, runs, command, at, monkeypatch, plots):
+    """The log holds the command, prompt and all; Unicode knows more line ends than a JSONL file does."""
+    module, argv = runs["random-no-packing"]
+    argv = [*argv, "--prompt", f"the{separator}cat"]
+    monkeypatch.setattr(sys, "argv", argv)
+    at("_train_step", [6], send(signal.SIGTERM))
+    first = command(module, argv)
+    assert first.code == 143, first.err
+    second = command(module, [*argv, "--resume", "must"])
+    assert second.code == 0, second.err
+    assert [row["step"] for row in read_log(Path("weights/dm_log.jsonl")) if row["event"] == "eval"] == [4, 8, 12]
 
 
 def test_sigterm_and_resume_in_processes_of_their_own(pretrain_argv, command, workspace):
