@@ -20,7 +20,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """Autoregressive sampling."""
+    """Length and sampling of a continuation."""
 
     max_new_tokens: Annotated[int, "longest continuation, in tokens"] = 128
     temperature: Annotated[float, "0 = the likeliest token", "--ar-temperature", "--gen-temp"] = 0.8

@@ -22,9 +22,15 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     flags read as hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks
     is reported as a usage error.
     """
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = _Parser(
+        usage=f"uv run python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'MODULE')} [FLAGS]",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     for group in groups:
-        section = parser.add_argument_group((group.__doc__ or group.__name__).partition("\n")[0])
+        title = (group.__doc__ or group.__name__).partition("\n")[0].partition(";")[0].rstrip(".")
+        section = parser.add_argument_group(title)
         for name, kind, text, aliases in _flags(group):
             default = defaults.pop(name, group.__dataclass_fields__[name].default)
             shown = "none" if default is None else default
@@ -89,6 +95,9 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError
     return value
+
+
+_finite.__name__ = "number"  # argparse names it to the user
 
 
 def _conversion(kind: Any) -> dict[str, Any]:

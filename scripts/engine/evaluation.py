@@ -70,6 +70,8 @@ class DataEvalConfig:
         for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -227,20 +229,31 @@ def _chosen_texts(config: DataEvalConfig) -> list[str]:
         count = config.eval_max_batches * config.eval_batch_size
         chosen = heapq.nsmallest(count, texts, key=lambda text: content_hash(text) * 0x9E3779B97F4A7C15 % 2**64)
     if not chosen:
+        if config.eval_split == "validation":
+            raise ValueError(
+                f"{config.eval_data} has nothing to evaluate: with --val-fraction {config.val_fraction} "
+                "training holds out none of its documents"
+            )
         raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
     return chosen
 
 
 def _held_out(texts: Iterable[str], fraction: float) -> Iterator[str]:
-    """The documents that training with this --val-fraction holds out: by hash, else those of the smallest hash."""
-    smallest, found = [], False
+    """The documents that training with this --val-fraction holds out: by hash, else those of the smallest hash, where
+    others remain; none at 0."""
+    smallest, least, found, others = [], 2**64, False, False
     for text in texts:
         if is_validation(text, fraction):
             found = True
             yield text
-        elif not smallest or content_hash(text) <= content_hash(smallest[0]):
-            smallest = [*(smallest if smallest and text == smallest[0] else []), text]
-    if not found:
+        elif not found:
+            value = content_hash(text)
+            others = others or (bool(smallest) and value != least)
+            if value < least:
+                smallest, least = [], value
+            if value == least:
+                smallest.append(text)
+    if fraction > 0 and not found and others:
         yield from smallest
 
 

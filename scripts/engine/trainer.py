@@ -216,6 +216,11 @@ class Trainer:
     def _judge(self, nats: torch.Tensor, counts: torch.Tensor, meter: Meter) -> None:
         """Log a validation; called while the validated weights (the average, if there is one) are in the model."""
         loss = float(nats.sum() / counts.sum())
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the validation loss at step {self.step} is not finite, so the weights are spoilt; "
+                "start again with a lower --learning-rate or another --dtype"
+            )
         spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
         if loss < self.stop_loss - self.trainer.early_stop_min_delta:
             self.stop_loss, self.bad_evals = loss, 0  # moves on counted improvements only, so that small ones add up

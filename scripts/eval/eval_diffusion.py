@@ -73,7 +73,8 @@ def main(argv: list[str] | None = None) -> None:
         **dict.fromkeys(("jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples"), reading),
     )
     scoring = request.cond_ll_response is not None, "--cond-ll-response"
-    refuse_idle(given, eval_mask_ratio=reading, cond_ll_nmc=scoring)
+    held_out = data.eval_split == "validation", "--eval-split validation"
+    refuse_idle(given, eval_mask_ratio=reading, cond_ll_nmc=scoring, val_fraction=held_out)
     model, tokenizer = checkpoint.load(runtime)
     if model.config.attention != "full":
         raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
@@ -90,8 +91,10 @@ def main(argv: list[str] | None = None) -> None:
             runtime,
         )
         result["conditional"] = score
+        error = score["mask_standard_error"]  # none for a single mask
+        shown = "" if error is None else f" +- {error:.4f}"
         lines.append(
-            f"log p(response | prompt) >= {score['log_likelihood']:.4f} +- {score['mask_standard_error']:.4f} nats "
+            f"log p(response | prompt) >= {score['log_likelihood']:.4f}{shown} nats "
             f"({score['tokens']} tokens, {request.cond_ll_nmc} masks)"
         )
     elif request.prompt is not None:

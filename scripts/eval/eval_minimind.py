@@ -40,9 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
     prompted, read = (request.prompt is not None, "--prompt"), (data.eval_data is not None, "--eval-data")
-    refuse_idle(given, max_new_tokens=prompted, temperature=prompted, top_k=prompted)
+    refuse_idle(given, max_new_tokens=prompted, temperature=prompted, top_k=prompted, gen_seed=prompted)
+    refuse_idle(given, jsonl_field=read, eval_split=read, eval_batch_size=read, eval_max_batches=read)
     refuse_idle(
-        given, jsonl_field=read, eval_batch_size=read, eval_max_batches=read, num_samples=(False, "a diffusion model")
+        given,
+        val_fraction=(data.eval_split == "validation", "--eval-split validation"),
+        num_samples=(False, "a diffusion model"),
     )
     model, tokenizer = checkpoint.load(runtime)
     if model.config.attention != "causal":

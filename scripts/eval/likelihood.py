@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             **circumstances(runtime, tokenizer, data.eval_data, checkpoint, data),
         }
         text = json.dumps(written, indent=1)
+        output.json.parent.mkdir(parents=True, exist_ok=True)
         output.json.write_text(text + "\n", encoding="utf-8")
 
 

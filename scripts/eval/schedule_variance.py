@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> None:
             "spread": {k: asdict(v) for k, v in result.items()},
             **circumstances(runtime, tokenizer, data.data, config, data),
         }
+        config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 

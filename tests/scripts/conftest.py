@@ -3,7 +3,9 @@
 import contextlib
 import io
 import json
+import os
 import random
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +126,12 @@ def _no_plots(request, monkeypatch):
         monkeypatch.setattr(trainer, "plot_losses", lambda log, image: None)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch):
+    """No file of a test has to survive a power cut."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
 @pytest.fixture
 def plots():
     """Loss curves are drawn in this test."""
@@ -173,3 +181,18 @@ def weights_of_one_step(tmp_path_factory, tokenizer_dir, texts) -> Path:
             result = run_command(module, [*flags_of_a_tiny_run(tokenizer_dir), *more, "--max-iters", "1"])
             assert result.code == 0, result.err
     return folder / "weights"
+
+
+@pytest.fixture
+def train_argv(pretrain_argv, diffusion_argv):
+    """train_argv[name]: arguments of a training command that works."""
+    return {"train_pretrain": pretrain_argv, "diffusion": diffusion_argv}
+
+
+@pytest.fixture
+def eval_argv(workspace, weights_of_one_step, tokenizer_dir):
+    """eval_argv[name]: arguments of an evaluation that works, on corpus.jsonl."""
+    shutil.copytree(weights_of_one_step, workspace / "weights")
+    more = ["--tokenizer-dir", str(tokenizer_dir), "--eval-data", "corpus.jsonl", "--dtype", "float32"]
+    ar, dm = (["--checkpoint", f"weights/{run}_state_dict.pt", *more] for run in ("ar", "dm"))
+    return {"eval_minimind": ar, "eval_diffusion": [*dm, "--nmc", "1"], "likelihood": [*dm, "--nmc", "1"]}

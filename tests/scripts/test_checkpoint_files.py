@@ -13,7 +13,7 @@ from model import checkpoint
 from model.checkpoint import import_foreign, load_checkpoint, load_model, read_archive, save_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
-from scripts.eval import eval_minimind
+from scripts.eval import eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
 
 SHAPE = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--intermediate-size", "64"]
@@ -341,6 +341,15 @@ def test_heads_come_from_the_flags_since_no_shape_tells_them(foreign, command, p
     assert load_checkpoint(Path("weights/ar.pt"))["config"]["num_attention_heads"] == 2
 
 
+def test_foreign_weights_without_typed_heads_are_refused(foreign, refused, pretrain_argv):
+    """The default would compute something else from the same tensors, and nothing would tell."""
+    model, _ = foreign()
+    torch.save(minimind_names(model), "theirs.pth")
+    at = pretrain_argv.index("--num-attention-heads")
+    argv = [*pretrain_argv[:at], *pretrain_argv[at + 2 :], "--init-from-minimind", "theirs.pth"]
+    refused(train_pretrain, argv, "theirs.pth", "--num-attention-heads")
+
+
 def test_a_vocabulary_without_the_mask_token_gets_the_mean_row_at_its_end(foreign, tmp_path):
     """As with MiniMind's own tokenizer directory when the mask token has to be added."""
     model, config = foreign()
@@ -413,6 +422,39 @@ def test_every_file_of_a_run_starts_another_and_serves_the_evaluation(command, p
         assert command(train_pretrain, start).code == 0
         use = ["--checkpoint", f"weights/ar{suffix}", "--tokenizer-dir", tokenizer_dir, "--prompt", "the cat"]
         assert command(eval_minimind, [*use, "--max-new-tokens", "2"]).code == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--tie-embeddings"]])
+def test_the_files_of_a_run_with_a_moving_average_are_one_model(
+    flags, command, diffusion_argv, tokenizer_dir, monkeypatch
+):
+    """All give the average, to the evaluation and to the next stage; so does the sample that closes the run."""
+    closing = []
+
+    def spy(model, *more):
+        closing.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return generate(model, *more)
+
+    generate = diffusion.generate
+    monkeypatch.setattr(diffusion, "generate", spy)
+    argv = [*diffusion_argv, "--ema-decay", "0.9", "--lr", "0.01", "--lr-stable-ratio", "1", *flags]
+    assert command(diffusion, argv).code == 0
+    state = load_checkpoint(Path("weights/dm.pt"))
+    assert state["best_step"] == state["step"] == 12, "the best step must be the last for this comparison"
+    models = [load_model(Path(f"weights/dm{suffix}")).state_dict() for suffix in (".pt", "_state_dict.pt", "_best.pt")]
+    for other in (models[1], models[2], closing[0]):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in models[0].items())
+    assert any(not torch.equal(tensor, state["weights"][name]) for name, tensor in models[0].items())
+    use = ["--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--nmc", "2", "--dtype", "float32"]
+    said = {
+        command(likelihood, ["--checkpoint", f"weights/dm{suffix}", *use]).out
+        for suffix in (".pt", "_state_dict.pt", "_best.pt")
+    }
+    assert len(said) == 1 and "documents" in said.pop()
+    start = ["--load-from", "weights/dm.pt", "--run-name", "next", "--max-iters", "1", "--lr", "1e-30"]
+    assert command(diffusion, [*diffusion_argv, *start, "--weight-decay", "0"]).code == 0
+    after = load_checkpoint(Path("weights/next.pt"))["weights"]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in models[0].items())
 
 
 def test_loading_a_start_leaves_dropout_and_rope_scaling_to_the_flags(command, pretrain_argv):

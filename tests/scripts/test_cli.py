@@ -18,9 +18,7 @@ import torch
 import scripts.eval
 import scripts.train
 from dataset.tokenizer import load_tokenizer
-from model import objective
 from model.checkpoint import load_checkpoint
-from model.forward_process import mask_tokens
 from scripts.engine import cli
 from scripts.engine.run import SILENT, TOLD, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
@@ -101,6 +99,22 @@ def test_wrong_arguments_end_in_one_sentence_and_exit_2(argv, words, capsys):
         parse(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "much"])
+def test_a_number_that_is_none_is_refused_in_words_of_the_user(value, capsys):
+    """Not in those of our functions."""
+
+    @dataclass(frozen=True)
+    class Rate:
+        """A rate."""
+
+        rate: Annotated[float, "a rate"] = 0.5
+
+    with pytest.raises(SystemExit) as stop:
+        cli.parse_args("d", Rate, argv=[f"--rate={value}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--rate" in error and value in error and "_" not in error
 
 
 def test_help_shows_help_text_default_and_aliases(capsys):
@@ -238,75 +252,6 @@ def test_settings_that_may_change_are_settings():
     assert known >= SILENT | TOLD and not SILENT & TOLD
 
 
-# -- previews ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
-@pytest.mark.parametrize("module", [train_pretrain, diffusion])
-def test_a_preview_writes_nothing(module, flag, command, pretrain_argv, diffusion_argv, workspace):
-    argv = pretrain_argv if module is train_pretrain else diffusion_argv
-    before = {p for p in workspace.rglob("*") if "dataset" not in p.parts}
-    result = command(module, [*argv, flag])
-    assert result.code == 0 and "12 steps" in result.out
-    assert {p for p in workspace.rglob("*") if "dataset" not in p.parts} == before
-
-
-def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):
-    said = command(train_pretrain, [*pretrain_argv, "--dry-run", "--accumulation-steps", "3"]).out
-    assert command(train_pretrain, [*pretrain_argv, "--accumulation-steps", "3"]).code == 0
-    weights = load_checkpoint(Path("weights/ar_state_dict.pt"))["weights"]
-    assert f"parameters {sum(t.numel() for t in weights.values()):,};" in said
-    for name, tensor in weights.items():
-        if not name.startswith("layers.1."):
-            assert re.search(rf"{re.escape(name)} +{re.escape(str(tuple(tensor.shape)))}", said), name
-
-
-def test_a_shown_batch_is_the_first_batch_in_full(command, diffusion_argv, texts):
-    """Without its colours and boundaries, a shown row is the text of documents of the corpus."""
-    said = command(diffusion, [*diffusion_argv, "--show-batch", "--no-packing", "--max-seq-len", "128"]).out
-    rows = re.findall(r"row (\d+): (\d+) masked of (\d+) maskable\n(.*)\n", said)
-    assert len(rows) == 4
-    for _, masked, maskable, text in rows:
-        assert 1 <= int(masked) <= int(maskable)
-        assert text.count("\033[41m") == int(masked)
-        plain = re.sub(r"\033\[\d+m", "", text).replace("|<|", "<|").replace("<|endoftext|>", "")
-        assert plain.strip("|").count("<|im_start|>") == 1
-    assert len({text for *_, text in rows}) == 4
-
-
-def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
-    command, pretrain_argv, monkeypatch, workspace, texts, jsonl
-):
-    """Training fills a batch from the next pass over the rows; the estimate must, too."""
-    sizes = []
-
-    class Spy(train_pretrain.NextToken):
-        def __call__(self, model, batch, noise):
-            sizes.append(len(batch["input_ids"]))
-            return super().__call__(model, batch, noise)
-
-    monkeypatch.setattr(train_pretrain, "NextToken", Spy)
-    jsonl(workspace / "few.jsonl", texts[:2])
-    assert command(train_pretrain, [*pretrain_argv, "--data", "few.jsonl", "--batch-size", "9", "--dry-run"]).code == 0
-    assert set(sizes) == {9}
-
-
-def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_argv, monkeypatch):
-    argv = [*diffusion_argv, "--batch-size", "8", "--accumulation-steps", "2", "--variable-length-prob", "0"]
-    argv += ["--no-packing", "--max-iters", "1"]
-    shown = re.findall(r": (\d+) masked of (\d+) maskable", command(diffusion, [*argv, "--show-batch"]).out)
-    first = []
-
-    def spy(input_ids, maskable, *more):
-        noised = mask_tokens(input_ids, maskable, *more)
-        first.extend(zip(noised.scored.sum(dim=1).tolist(), maskable.sum(dim=1).tolist(), strict=True))
-        return noised
-
-    monkeypatch.setattr(objective, "mask_tokens", spy)
-    assert command(diffusion, argv).code == 0
-    assert [(int(a), int(b)) for a, b in shown] == first[:4]
-
-
 # -- character mode and a tokenizer of the run's own -------------------------------------------------------------------
 
 
@@ -425,15 +370,28 @@ def test_generation_repeats_with_its_seed(trained, command):
     for module, argv in trained:
         one, two, other = (
             command(module, [*argv, "--prompt", "the", "--gen-seed", seed, "--gen-temp", "5", "--gen-top-k", "0"]).out
-            for seed in ("1", "1", "2")
+            for seed in ("0", "0", "2")
         )
         assert one.splitlines()[0] == two.splitlines()[0] != other.splitlines()[0]
 
 
+def test_generation_takes_the_seed_of_the_command_unless_it_has_its_own(trained, command):
+    for module, argv in trained:
+        argv = [*argv, "--prompt", "the", "--gen-temp", "5", "--gen-top-k", "0"]
+        seeds = (["--gen-seed", "2"], ["--seed", "2"], ["--seed", "1", "--gen-seed", "2"], ["--seed", "1"])
+        said = [command(module, [*argv, *more]).out.splitlines()[0] for more in seeds]
+        assert said[0] == said[1] == said[2] != said[3]
+
+
 def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):
     for module, argv in trained:
-        result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", "--nmc", "1"])
-        assert {"generation", "likelihood", "checkpoint", "seed"} <= json.loads(result.out).keys()
+        masks = ["--nmc", "1"] if module is eval_diffusion else []
+        result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", *masks])
+        found = json.loads(result.out)
+        assert {"generation", "likelihood", "settings", "tokenizer", "data_sha256", "commit"} <= found.keys()
+        assert not {"checkpoint", "seed"} & found.keys()
+        settings = {"checkpoint": argv[1], "seed": 1337, "gen_seed": None, "max_new_tokens": 5, "temperature": 0.8}
+        assert settings.items() <= found["settings"].items()
 
 
 def test_a_trained_model_is_the_same_whatever_is_generated_afterwards(command, diffusion_argv):

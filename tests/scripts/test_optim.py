@@ -76,9 +76,8 @@ def test_a_warmup_longer_than_the_run_never_reaches_the_peak():
 
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": True}, {"qk_norm": True}])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_every_parameter_is_optimised_once_norms_without_decay_and_muon_has_layer_matrices_only(
-    shape, optimizer, tiny_model
-):
+def test_every_parameter_is_optimised_once_and_norms_and_embedding_do_not_decay(shape, optimizer, tiny_model):
+    """The embedding neither where it is the head, too; Muon has the matrices inside the layers, and only those."""
     model = tiny_model(**shape)
     optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer, weight_decay=0.3))
     groups = [(o, group) for o in optimizers for group in o.param_groups]
@@ -87,9 +86,27 @@ def test_every_parameter_is_optimised_once_norms_without_decay_and_muon_has_laye
     assert sorted(covered) == sorted(names.values())
     for o, group in groups:
         for p in group["params"]:
-            assert group["weight_decay"] == (0.3 if p.ndim == 2 else 0.0), names[id(p)]
+            decays = p.ndim == 2 and names[id(p)] != "embed_tokens.weight"
+            assert group["weight_decay"] == (0.3 if decays else 0.0), names[id(p)]
             matrix_in_layer = p.ndim == 2 and names[id(p)].startswith("layers.")
             assert isinstance(o, torch.optim.Muon) == (optimizer == "muon" and matrix_in_layer), names[id(p)]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_autoregressive_training_leaves_the_row_of_the_mask_token_as_it_was(optimizer, tiny_model):
+    """It never sees [MASK]; decay would shrink to nothing what diffusion then starts from."""
+    model, ids = tiny_model(), torch.randint(4, 24, (4, 12))
+    mask = model.config.mask_token_id
+    ids[ids == mask] = 4
+    before = model.embed_tokens.weight.detach().clone()
+    optimizers = make_optimizers(model, OptimConfig(optimizer=optimizer, weight_decay=0.5, learning_rate=0.1))
+    for _ in range(5):
+        model(ids, is_causal=True).square().mean().backward()
+        for o in optimizers:
+            o.step()
+            o.zero_grad()
+    after = model.embed_tokens.weight
+    assert torch.equal(after[mask], before[mask]) and not torch.equal(after[4], before[4])
 
 
 @pytest.mark.parametrize("tied", [False, True])

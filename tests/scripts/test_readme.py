@@ -99,3 +99,15 @@ def test_the_readme_names_every_runnable_module_and_no_other():
     for line in re.findall(r"^  .*\.py.*$", text, flags=re.MULTILINE):  # the map of the tree names real files
         for name in re.findall(r"[a-z_]+\.py", line):
             assert list(ROOT.glob(f"*/{name}")) + list(ROOT.glob(f"*/*/{name}")), name
+
+
+def test_both_readmes_have_the_same_commands_and_numbers():
+    """README_cn.md is README.md in Chinese: the same commands, files and figures, in the same order."""
+    english, chinese = ROOT / "README.md", ROOT / "README_cn.md"
+    assert commands(english) == commands(chinese)
+    numbers, names = (
+        [re.findall(pattern, path.read_text(encoding="utf-8")) for path in (english, chinese)]
+        for pattern in (r"\d+\.\d+", r"[\w/<>]+\.(?:pt|png|jsonl|py)\b")
+    )
+    assert sorted(numbers[0]) == sorted(numbers[1])
+    assert sorted(names[0]) == sorted(names[1])

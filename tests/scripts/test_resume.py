@@ -1,6 +1,7 @@
 """A run that is stopped and continued is the run that was not; and one that cannot be continued is refused."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,48 +20,20 @@ NOT_COMPUTED = {"settings", "command", "provenance", "seconds", "log_lines"}
 CLOCK = {"seconds", "tokens_per_second"}
 
 RUNS = {
-    "ar": (train_pretrain, []),
-    "ar-muon-ema-tied": (train_pretrain, ["--optimizer", "muon", "--ema-decay", "0.9", "--tie-embeddings"]),
+    "ar": (train_pretrain, ""),
+    "ar-muon-ema-tied": (train_pretrain, "--optimizer muon --ema-decay 0.9 --tie-embeddings"),
     "ar-everything": (
         train_pretrain,
-        [
-            "--accumulation-steps",
-            "2",
-            "--ema-decay",
-            "0.9",
-            "--dropout",
-            "0.2",
-            "--no-packing",
-            "--qk-norm",
-            "--num-key-value-heads",
-            "2",
-        ],
+        "--accumulation-steps 2 --ema-decay 0.9 --dropout 0.2 --no-packing --qk-norm --num-key-value-heads 2",
     ),
     "iid_t-everything": (
         diffusion,
-        [
-            "--mask-schedule",
-            "iid_t",
-            "--accumulation-steps",
-            "2",
-            "--ema-decay",
-            "0.9",
-            "--dropout",
-            "0.2",
-            "--variable-length-prob",
-            "0.5",
-            "--repeat-penalty-weight",
-            "0.5",
-            "--repeat-penalty-min-run",
-            "1",
-            "--repeat-penalty-delay-steps",
-            "3",
-            "--repeat-penalty-warmup-steps",
-            "6",
-        ],
+        "--mask-schedule iid_t --accumulation-steps 2 --ema-decay 0.9 --dropout 0.2 --variable-length-prob 0.5 "
+        "--repeat-penalty-weight 0.5 --repeat-penalty-min-run 1 --repeat-penalty-delay-steps 3 "
+        "--repeat-penalty-warmup-steps 6",
     ),
-    "fixed_count-muon": (diffusion, ["--mask-schedule", "fixed_count", "--optimizer", "muon", "--dropout", "0.1"]),
-    "random-no-packing": (diffusion, ["--mask-schedule", "random", "--no-packing", "--lr-schedule", "cosine"]),
+    "fixed_count-muon": (diffusion, "--mask-schedule fixed_count --optimizer muon --dropout 0.1"),
+    "random-no-packing": (diffusion, "--mask-schedule random --no-packing --lr-schedule cosine"),
 }
 
 
@@ -68,7 +41,26 @@ RUNS = {
 def runs(pretrain_argv, diffusion_argv):
     """runs[name] -> (module, argv) of a run of 12 steps."""
     base = {train_pretrain: pretrain_argv, diffusion: diffusion_argv}
-    return {name: (module, base[module] + extra) for name, (module, extra) in RUNS.items()}
+    return {name: (module, base[module] + extra.split()) for name, (module, extra) in RUNS.items()}
+
+
+WHOLE: dict[str, Path] = {}
+
+
+@pytest.fixture
+def whole(runs, command, tmp_path_factory):
+    """whole(name) -> (module, argv); that run, uninterrupted, lies in whole/. It is trained once for all tests."""
+
+    def provide(name):
+        module, argv = runs[name]
+        if name in WHOLE:
+            shutil.copytree(WHOLE[name], "whole")
+        else:
+            assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+            WHOLE[name] = shutil.copytree("whole", tmp_path_factory.mktemp("runs") / name)
+        return module, argv
+
+    return provide
 
 
 class Killed(BaseException):
@@ -163,10 +155,9 @@ def run_name(argv: list[str]) -> str:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_stopped_twice_by_signals_equals_the_run_that_was_not(name, runs, command, at):
+def test_a_run_stopped_twice_by_signals_equals_the_run_that_was_not(name, whole, command, at):
     """Steps 5 and 7 are multiples of neither the save (3) nor the eval interval (4), 7 not of the log interval (5)."""
-    module, argv = runs[name]
-    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+    module, argv = whole(name)
     at("_train_step", [5], send(signal.SIGTERM))
     at("_train_step", [7], send(signal.SIGINT))
     first = command(module, [*argv, "--save-dir", "parts"])
@@ -185,15 +176,14 @@ KILLS = {
     "before a save": ("save", [9], True),
     "after a validation, whose log line and best weights are of a lost future": ("_validate", [8], False),
     "two steps after a save": ("_train_step", [11], False),
-    "before the weights are exported": ("export", [12], True),
+    "before the weights are written, the average in place": ("_write_weights", [12], True),
 }
 
 
 @pytest.mark.parametrize("name", ["ar-everything", "iid_t-everything", "fixed_count-muon"])
 @pytest.mark.parametrize("moment", KILLS)
-def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, moment, runs, command, at):
-    module, argv = runs[name]
-    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, moment, whole, command, at):
+    module, argv = whole(name)
     method, steps, before = KILLS[moment]
     at(method, steps, kill, before)
     with pytest.raises(Killed):
@@ -203,10 +193,9 @@ def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, 
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_validation_loses_nothing(number, code, runs, command, at):
+def test_a_signal_during_validation_loses_nothing(number, code, whole, command, at):
     """The average of the weights, swapped in for the validation, must not be what is continued with."""
-    module, argv = runs["ar-everything"]
-    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
+    module, argv = whole("ar-everything")
     at("_validate", [8], send(number), before=True)
     assert command(module, [*argv, "--save-dir", "parts"]).code == code
     assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
@@ -232,6 +221,49 @@ def test_a_pending_early_stop_comes_at_the_same_step(runs, command, at):
     assert load_checkpoint(Path("parts/dm.pt"))["bad_evals"] == 1
     assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
     assert_same_run("dm")
+
+
+@pytest.fixture
+def validations(monkeypatch):
+    """validations(losses): what the validations of the runs to come find, one after the other, by step."""
+
+    def plan(by_step):
+        original = Trainer._judge
+
+        def judge(self, nats, counts, meter):
+            loss = torch.tensor([by_step[self.step]], dtype=torch.float64)
+            original(self, loss, torch.ones_like(loss), meter)
+
+        monkeypatch.setattr(Trainer, "_judge", judge)
+
+    return plan
+
+
+@pytest.mark.parametrize("stopped_at", [None, 3, 7])
+def test_small_improvements_add_up_and_are_kept_although_they_do_not_count(stopped_at, runs, command, at, validations):
+    """The best loss takes every decrease; what an early stop compares with moves on decreases that count alone."""
+    module, argv = runs["ar"]
+    argv = [*argv, "--eval-interval", "1", "--early-stop-patience", "3", "--early-stop-min-delta", "0.1"]
+    losses = [3.0, 2.96, 2.92, 2.88, 2.86, 2.84, 2.77, 2.76, 2.75, 2.74, 1.0, 1.0]  # 2.88 and 2.77 count
+    validations({step: loss for step, loss in enumerate(losses, start=1)})
+    if stopped_at:
+        at("_train_step", [stopped_at], send(signal.SIGTERM))
+        assert command(module, argv).code == 143
+    assert command(module, [*argv, "--resume", "auto"]).code == 0
+    state = load_checkpoint(Path("weights/ar.pt"))
+    assert (state["step"], state["stop_loss"], state["bad_evals"]) == (10, 2.77, 3)
+    assert (state["best_step"], state["best_loss"]) == (10, 2.74)
+    assert load_checkpoint(Path("weights/ar_best.pt"))["step"] == 10
+    log = [row for row in events(Path("weights/ar_log.jsonl")) if row["event"] == "eval"]
+    assert [(row["loss"], row["best_loss"]) for row in log] == [(loss, loss) for loss in losses[:10]]
+
+
+def test_worse_validations_leave_the_best_weights_alone(runs, command, validations):
+    module, argv = runs["ar"]
+    validations({4: 2.0, 8: 1.0, 12: 1.5})
+    assert command(module, argv).code == 0
+    assert load_checkpoint(Path("weights/ar_best.pt"))["step"] == 8
+    assert load_checkpoint(Path("weights/ar_state_dict.pt"))["step"] == 12
 
 
 def test_resuming_a_finished_run_changes_nothing(runs, command):
@@ -285,6 +317,31 @@ def test_overwrite_leaves_no_best_weights_of_the_old_run(runs, command):
     assert not Path("weights/ar_best.pt").exists()
 
 
+@pytest.mark.parametrize("suffix", [".pt", "_best.pt", "_state_dict.pt", "_loss.png"])
+def test_overwrite_removes_the_files_of_the_old_run_before_its_first_step(suffix, runs, command, at):
+    """A run that is killed before its first save must not leave another's files under its name."""
+    module, argv = runs["ar"]
+    assert command(module, [*argv, "--max-iters", "1"]).code == 0
+    Path(f"weights/ar{suffix}").touch()
+    at("_train_step", [0], kill, before=True)
+    with pytest.raises(Killed):
+        command(module, [*argv, "--overwrite", "--seed", "5"])
+    assert not Path(f"weights/ar{suffix}").exists()
+    assert [row["event"] for row in read_log(Path("weights/ar_log.jsonl"))] == ["start"]
+
+
+@pytest.mark.parametrize("suffix", ["_best.pt", "_state_dict.pt"])
+def test_weights_without_their_run_are_not_replaced_unasked(suffix, runs, command, refused):
+    module, argv = runs["ar"]
+    assert command(module, [*argv, "--max-iters", "1"]).code == 0
+    for other in {".pt", "_best.pt", "_state_dict.pt"} - {suffix}:
+        Path(f"weights/ar{other}").unlink(missing_ok=True)
+    Path(f"weights/ar{suffix}").touch()
+    for resume in ("never", "auto"):
+        refused(module, [*argv, "--resume", resume], f"weights/ar{suffix}", "--overwrite", "--run-name")
+    assert command(module, [*argv, "--overwrite"]).code == 0
+
+
 OTHERWISE = [
     ("--learning-rate", "0.5"),
     ("--batch-size", "3"),
@@ -319,37 +376,27 @@ def test_resuming_with_harmless_settings_works_and_is_told_where_numbers_may_cha
     module, argv = runs["ar"]
     at("_train_step", [2], send(signal.SIGTERM))
     assert command(module, argv).code == 143
-    result = command(
-        module,
-        [
-            *argv,
-            *[
-                "--resume",
-                "must",
-                "--max-iters",
-                "9",
-                "--log-interval",
-                "1",
-                "--save-interval",
-                "2",
-                "--eval-interval",
-                "3",
-            ],
-        ],
-    )
+    changed = ["--max-iters", "9", "--log-interval", "1", "--save-interval", "2", "--eval-interval", "3"]
+    result = command(module, [*argv, "--resume", "must", *changed])
     assert result.code == 0
     assert "--max-iters was 12, is 9" in result.out and "--eval-interval was 4, is 3" in result.out
     assert "--log-interval" not in result.out
     assert load_checkpoint(Path("weights/ar.pt"))["step"] == 9
 
 
-def test_the_same_data_in_another_place_is_the_same_run(runs, command, at, workspace):
+@pytest.mark.parametrize("flag, old, new", [("--data", "corpus.jsonl", "moved.jsonl"), ("--tokenizer-dir", None, "t")])
+def test_the_same_contents_in_another_place_are_the_same_run_and_told(
+    flag, old, new, whole, command, at, workspace, tokenizer_dir
+):
     """What counts is the content, whose hash is compared."""
-    module, argv = runs["ar"]
+    module, argv = whole("ar")
     at("_train_step", [2], send(signal.SIGTERM))
-    assert command(module, argv).code == 143
-    (workspace / "moved.jsonl").write_bytes((workspace / "corpus.jsonl").read_bytes())
-    assert command(module, [*argv, "--resume", "must", "--data", "moved.jsonl"]).code == 0
+    assert command(module, [*argv, "--save-dir", "parts"]).code == 143
+    old = old or tokenizer_dir
+    (shutil.copytree if Path(old).is_dir() else shutil.copy)(old, new)
+    result = command(module, [*argv, "--save-dir", "parts", "--resume", "must", flag, new])
+    assert result.code == 0 and f"{flag} was {old}, is {new}" in result.out
+    assert_same_run("ar")
 
 
 def test_other_contents_of_the_data_file_are_refused(runs, command, refused, at, workspace):
@@ -380,7 +427,7 @@ def test_overwrite_and_resume_contradict(runs, refused):
     refused(module, [*argv, "--overwrite", "--resume", "auto"], "--overwrite", "--resume auto")
 
 
-def test_what_is_exported_is_the_moving_average(runs, command):
+def test_what_is_written_for_later_stages_is_the_moving_average(runs, command):
     module, argv = runs["ar-everything"]
     assert command(module, argv).code == 0
     state = load_checkpoint(Path("weights/ar.pt"))
@@ -393,7 +440,7 @@ def test_best_weights_score_the_loss_that_the_log_says(runs, command):
     """The best weights are those of the best validation, not of the save before or after it."""
     module, argv = runs["ar"]
     # A rate that grows until the loss rises again: the best weights are not the last.
-    assert command(module, [*argv, "--lr", "5", "--warmup-steps", "1000", "--eval-interval", "1"]).code == 0
+    assert command(module, [*argv, "--lr", "100", "--warmup-steps", "1000", "--eval-interval", "1"]).code == 0
     best = min((row for row in events(Path("weights/ar_log.jsonl")) if row["event"] == "eval"), key=lambda r: r["loss"])
     saved = load_checkpoint(Path("weights/ar_best.pt"))
     assert (saved["step"], saved["best_loss"]) == (best["step"], best["loss"]) and best["step"] < 12
@@ -418,7 +465,7 @@ def test_a_line_separator_in_the_command_line_does_not_cut_the_log(separator, ru
 
 def test_sigterm_and_resume_in_processes_of_their_own(pretrain_argv, command, workspace):
     """The same through the operating system: a real process, a real signal, a new process."""
-    argv = [*pretrain_argv, "--max-iters", "100000", "--log-interval", "1"]
+    argv = [*pretrain_argv, "--max-iters", "100000", "--log-interval", "1", "--eval-interval", "100000"]
     root = Path(__file__).parents[2]
     line = [sys.executable, "-m", "scripts.train.train_pretrain", *argv]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}

@@ -1,0 +1,133 @@
+"""Numbers and settings that cannot be: one sentence that names the flag, exit code 2, nothing written."""
+
+import pytest
+
+from dataset.pretrain import PretrainData
+from model.config import ModelConfig
+from model.decode import DenoisingConfig, SamplingConfig
+from model.objective import MaskedDiffusion
+from scripts.engine import cli
+from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig
+from scripts.engine.optim import OptimConfig
+from scripts.engine.run import RunConfig
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.trainer import TrainerConfig
+from scripts.eval import eval_diffusion
+from scripts.train import diffusion
+from tests.scripts.commands import EVALS, TRAINS
+
+ZERO_MEANS_SOMETHING = {
+    *("dropout", "weight_decay", "warmup_steps", "lr_stable_ratio", "min_lr_ratio", "grad_clip", "ema_decay", "seed"),
+    *("early_stop_patience", "early_stop_min_delta", "variable_length_prob", "repeat_penalty_weight", "val_fraction"),
+    *("repeat_penalty_delay_steps", "repeat_penalty_warmup_steps", "temperature", "top_k", "gen_block_size"),
+    *("rms_norm_eps", "gen_seed"),
+}
+
+
+def numeric(*groups) -> list[tuple[str, type]]:
+    found = []
+    for group in groups:
+        for name, kind, _, _ in cli._flags(group):
+            number = {int: int, cli._finite: float}.get(cli._conversion(kind).get("type"))
+            if number:
+                found.append((name, number))
+    return found
+
+
+TRAINING_NUMBERS = numeric(
+    PretrainData, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig, MaskedDiffusion, SamplingConfig,
+    DenoisingConfig, diffusion.DiffusionRun,
+)  # fmt: skip
+EVALUATION_NUMBERS = numeric(
+    CheckpointConfig, DataEvalConfig, RuntimeConfig, SamplingConfig, DenoisingConfig, eval_diffusion.Request
+)
+
+
+def bad_numbers(names: list[tuple[str, type]]) -> list[tuple[str, str]]:
+    cases = []
+    for name, kind in names:
+        cases.append((name, "-1"))
+        if name not in ZERO_MEANS_SOMETHING:
+            cases.append((name, "0"))
+        if kind is float:
+            cases += [(name, "nan"), (name, "inf")]
+    return cases
+
+
+@pytest.mark.parametrize("name, value", bad_numbers(TRAINING_NUMBERS))
+def test_training_refuses_an_impossible_number(name, value, diffusion_argv, refused):
+    flag = "--" + name.replace("_", "-")
+    argv = [*diffusion_argv, "--max-iters", "1"]
+    if name == "epochs":
+        argv = [a for i, a in enumerate(argv) if "--max-iters" not in (a, argv[i - 1])]
+    if name == "target_vocab_size":
+        argv = [a for i, a in enumerate(argv) if "--tokenizer-dir" not in (a, argv[i - 1])] + ["--retrain-tokenizer"]
+    said = refused(diffusion, [*argv, f"{flag}={value}"])
+    assert name.replace("_", "-") in said or (name == "target_vocab_size" and "vocabulary" in said), said
+    assert not [word for word in ("math domain", "integer ratio", "cannot convert") if word in said], said
+
+
+@pytest.mark.parametrize("name, value", bad_numbers(EVALUATION_NUMBERS))
+def test_an_evaluation_refuses_an_impossible_number(name, value, eval_argv, refused):
+    flag = "--" + name.replace("_", "-")
+    more = {"val_fraction": ["--eval-split", "validation"], "cond_ll_nmc": ["--cond-ll-response", "b"]}.get(name, [])
+    said = refused(eval_diffusion, [*eval_argv["eval_diffusion"], "--prompt", "a", *more, f"{flag}={value}"])
+    assert name.replace("_", "-") in said, said
+
+
+@pytest.mark.parametrize("module, covered", [(diffusion, TRAINING_NUMBERS), (eval_diffusion, EVALUATION_NUMBERS)])
+def test_every_number_of_a_command_is_covered_above(module, covered, monkeypatch):
+    """A group added to a command must be added to the lists of numbers, too."""
+    groups = []
+    monkeypatch.setattr(module, "parse_args", lambda text, *found, **more: groups.extend(found) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        module.main([])
+    assert set(numeric(*groups)) == set(covered)
+    assert {int, float} == {kind for _, kind in covered}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--hidden-size", "33"], ["--hidden-size 33", "--num-attention-heads 4"]),
+        (["--num-attention-heads", "32"], ["even"]),
+        (["--num-key-value-heads", "3"], ["--num-key-value-heads 3"]),
+        (["--max-seq-len", "100", "--max-position-embeddings", "64"], ["--max-seq-len", "100", "64"]),
+        (["--max-seq-len", "1"], ["--max-seq-len"]),
+        (["--dropout", "1"], ["--dropout"]),
+        (["--epochs", "1", "--max-iters", "5"], ["--epochs", "--max-iters"]),
+        (["--seed", str(10**30)], ["--seed"]),
+        (["--seed", str(2**63)], ["--seed"]),
+        (["--rope-theta", "1"], ["--rope-theta"]),
+        (["--device", "quantum"], ["--device"]),
+        (["--device", "meta"], ["--device"]),
+        (["--device", "xpu"], ["--device"]),
+        (["--dtype", "float16", "--device", "cpu"], ["--dtype float16"]),
+        (["--run-name", "a/b"], ["--run-name"]),
+        (["--run-name", ""], ["--run-name"]),
+        (["--run-name", ".."], ["--run-name"]),
+        (["--jsonl-field", ""], ["--jsonl-field"]),
+        (["--jsonl-sep", "x"], ["--jsonl-sep"]),
+        (["--nonsense", "3"], ["--nonsense"]),
+    ],
+)
+@pytest.mark.parametrize("name", TRAINS)
+def test_training_refuses_impossible_settings(name, flags, words, train_argv, refused):
+    argv = train_argv[name]
+    if "--epochs" not in flags:
+        argv = [*argv, "--max-iters", "1"]
+    refused(TRAINS[name], [*argv, *flags], *words)
+
+
+@pytest.mark.parametrize("name", ["eval_minimind", "eval_diffusion"])
+def test_a_prompt_and_its_continuation_longer_than_the_sequence(name, eval_argv, refused):
+    argv = [*eval_argv[name], "--prompt", "the cat sees the dog", "--max-new-tokens", "30", "--seq-len", "32"]
+    refused(EVALS[name], argv, "--max-new-tokens 30", "--max-seq-len 32")
+
+
+@pytest.mark.parametrize("name", EVALS)
+@pytest.mark.parametrize("length", ["0", "1", "-5", "40000"])
+def test_an_evaluation_refuses_an_impossible_length(name, length, eval_argv, refused):
+    argv = [*eval_argv[name], f"--max-seq-len={length}"]
+    refused(EVALS[name], argv, "--max-seq-len", length)
+    refused(EVALS[name], [*argv, "--eval-max-batches", "1"], "--max-seq-len", length)

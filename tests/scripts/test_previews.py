@@ -1,0 +1,113 @@
+"""--dry-run and --show-batch: what they say is what the run will do, and they write nothing."""
+
+import io
+import re
+from pathlib import Path
+
+import pytest
+
+from model import objective
+from model.checkpoint import load_checkpoint
+from model.forward_process import mask_tokens
+from scripts.train import diffusion, train_pretrain
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
+@pytest.mark.parametrize("module", [train_pretrain, diffusion])
+def test_a_preview_writes_nothing(module, flag, command, pretrain_argv, diffusion_argv, workspace):
+    argv = pretrain_argv if module is train_pretrain else diffusion_argv
+    before = {p for p in workspace.rglob("*") if "dataset" not in p.parts}
+    result = command(module, [*argv, flag])
+    assert result.code == 0 and "12 steps" in result.out
+    assert {p for p in workspace.rglob("*") if "dataset" not in p.parts} == before
+
+
+def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):
+    said = command(train_pretrain, [*pretrain_argv, "--dry-run", "--accumulation-steps", "3"]).out
+    assert command(train_pretrain, [*pretrain_argv, "--accumulation-steps", "3"]).code == 0
+    weights = load_checkpoint(Path("weights/ar_state_dict.pt"))["weights"]
+    assert f"parameters {sum(t.numel() for t in weights.values()):,};" in said
+    for name, tensor in weights.items():
+        if not name.startswith("layers.1."):
+            assert re.search(rf"{re.escape(name)} +{re.escape(str(tuple(tensor.shape)))}", said), name
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """stdout is one, as far as the commands can see."""
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(io, "StringIO", Terminal)
+
+
+SHOW = ["--show-batch", "--no-packing", "--max-seq-len", "128"]
+
+
+def shown_rows(said: str, texts: list[str]) -> list[tuple[int, int, str]]:
+    """(masked, maskable, text with its marks) of each row."""
+    rows = re.findall(r"row (\d+): (\d+) masked of (\d+) maskable\n(.*)\n", said)
+    assert len(rows) == len({row[3] for row in rows}) == 4
+    assert all(1 <= int(masked) <= int(maskable) <= 128 for _, masked, maskable, _ in rows)
+    return [(int(masked), int(maskable), text) for _, masked, maskable, text in rows]
+
+
+def test_a_batch_on_a_terminal_is_shown_in_colour_and_in_full(command, diffusion_argv, texts, terminal):
+    """Without its colours and boundaries, a shown row is a document of the corpus and padding."""
+    said = command(diffusion, [*diffusion_argv, *SHOW]).out
+    for masked, maskable, text in shown_rows(said, texts):
+        pieces = re.findall(r"\033\[(4[124]|100)m(.*?)\033\[0m", text)
+        colours = [colour for colour, _ in pieces]
+        assert (colours.count("41"), colours.count("41") + colours.count("42")) == (masked, maskable)
+        assert len(pieces) == 128 and colours.count("100") == 128 - maskable
+        if not re.search("[^\x00-\x7f]", text):  # the bytes of one Chinese character may be several tokens
+            plain = "".join(piece for colour, piece in pieces if colour != "100")
+            assert plain.removeprefix("<|im_start|>").removesuffix("<|im_end|>") in texts
+
+
+def test_a_batch_in_a_file_or_a_pipe_is_shown_with_marks_and_without_colours(command, diffusion_argv, texts):
+    said = command(diffusion, [*diffusion_argv, *SHOW]).out
+    assert "\033" not in said
+    assert re.search(r"^\[masked\]  scored  \(context\)  \.padding  \| document boundary$", said, re.MULTILINE)
+    for masked, maskable, text in shown_rows(said, texts):
+        assert text.count("[") == text.count("]") == masked  # the corpus has neither
+        real, _, padding = text.partition("|.")
+        assert padding.count("<|endoftext|>") == 128 - maskable
+        if real.isascii():
+            plain = re.sub(r"[\[\]]", "", real)
+            assert plain.removeprefix("<|im_start|>").removesuffix("<|im_end|>") in texts
+
+
+def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
+    command, pretrain_argv, monkeypatch, workspace, texts, jsonl
+):
+    """Training fills a batch from the next pass over the rows; the estimate must, too."""
+    sizes = []
+
+    class Spy(train_pretrain.NextToken):
+        def __call__(self, model, batch, noise):
+            sizes.append(len(batch["input_ids"]))
+            return super().__call__(model, batch, noise)
+
+    monkeypatch.setattr(train_pretrain, "NextToken", Spy)
+    jsonl(workspace / "few.jsonl", texts[:2])
+    assert command(train_pretrain, [*pretrain_argv, "--data", "few.jsonl", "--batch-size", "9", "--dry-run"]).code == 0
+    assert set(sizes) == {9}
+
+
+def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_argv, monkeypatch):
+    argv = [*diffusion_argv, "--batch-size", "8", "--accumulation-steps", "2", "--variable-length-prob", "0"]
+    argv += ["--no-packing", "--max-iters", "1"]
+    shown = re.findall(r": (\d+) masked of (\d+) maskable", command(diffusion, [*argv, "--show-batch"]).out)
+    first = []
+
+    def spy(input_ids, maskable, *more):
+        noised = mask_tokens(input_ids, maskable, *more)
+        first.extend(zip(noised.scored.sum(dim=1).tolist(), maskable.sum(dim=1).tolist(), strict=True))
+        return noised
+
+    monkeypatch.setattr(objective, "mask_tokens", spy)
+    assert command(diffusion, argv).code == 0
+    assert [(int(a), int(b)) for a, b in shown] == first[:4]
