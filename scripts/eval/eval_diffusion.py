@@ -18,7 +18,6 @@ from model.decode import DenoisingConfig, SamplingConfig, decode_diffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import (
     CheckpointConfig,
-    DataEvalConfig,
     as_json,
     circumstances,
     evaluate_file,
@@ -27,6 +26,7 @@ from scripts.engine.evaluation import (
 )
 from scripts.engine.generation import generate
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.windows import DataEvalConfig
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from typing import Annotated
 
 from model.decode import SamplingConfig, decode_autoregressive
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, circumstances, evaluate_file
+from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
 from scripts.engine.generation import generate
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.windows import DataEvalConfig
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated
 
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig, as_json, circumstances, evaluate_file
+from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.windows import DataEvalConfig
 
 
 @dataclass(frozen=True)

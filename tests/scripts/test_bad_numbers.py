@@ -7,11 +7,12 @@ from model.config import ModelConfig
 from model.decode import DenoisingConfig, SamplingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine import cli
-from scripts.engine.evaluation import CheckpointConfig, DataEvalConfig
+from scripts.engine.evaluation import CheckpointConfig
 from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trainer import TrainerConfig
+from scripts.engine.windows import DataEvalConfig
 from scripts.eval import eval_diffusion
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS, TRAINS

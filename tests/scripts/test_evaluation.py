@@ -14,17 +14,15 @@ from dataset.tokenizer import encode, fingerprint, token_ids
 from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
-from scripts.engine import evaluation
 from scripts.engine.evaluation import (
-    DataEvalConfig,
     Likelihood,
     _ratio_error,
     evaluate_file,
     masked_cross_entropy,
     response_likelihood,
-    script_of,
 )
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.windows import DataEvalConfig, script_of, windows_of
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
 
 KINDS = ["causal", "full"]
@@ -73,7 +71,7 @@ def close(a: float, b: float) -> bool:
 @pytest.mark.parametrize("max_length", [2, 3, 7, 32, 33, 1000])
 def test_windows_score_every_token_but_bos_exactly_once_in_order(max_length, tokenizer, texts, data):
     """Each window begins with the token before its first scored one."""
-    documents, windows = evaluation._windows(tokenizer, data(texts), max_length)
+    documents, windows = windows_of(tokenizer, data(texts), max_length)
     assert len(documents) == len(texts)
     scored = [[] for _ in documents]
     for number, ids, _ in windows:
@@ -170,7 +168,7 @@ def test_the_seed_draws_the_masks_and_equal_texts_share_them(model_of, tokenizer
     b = evaluate_file(model, tokenizer, once, 24, replace(runtime, seed=12))["all"].nats_per_token
     twice = evaluate_file(model, tokenizer, data(texts[:9] * 2, "twice.jsonl"), 24, runtime)["all"].nats_per_token
     assert a != pytest.approx(b, abs=1e-4) and close(twice, a)
-    seeds = [window.seed for window in evaluation._windows(tokenizer, once, 24)[1]]
+    seeds = [window.seed for window in windows_of(tokenizer, once, 24)[1]]
     assert len(set(seeds)) == len(seeds), "windows of one document, or two documents, share their masks"
 
 

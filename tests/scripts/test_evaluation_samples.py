@@ -8,8 +8,7 @@ import pytest
 from dataset.jsonl import content_hash, is_validation
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import encode
-from scripts.engine import evaluation
-from scripts.engine.evaluation import DataEvalConfig
+from scripts.engine.windows import DataEvalConfig, chosen_texts, windows_of
 from scripts.eval import likelihood
 
 
@@ -21,8 +20,8 @@ def data(workspace, jsonl):
 
 @pytest.mark.parametrize("batches", [1, 3, 7, 1000])
 def test_a_limit_on_batches_is_filled_by_no_more_documents_than_it_takes(batches, tokenizer, texts, data):
-    every = evaluation._windows(tokenizer, data(texts), 16)[1]
-    documents, windows = evaluation._windows(tokenizer, data(texts, eval_batch_size=4, eval_max_batches=batches), 16)
+    every = windows_of(tokenizer, data(texts), 16)[1]
+    documents, windows = windows_of(tokenizer, data(texts, eval_batch_size=4, eval_max_batches=batches), 16)
     chosen = {(tuple(window.ids), window.seed) for window in windows}
     assert chosen <= {(tuple(window.ids), window.seed) for window in every}
     if batches == 1000:
@@ -34,7 +33,7 @@ def test_a_limit_on_batches_is_filled_by_no_more_documents_than_it_takes(batches
 
 def test_a_limit_counts_short_documents_as_windows(tokenizer, texts, data):
     """A document a window: as many documents as rows were asked for."""
-    documents, windows = evaluation._windows(tokenizer, data(texts, eval_batch_size=4, eval_max_batches=5), 1000)
+    documents, windows = windows_of(tokenizer, data(texts, eval_batch_size=4, eval_max_batches=5), 1000)
     assert len(documents) == len(windows) == 20
 
 
@@ -44,14 +43,14 @@ def test_the_sample_does_not_depend_on_the_order_of_the_rows(batches, split, tok
     more = {"eval_batch_size": 4, "eval_max_batches": batches, "eval_split": split, "val_fraction": 0.5}
     samples = []
     for rows in (texts, texts[::-1], texts[30:] + texts[:30]):
-        windows = evaluation._windows(tokenizer, data(rows, **more), 16)[1]
+        windows = windows_of(tokenizer, data(rows, **more), 16)[1]
         samples.append(sorted((window.ids, window.seed) for window in windows))
     assert samples[0] == samples[1] == samples[2]
 
 
 def test_the_sample_prefers_neither_what_training_held_out_nor_the_beginning_of_the_file(data):
     texts = [f"text {number}" for number in range(3000)]
-    chosen = evaluation._chosen_texts(data(texts, eval_batch_size=10, eval_max_batches=60))
+    chosen = chosen_texts(data(texts, eval_batch_size=10, eval_max_batches=60))
     assert len(chosen) == len(set(chosen)) == 600
     held_out = sum(is_validation(text, 0.2) for text in chosen) / 600
     expected = sum(is_validation(text, 0.2) for text in texts) / 3000
@@ -71,10 +70,10 @@ def test_sampling_holds_no_more_than_the_sample_in_memory(split, data, monkeypat
         def __del__(self):
             Text.alive -= 1
 
-    monkeypatch.setattr(evaluation, "read_documents", lambda *_: (Text(f"text {n}") for n in range(2000)))
+    monkeypatch.setattr("scripts.engine.windows.read_documents", lambda *_: (Text(f"text {n}") for n in range(2000)))
     gc.collect()
     config = data(["x"], eval_batch_size=4, eval_max_batches=5, eval_split=split, val_fraction=0.3)
-    assert len(evaluation._chosen_texts(config)) == 20
+    assert len(chosen_texts(config)) == 20
     assert Text.most <= 20 + 5
 
 
@@ -88,7 +87,7 @@ def held_out_by_training(path: Path, tokenizer, fraction: float) -> list[list[in
 
 
 def held_out_by_evaluation(config: DataEvalConfig, tokenizer) -> list[list[int]]:
-    return sorted(window.ids for window in evaluation._windows(tokenizer, config, 4096)[1])
+    return sorted(window.ids for window in windows_of(tokenizer, config, 4096)[1])
 
 
 def smallest(texts: list[str]) -> str:
