@@ -54,6 +54,12 @@ def is_validation(content: str, fraction: float) -> bool:
     return content_hash(content) < fraction * 2.0**64
 
 
+def language_of(text: str) -> str:
+    """ "zh" where at least a fifth of the letters are Chinese characters, else "other"."""
+    letters = [c for c in text if c.isalpha()]
+    return "zh" if letters and sum("\u4e00" <= c <= "\u9fff" for c in letters) >= 0.2 * len(letters) else "other"
+
+
 def text_format(path: Path) -> str:
     """Whether a file is ".jsonl" or ".txt", be it plain or ".gz"; ValueError for a directory or any other suffix."""
     _refuse_directory(path)

@@ -97,10 +97,12 @@ class PretrainDataset:
         """Two lines for people."""
         meta = self.meta
         characters = meta["train_characters"] + meta["validation_characters"]
-        tokens = meta["train_tokens"] + meta["validation_tokens"]
+        text_tokens = meta["train_tokens"] + meta["validation_tokens"]
+        text_tokens -= 2 * (meta["train_documents"] + meta["validation_documents"])  # without BOS and EOS
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
         return (
-            f"{self.config.data}: {meta['rows']:,} rows{empty}, {characters / tokens:.2f} characters per token\n"
+            f"{self.config.data}: {meta['rows']:,} rows{empty}, "
+            f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
             f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"

@@ -1,4 +1,4 @@
-"""Text to token ids and back: load, train and save tokenizers, and the one definition of the chat format.
+"""Text to token ids and back: load, train and save tokenizers, and the chat format.
 
 Contract: `encode` treats text as plain data. A document that spells <|im_end|> or <|mask|> gets the ids of those
 characters; only code that names an id (`encode_chat`, packing, noising) can put a control token into a sequence.

@@ -63,6 +63,10 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
         ) from None
+    except PermissionError:
+        raise
+    except torch.OutOfMemoryError:
+        raise
     except (
         RuntimeError,
         EOFError,
@@ -93,6 +97,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(sorted(missing))} is missing")
     faults = _config_faults(payload["config"]) or _weight_faults(payload["weights"])
+    average = payload.get("average")
+    if average is not None and (not isinstance(average, dict) or _weight_faults(average.get("shadow"))):
+        faults.append("its moving average is not tensors by name")
     if faults:
         raise ValueError(f"{path} is not what training writes: {'; '.join(faults[:3])}")
     return payload
@@ -104,6 +111,7 @@ def _config_faults(config: Any) -> list[str]:
         return ["its config is not a table of settings"]
     known = asdict(ModelConfig())
     faults = [f"unknown setting {name}" for name in config.keys() - known.keys()]
+    faults += [f"{name} is missing" for name in known.keys() - config.keys()]
     for name, value in config.items():
         right = type(known.get(name))
         if name in known and type(value) is not right and not (right is float and type(value) is int):
@@ -192,16 +200,18 @@ def import_foreign(path: Path, config: ModelConfig) -> Transformer:
     """
     weights = read_archive(path)
     weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
-    if _weight_faults(weights) or not any(name.endswith("embed_tokens.weight") for name in weights):
-        raise ValueError(
-            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
-            "(model.embed_tokens.weight, ...)"
-        )
+    if _weight_faults(weights):
+        weights = {}
     weights = {
         re.sub(r"^(_orig_mod\.|module\.)*(model\.)?", "", name): tensor.float()
         for name, tensor in weights.items()
         if not name.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
     }
+    if "embed_tokens.weight" not in weights:
+        raise ValueError(
+            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
+            "(model.embed_tokens.weight, ...)"
+        )
     weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
     layers = {int(found[1]) for name in weights if (found := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != config.num_hidden_layers:

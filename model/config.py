@@ -76,6 +76,8 @@ class ModelConfig:
             raise ValueError("--rope-theta must be above 1 and --rms-norm-eps not negative")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
+        if self.hidden_act not in ("relu", "gelu", "silu"):
+            raise ValueError(f"hidden_act {self.hidden_act!r} is not relu, gelu or silu")
         if self.attention not in ("causal", "full"):
             raise ValueError(f"attention {self.attention!r} is not causal or full")
 

@@ -125,7 +125,7 @@ def denoise(
             tokens, confidence = tokens.view(len(canvas), -1), confidence.view(len(canvas), -1)
             committed = torch.zeros_like(masked)
             committed[:, low:high] = commit(
-                denoising.gen_remasking, Step(tokens, confidence, masked[:, low:high], quota, generator)
+                denoising.gen_remasking, Step(confidence, masked[:, low:high], quota, generator)
             )
             canvas = canvas.clone()
             canvas[:, low:high] = torch.where(committed[:, low:high], tokens, canvas[:, low:high])

@@ -1,7 +1,8 @@
 """The forward process q(x_t | x_0): which tokens of a batch are masked, and what the loss owes each of them.
 
-To add a mask schedule, write a function (maskable, noise, config) -> (scored, weight, count) and list it in
-MASK_SCHEDULES. Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
+To add a mask schedule, write a function (maskable, noise, config) -> (scored (B, L) bool, weight (B,) or (B, L),
+count (B,)) and list it in MASK_SCHEDULES.
+Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
 """
 
 import random

@@ -104,7 +104,7 @@ class MaskedDiffusion:
         return RowLoss(sum_by_row(weighted, positions, rows, length), noised.count, averages)
 
     def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
-        """LLaDA 2.2: a small share of the steps sees a random length, or short canvases would be off-distribution."""
+        """LLaDA, section 2.2: a few steps see rows of a random length, lest short canvases be off-distribution."""
         choices, length = noise.choices("length"), batch["input_ids"].shape[1]
         if choices.random() < self.variable_length_prob:
             length = choices.randint(1, length)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 
 class Step(NamedTuple):
-    tokens: Tensor  # (B, L) what the model would write
-    confidence: Tensor  # (B, L) the model's probability of `tokens`
+    confidence: Tensor  # (B, L) the model's probability of what it would write
     masked: Tensor  # (B, L) bool, still [MASK]
     quota: int  # tokens to commit in each row
     generator: torch.Generator | None

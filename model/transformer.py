@@ -121,6 +121,11 @@ class Transformer(nn.Module):
                     parameter, std=0.02 / math.sqrt(2 * self.config.num_hidden_layers) if residual else 0.02
                 )
 
+    def set_context(self, length: int) -> None:
+        """Declare the longest sequence to come, in tokens; ValueError if it is more than the model accepts."""
+        self.config.require_length(length, "--max-seq-len")
+        self.context_length = length
+
     def num_parameters(self) -> int:
         """Distinct parameters; a tied head counts once."""
         return sum(p.numel() for p in self.parameters())
@@ -136,7 +141,7 @@ class Transformer(nn.Module):
         select: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, L) -> logits (B, L, V), or (N, V) at the flat positions `select` (N,) of B*L: the head is
-        a fifth of the network's arithmetic and runs only where its output is wanted.
+        a tenth to a quarter of the arithmetic and runs only where its output is wanted.
 
         attn_mask: bool (B or 1, 1, L, L_key), True = may attend; None = full attention.
         is_causal: causal attention; exclusive with attn_mask (ValueError).

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from dataset.jsonl import open_text
+from dataset.jsonl import read_lines
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, fingerprint, load_tokenizer
 from model.checkpoint import load_model
 from model.likelihood import masked_nats, row_nats
@@ -41,8 +41,7 @@ class CheckpointConfig:
             )
         tokenizer = load_tokenizer(self.tokenizer_dir)
         model = load_model(self.checkpoint, runtime.torch_device, tokenizer=fingerprint(tokenizer))
-        model.config.require_length(self.max_seq_len, "--max-seq-len")
-        model.context_length = self.max_seq_len
+        model.set_context(self.max_seq_len)
         return model, tokenizer
 
 
@@ -78,7 +77,7 @@ def evaluate_file(
     max_length: int,
     runtime: RuntimeConfig,
 ) -> dict[str, Likelihood]:
-    """Likelihood of all documents, and of those in each script ("han", "other") where the file has both.
+    """Likelihood of all documents, and of those in each language ("zh", "other") where the file has both.
 
     Every token but BOS is scored exactly once, EOS included. A document longer than `max_length` is scored in windows,
     each beginning with the last token of the one before as context.
@@ -98,9 +97,9 @@ def evaluate_file(
             )
     kind = "exact" if model.config.attention == "causal" else "upper bound"
     groups = {"all": documents}
-    scripts = sorted({d.script for d in documents})
-    if len(scripts) > 1:
-        groups |= {script: [d for d in documents if d.script == script] for script in scripts}
+    languages = sorted({d.language for d in documents}, reverse=True)
+    if len(languages) > 1:
+        groups |= {language: [d for d in documents if d.language == language] for language in languages}
     return {name: _summarise(kind, members) for name, members in groups.items()}
 
 
@@ -189,15 +188,13 @@ def as_json(result: dict[str, Likelihood]) -> dict[str, Any]:
 def circumstances(
     runtime: RuntimeConfig, tokenizer: PreTrainedTokenizerFast, data: Path | None, *configs: Any
 ) -> dict[str, Any]:
-    """What a result depends on, for its file: settings, tokenizer, SHA-256 of the data file, code, versions, device."""
-    sha256 = None
-    if data:
-        open_text(data).close()  # a missing file gets its message here
-        with data.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    """What a result depends on, for its file: settings, tokenizer, the unpacked data's SHA-256, code, versions."""
+    digest = hashlib.sha256()
+    for _, line in read_lines(data) if data else ():
+        digest.update(line)
     return {
         "settings": settings_of(*configs, runtime),
         "tokenizer": fingerprint(tokenizer),
-        "data_sha256": sha256,
+        "data_sha256": digest.hexdigest() if data else None,
         **provenance(runtime),
     }

@@ -12,6 +12,7 @@ class Rows(Protocol):
     """What a stage trains on: rows that can be fetched by number as a batch of (B, L) tensors on the host."""
 
     seq_len: int  # the widest row
+    real_token_share: float  # of all positions, those that are not padding
 
     def __len__(self) -> int: ...
 
@@ -50,9 +51,9 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def in_order(rows: Rows, batch_size: int, max_rows: int | None = None) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(number of the first row, batch) over all rows, or over `max_rows` spread evenly, always the same ones."""
-    count = len(rows) if max_rows is None else min(len(rows), max_rows)
+def in_order(rows: Rows, batch_size: int, max_rows: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """(number of the first row, batch) over `max_rows` rows spread evenly, always the same ones."""
+    count = min(len(rows), max_rows)
     chosen = np.linspace(0, len(rows) - 1, count).round().astype(np.int64) if count else np.empty(0, dtype=np.int64)
     for first in range(0, count, batch_size):
         yield first, rows.batch(chosen[first : first + batch_size])

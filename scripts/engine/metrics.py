@@ -43,9 +43,10 @@ class RunLog:
     """Appends events to <run>_log.jsonl. `lines` counts them, so that a resumed run can drop those of a lost future."""
 
     def __init__(self, path: Path, keep_lines: int = 0):
-        self.path, self.lines = path, keep_lines
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines(path)[:keep_lines] if path.exists() else []
+        self.lines = len(kept)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)

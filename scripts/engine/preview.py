@@ -77,30 +77,27 @@ def show_batch(
     change."""
     indices = RowOrder(len(rows), seed)(0, min(rows_per_step, 4))
     batch = rows.batch(indices)
-    maskable = batch["loss_mask"]
-    masked = torch.zeros_like(maskable)
+    scored = batch["loss_mask"]
+    documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
+    masked = torch.zeros_like(scored)
     if hasattr(objective, "mask_schedule"):
-        noise = StepNoise(seed, 0, rows_per_step)
-        masked = mask_tokens(batch["input_ids"], maskable, mask_id, objective.mask_schedule, noise, objective).scored
+        noise = StepNoise(seed, 0, rows_per_step, width=rows.seq_len)
+        masked = mask_tokens(batch["input_ids"], scored, mask_id, objective.mask_schedule, noise, objective).scored
+    else:  # the first token of a piece has nothing to be predicted from
+        first = torch.ones_like(scored)
+        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+        scored = scored & ~first
     marks = {kind: (colour, RESET) for kind, colour in COLOURS.items()} if sys.stdout.isatty() else MARKS
     print("  ".join(f"{before}{kind}{after}" for kind, (before, after) in marks.items()) + "  | document boundary")
-    for row in range(len(maskable)):
-        documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))[row]
+    for row in range(len(scored)):
         pieces = []
         for i, token in enumerate(batch["input_ids"][row].tolist()):
-            kind = (
-                "padding"
-                if documents[i] < 0
-                else "masked"
-                if masked[row, i]
-                else "scored"
-                if maskable[row, i]
-                else "context"
-            )
-            boundary = "|" if i and documents[i] != documents[i - 1] else ""
+            kind = "masked" if masked[row, i] else "scored" if scored[row, i] else "context"
+            kind = "padding" if documents[row, i] < 0 else kind
+            boundary = "|" if i and documents[row, i] != documents[row, i - 1] else ""
             text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
             pieces.append(f"{boundary}{marks[kind][0]}{text}{marks[kind][1]}")
-        print(
-            f"row {indices[row]}: {int(masked[row].sum())} masked of {int(maskable[row].sum())} maskable\n"
-            f"{''.join(pieces)}\n"
-        )
+        counts = f"{int(scored[row].sum())} scored tokens"
+        if masked.any():
+            counts = f"{int(masked[row].sum())} masked of {int(scored[row].sum())} maskable"
+        print(f"row {indices[row]}: {counts}\n{''.join(pieces)}\n")

@@ -3,10 +3,10 @@
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 # Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
 # The first ones leave every number as it is; the others are named when they differ.
@@ -18,11 +18,11 @@ SILENT = {
     "dry_run",
     "show_batch",
     "cache_dir",
-    "load_from",
     "save_dir",
     "weights_path",
 }
 TOLD = {
+    "load_from",
     "data",
     "tokenizer_dir",
     "max_iters",
@@ -69,15 +69,24 @@ class RunConfig:
         name = self.run_name
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
             raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")
-        if self.exported_path in (self.state_path, self.path("_best.pt")):
+        if self.exported_path.resolve() in (self.state_path.resolve(), self.path("_best.pt").resolve()):
             raise ValueError(
                 f"--weights-path {self.weights_path} is a file that the run writes for itself; choose another"
+            )
+        own = {path.resolve() for path in (self.state_path, self.path("_best.pt"), self.exported_path)}
+        if self.overwrite and self.load_from and self.load_from.resolve() in own:
+            raise ValueError(
+                f"--overwrite would delete {self.load_from}, which --load-from names; choose another --run-name"
             )
         if self.overwrite and self.resume != "never":
             raise ValueError(f"--overwrite and --resume {self.resume} contradict each other")
 
     def path(self, suffix: str) -> Path:
         return self.save_dir / f"{self.run_name}{suffix}"
+
+    @property
+    def previewing(self) -> bool:
+        return self.dry_run or self.show_batch
 
     @property
     def state_path(self) -> Path:
@@ -89,12 +98,14 @@ class RunConfig:
 
 
 def settings_of(*groups: Any) -> dict[str, Any]:
-    """Flags and their values, in types that JSON and a checkpoint hold."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for group in groups
-        for name, value in asdict(group).items()
-    }
+    """Flags and their values, in types that JSON and a checkpoint hold; fields that are no flags are left out."""
+    values = {}
+    for group in groups:
+        hints = get_type_hints(type(group), include_extras=True)
+        for name in (f.name for f in fields(group) if hasattr(hints[f.name], "__metadata__")):
+            value = getattr(group, name)
+            values[name] = str(value) if isinstance(value, Path) else value
+    return values
 
 
 def continues(config: RunConfig) -> bool:
@@ -142,7 +153,7 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Pat
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop and has been saved; the exit code is 128 + the signal's number."""
+    """The run was asked to stop, and is saved unless it was asked twice; the exit code is 128 + the signal's number."""
 
 
 class StopSignals:

@@ -1,7 +1,6 @@
 """Device, precision and seed: how a command computes, not what."""
 
 import platform
-import shutil
 import subprocess
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,8 +9,6 @@ from typing import Annotated, Literal
 
 import torch
 import transformers
-
-CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
 
 
 @dataclass(frozen=True)
@@ -23,7 +20,6 @@ class RuntimeConfig:
         Literal["auto", "float32", "float16", "bfloat16"],
         "precision of matrix products; auto = bfloat16 on CUDA and on CPUs with bfloat16 units",
     ] = "auto"
-    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
     seed: Annotated[int, "seed of initial weights, order, noise and sampling"] = 1337
 
     def __post_init__(self):
@@ -41,10 +37,6 @@ class RuntimeConfig:
             raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise ValueError("--device mps was asked for, but this machine has no Metal GPU that torch can use")
-        if self.compile and device.type == "cpu" and not any(map(shutil.which, CXX_COMPILERS)):
-            raise ValueError(
-                f"--compile needs a C++ compiler on a CPU, one of {', '.join(CXX_COMPILERS)}; none was found"
-            )
         if self.dtype == "float16" and device.type == "cpu":
             raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
 
@@ -85,7 +77,7 @@ class RuntimeConfig:
             else f"{torch.get_num_threads()} threads"
         )
         dtype = str(self.torch_dtype).removeprefix("torch.")
-        return f"{self.torch_device} ({name}), {dtype}{', compiled' if self.compile else ''}"
+        return f"{self.torch_device} ({name}), {dtype}"
 
 
 def _cpu_has_bfloat16_units() -> bool:

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -39,23 +39,23 @@ def train_stage(
     data: Any,
     tokenizer: PreTrainedTokenizerFast,
     build: Callable[[], Any],
+    before_training: Callable[[], None] = lambda: None,
 ) -> Transformer | None:
     """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch.
 
-    data: the data group of flags, with `max_seq_len`. build() -> the dataset: `train` and `validation` rows, `meta`,
-    `describe()`; it is called only once nothing else is wrong, since reading a corpus takes time.
+    data: the data group of flags, with `data` and `max_seq_len`. build() -> the dataset: `train` and `validation` rows,
+    `meta`, `describe()`; it is called only once nothing else is wrong, since reading a corpus takes time.
+    before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
     run = configs.run
-    previewing = run.dry_run or run.show_batch
-    state = load_checkpoint(run.state_path) if not previewing and continues(run) else None
+    state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
     settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
     _refuse_idle(configs, objective)
     require_writable(run.state_path, "--save-dir")
     require_writable(run.exported_path, "--weights-path")
     notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
     model = _starting_model(configs, tokenizer, state)
-    model.config.require_length(data.max_seq_len, "--max-seq-len")
-    model.context_length = data.max_seq_len
+    model.set_context(data.max_seq_len)
     dataset = build()
     if configs.trainer.early_stop_patience and not len(dataset.validation):
         raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
@@ -64,10 +64,10 @@ def train_stage(
             f"{run.state_path} was trained on other contents of {data.data}; "
             "give the same file, or choose another --run-name"
         )
-    print(_header(stage, model, dataset, configs), flush=True)
+    print(_header(stage, model, dataset, configs, state), flush=True)
     for note in notes:
         print(f"resuming with another setting: {note}")
-    if previewing:
+    if run.previewing:
         _preview(model, objective, dataset, configs, tokenizer)
         return None
     identity = {
@@ -78,6 +78,7 @@ def train_stage(
         "command": shlex.join(sys.argv),
         "provenance": provenance(configs.runtime),
     }
+    before_training()
     _fit(model, objective, dataset, configs, identity, state)
     return model
 
@@ -110,6 +111,7 @@ def _fit(
         step=trainer.step,
         total_steps=trainer.total_steps,
         parameters=model.num_parameters(),
+        config=asdict(trainer.model.config),
         **identity,
     )
     trainer.fit()
@@ -160,14 +162,15 @@ def _starting_model(
     return Transformer(shape)
 
 
-def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs) -> str:
+def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs, state: dict[str, Any] | None) -> str:
     total_steps = configs.trainer.total_steps(len(dataset.train))
     tokens = total_steps * configs.trainer.rows_per_step * dataset.train.seq_len * dataset.train.real_token_share
     source = f", starting from {configs.run.load_from}" if configs.run.load_from else ""
+    source = f", resuming after step {state['step']}" if state else source
     return "\n".join(
         [
             f"{stage}: run {configs.run.run_name}{source}",
-            f"device {configs.runtime.describe()}",
+            f"device {configs.runtime.describe()}{', compiled' if configs.trainer.compile else ''}",
             f"model {model.num_parameters() / 1e6:.1f}M parameters: width {model.config.hidden_size}, "
             f"{model.config.num_hidden_layers} layers, "
             f"{model.config.num_attention_heads} heads, vocabulary {model.config.vocab_size}",

@@ -1,6 +1,7 @@
 """The one training loop. A stage supplies a model, an objective and rows; nothing here knows what they learn."""
 
 import math
+import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimiz
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
 
+CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
 VALIDATION_STEP = -1  # the noise of every validation is that of this step
 
 
@@ -27,9 +29,10 @@ class TrainerConfig:
 
     batch_size: Annotated[int, "rows per forward pass"] = 96
     accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
-    epochs: Annotated[float | None, "passes over the training rows"] = None
+    epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
     max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
     early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
+    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
     early_stop_min_delta: Annotated[
         float, "decrease of the validation loss that counts as improvement, nats per token"
     ] = 0.0
@@ -40,6 +43,8 @@ class TrainerConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.epochs is not None and self.max_iters is not None:
             raise ValueError("give --epochs or --max-iters, not both")
+        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
+            raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found")
         if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
             raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
 
@@ -91,7 +96,7 @@ class Trainer:
         else:
             for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
                 path.unlink(missing_ok=True)  # --overwrite: files of another run must not pass for this one's
-        if runtime.compile:
+        if trainer.compile:
             for layer in self.model.layers:
                 layer.compile()
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, is_validation, read_documents
+from dataset.jsonl import content_hash, is_validation, language_of, read_documents, text_format
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch
 from scripts.engine.loader import to_device
 from scripts.engine.runtime import RuntimeConfig
@@ -37,6 +37,8 @@ class DataEvalConfig:
         for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.eval_data is not None and text_format(self.eval_data) == ".txt" and self.jsonl_field != "text":
+            raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.eval_data} has no fields; leave the flag out")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
@@ -51,7 +53,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Document:
-    script: str
+    language: str
     bytes: int
     nats: float = 0.0
     variance: float = 0.0
@@ -75,7 +77,7 @@ def windows_of(
                 # Masks follow the text, not its place in the file.
                 seed = (content_hash(text) + start) % 2**63
                 windows.append(Window(len(documents), ids[start : start + max_length], seed))
-            documents.append(Document(script_of(text), len(text.encode("utf-8"))))
+            documents.append(Document(language_of(text), len(text.encode("utf-8"))))
     return documents, windows
 
 
@@ -133,12 +135,6 @@ def batches(
             to_device(collate([windows[i] for i in chosen], tokenizer.pad_token_id), runtime.torch_device),
             chosen,
         )
-
-
-def script_of(text: str) -> str:
-    """ "han" where at least a fifth of the letters are Chinese characters, else "other"."""
-    letters = [c for c in text if c.isalpha()]
-    return "han" if letters and sum("\u4e00" <= c <= "\u9fff" for c in letters) >= 0.2 * len(letters) else "other"
 
 
 def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:

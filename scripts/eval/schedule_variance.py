@@ -75,7 +75,7 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, data, runtime, given = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
+    config, data, runtime, _ = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
     if config.json:
         require_writable(config.json, "--json")
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)

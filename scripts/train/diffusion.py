@@ -81,12 +81,14 @@ def main(argv: list[str] | None = None) -> None:
         sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     prompt_tokens(tokenizer, what.prompt, sampling, data.max_seq_len)  # found out before the training, not after it
     if what.train:
-        build = partial(build_dataset, data, tokenizer, configs.run.path("_tokenizer") if is_new else None)
-        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build)
+        build = partial(PretrainDataset, data, tokenizer)
+        keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
+        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build, keep)
         if model is None:
             return
     else:
         model = load_model(configs.run.exported_path, configs.runtime.torch_device, tokenizer=fingerprint(tokenizer))
+        model.set_context(data.max_seq_len)
     made = generate(
         model, tokenizer, what.prompt, sampling, configs.runtime, data.max_seq_len, decode_diffusion, denoising
     )
@@ -118,24 +120,25 @@ def find_tokenizer(
     own = configs.run.path("_tokenizer")
     if what.use_tokenizer and not what.retrain_tokenizer:
         return load_tokenizer(data.tokenizer_dir), False
-    previewing = configs.run.dry_run or configs.run.show_batch
-    if not what.train or (not previewing and continues(configs.run)):
-        return load_tokenizer(own), False
+    if not what.train or (not configs.run.previewing and continues(configs.run)):
+        tokenizer = load_tokenizer(own)
+        for name, found in (("mask_token", tokenizer.mask_token), ("target_vocab_size", len(tokenizer))):
+            if name in configs.given and getattr(what, name) != found:
+                raise ValueError(
+                    f"{own} has a {name.replace('_', ' ')} of {found}; leave out --{name.replace('_', '-')}"
+                )
+        return tokenizer, False
     if data.data is None:
         raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
     texts = read_documents(data.data, data.jsonl_field, data.separator)
     if what.retrain_tokenizer:
-        return train_bpe(texts, what.target_vocab_size, what.mask_token), not previewing
-    return train_characters(texts, what.mask_token), not previewing
+        return train_bpe(texts, what.target_vocab_size, what.mask_token), True
+    return train_characters(texts, what.mask_token), True
 
 
-def build_dataset(data: PretrainData, tokenizer: PreTrainedTokenizerFast, own: Path | None) -> PretrainDataset:
-    """The rows; a new tokenizer is saved to `own` beside them, once nothing else can be refused."""
-    dataset = PretrainDataset(data, tokenizer)
-    if own:
-        save_tokenizer(tokenizer, own)
-        print(f"saved {own} ({len(tokenizer)} entries); give it to other commands with --tokenizer-dir")
-    return dataset
+def save_own(tokenizer: PreTrainedTokenizerFast, own: Path) -> None:
+    save_tokenizer(tokenizer, own)
+    print(f"saved {own} ({len(tokenizer)} entries); give it to other commands with --tokenizer-dir")
 
 
 if __name__ == "__main__":

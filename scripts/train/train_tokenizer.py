@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from dataset.jsonl import read_documents, read_lines
+from dataset.jsonl import language_of, open_text, read_documents, read_lines, text_format
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run
-
-HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
+from scripts.engine.run import require_writable
 
 
 @dataclass(frozen=True)
@@ -82,10 +81,10 @@ def compression(tokenizer, texts: list[str]) -> tuple[float, float]:
 
 
 def report(tokenizer, config: TokenizerTraining) -> None:
-    """Print how well the tokenizer compresses --eval-data; a text counts as zh if a quarter of it is Han characters."""
+    """Print how well the tokenizer compresses --eval-data, by language."""
     languages = defaultdict(list)
     for text in filter(None, read_documents(config.eval_data, config.jsonl_field)):
-        languages["zh" if 4 * len(HAN.findall(text)) >= len(text) else "other"].append(text)
+        languages[language_of(text)].append(text)
     for language, texts in sorted(languages.items(), reverse=True):
         characters, size = compression(tokenizer, texts)
         print(f"{language:5}  {len(texts):7,} rows  {characters:.3f} characters/token  {size:.3f} bytes/token")
@@ -95,6 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = parse_args(__doc__, TokenizerTraining, argv=argv)
     if (config.out / "tokenizer.json").exists() and not config.overwrite:
         raise ValueError(f"{config.out} already holds a tokenizer; choose another --out, or add --overwrite")
+    require_writable(config.out / "tokenizer.json", "--out")
+    if config.eval_data:  # found out before the training, not after it
+        text_format(config.eval_data)
+        open_text(config.eval_data).close()
     save_tokenizer(train_bpe(training_texts(config), config.target_vocab_size, config.mask_token), config.out)
     tokenizer = load_tokenizer(config.out, config.mask_token)
     print(f"saved {config.out}: {len(tokenizer)} entries, fingerprint {fingerprint(tokenizer)}")

@@ -155,7 +155,7 @@ def test_rare_tokens_can_be_drawn():
 
 
 def test_ties_are_committed_from_the_left():
-    step = Step(torch.zeros(1, 5), torch.full((1, 5), 0.5), torch.tensor([[True, False, True, True, True]]), 2, None)
+    step = Step(torch.full((1, 5), 0.5), torch.tensor([[True, False, True, True, True]]), 2, None)
     assert commit("low_confidence", step).tolist() == [[True, False, True, False, False]]
 
 

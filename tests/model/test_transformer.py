@@ -187,3 +187,12 @@ def test_yarn_is_decided_by_the_context_and_not_by_padding_or_packing(tiny_model
     plain = tiny_model()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(ids), plain(ids))
+
+
+def test_only_relative_positions_matter(tiny_model):
+    """So a document may stand anywhere in a packed row, and [x_t, x_0] may repeat its positions."""
+    model, ids = tiny_model(), torch.randint(24, (1, 9))
+    shifted = model(ids, position_ids=torch.arange(9)[None] + 21)
+    torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)
+    repeated = model(torch.cat([ids, ids], dim=1), position_ids=torch.arange(9).repeat(2)[None])
+    torch.testing.assert_close(repeated[:, :9], repeated[:, 9:], rtol=1e-4, atol=1e-4)

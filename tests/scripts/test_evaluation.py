@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.jsonl import language_of
 from dataset.tokenizer import encode, fingerprint, token_ids
 from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
@@ -22,7 +23,7 @@ from scripts.engine.evaluation import (
     response_likelihood,
 )
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.windows import DataEvalConfig, script_of, windows_of
+from scripts.engine.windows import DataEvalConfig, windows_of
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
 
 KINDS = ["causal", "full"]
@@ -190,17 +191,17 @@ def test_a_model_that_knows_nothing_costs_the_logarithm_of_its_choices(
 @pytest.mark.parametrize("kind", KINDS)
 def test_scripts_add_up_to_all(kind, model_of, tokenizer, texts, data, runtime):
     found = evaluate_file(model_of(kind), tokenizer, data(texts), 24, runtime)
-    assert found.keys() == {"all", "han", "other"}
+    assert found.keys() == {"all", "zh", "other"}
     for field in ("documents", "tokens", "bytes"):
-        assert getattr(found["all"], field) == sum(getattr(found[s], field) for s in ("han", "other"))
+        assert getattr(found["all"], field) == sum(getattr(found[s], field) for s in ("zh", "other"))
     for rate, weight in (("nats_per_token", "tokens"), ("bits_per_byte", "bytes")):
-        parts = sum(getattr(found[s], rate) * getattr(found[s], weight) for s in ("han", "other"))
+        parts = sum(getattr(found[s], rate) * getattr(found[s], weight) for s in ("zh", "other"))
         assert close(getattr(found["all"], rate), parts / getattr(found["all"], weight))
 
 
 def test_scripts():
-    assert [script_of(t) for t in ("你好", "hello", "", "123", "hello 你好", "a long sentence 你")] == [
-        *("han", "other", "other", "other", "han", "other")
+    assert [language_of(t) for t in ("你好", "hello", "", "123", "hello 你好", "a long sentence 你")] == [
+        *("zh", "other", "other", "other", "zh", "other")
     ]
 
 
