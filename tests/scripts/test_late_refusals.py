@@ -1,0 +1,83 @@
+"""What a command refuses it refuses before it has written anything: late faults of one kind in one place."""
+
+import shutil
+
+import pytest
+import torch
+
+from model.checkpoint import load_checkpoint
+from scripts.engine.metrics import RunLog
+from scripts.eval import likelihood
+from scripts.train import diffusion, train_pretrain, train_tokenizer
+
+CHARACTERS = [
+    *("--data", "corpus.jsonl", "--train", "--run-name", "cm", "--hidden-size", "32", "--num-hidden-layers", "1"),
+    *("--num-attention-heads", "2", "--max-seq-len", "32", "--batch-size", "4", "--max-iters", "1", "--device", "cpu"),
+]
+
+
+def test_a_tokenizer_of_the_run_is_saved_only_once_nothing_can_be_refused(refused, command, workspace):
+    refused(diffusion, [*CHARACTERS, "--early-stop-patience", "2", "--val-fraction", "0"], "--early-stop-patience")
+    refused(diffusion, [*CHARACTERS, "--save-dir", "corpus.jsonl"], "--save-dir")
+    for preview in ("--dry-run", "--show-batch"):
+        assert command(diffusion, [*CHARACTERS, preview]).code == 0
+        assert not (workspace / "weights").exists()
+
+
+def test_settings_of_a_tokenizer_that_exists_are_not_ignored(refused, command, workspace):
+    assert command(diffusion, CHARACTERS).code == 0
+    generate = ["--run-name", "cm", "--max-seq-len", "32", "--max-new-tokens", "4"]
+    refused(diffusion, [*CHARACTERS, "--resume", "must", "--mask-token", "<|other|>"], "--mask-token")
+    assert command(diffusion, generate).code == 0
+
+
+def test_a_tokenizer_is_not_trained_for_an_evaluation_that_cannot_be(refused, workspace):
+    argv = ["--data", "corpus.jsonl", "--target-vocab-size", "300"]
+    refused(train_tokenizer, [*argv, "--out", "tok", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl")
+    refused(train_tokenizer, [*argv, "--out", "corpus.jsonl/tok"], "--out")
+
+
+def test_weights_to_start_from_are_not_deleted_by_overwrite(refused, workspace, pretrain_argv, weights_of_one_step):
+    shutil.copytree(weights_of_one_step, workspace / "weights")
+    source = ["--load-from", str(workspace / "weights" / "ar_state_dict.pt")]  # the same file by another path
+    refused(train_pretrain, [*pretrain_argv, "--overwrite", *source], "--overwrite", "--run-name")
+
+
+def test_a_generation_keeps_to_the_longest_context_of_its_model(refused, command, workspace):
+    assert command(diffusion, [*CHARACTERS, "--max-position-embeddings", "32"]).code == 0
+    refused(diffusion, ["--run-name", "cm", "--max-seq-len", "33", "--max-new-tokens", "4"], "--max-seq-len", "32")
+
+
+def test_compiling_is_for_training_alone(refused, eval_argv):
+    refused(likelihood, [*eval_argv["likelihood"], "--compile"], "--compile")
+
+
+@pytest.mark.parametrize(
+    "change, word",
+    [
+        (lambda file: file["config"].pop("num_attention_heads"), "num_attention_heads is missing"),
+        (lambda file: file["config"].update(hidden_act="tanh"), "hidden_act"),
+        (lambda file: file.update(average={}), "average"),
+    ],
+)
+def test_a_checkpoint_that_leaves_things_open_is_refused(change, word, refused, eval_argv, workspace):
+    path = workspace / "weights" / "dm_state_dict.pt"
+    file = load_checkpoint(path)
+    change(file)
+    torch.save(file, path)
+    refused(likelihood, eval_argv["likelihood"], word, path.name)
+
+
+def test_foreign_weights_of_another_layout_are_refused(refused, workspace, pretrain_argv):
+    torch.save({"decoder.embed_tokens.weight": torch.zeros(4, 4)}, "foreign.pt")
+    refused(train_pretrain, [*pretrain_argv, "--load-from", "foreign.pt"], "foreign.pt", "embed_tokens")
+
+
+def test_a_lost_log_is_not_counted(tmp_path):
+    """The next resume would otherwise keep lines of a future that was lost."""
+    assert RunLog(tmp_path / "gone_log.jsonl", keep_lines=50).lines == 0
+    log = RunLog(tmp_path / "kept_log.jsonl")
+    for step in range(3):
+        log.write("train", step=step)
+    assert RunLog(tmp_path / "kept_log.jsonl", keep_lines=2).lines == 2
+    assert len((tmp_path / "kept_log.jsonl").read_text().splitlines()) == 2
