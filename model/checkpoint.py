@@ -46,6 +46,12 @@ def save_checkpoint(
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":  # the new name, too, must survive a power cut; Windows has no such call for folders
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
