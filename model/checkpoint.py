@@ -69,9 +69,7 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
         ) from None
-    except PermissionError:
-        raise
-    except torch.OutOfMemoryError:
+    except (PermissionError, torch.OutOfMemoryError):
         raise
     except (
         RuntimeError,

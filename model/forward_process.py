@@ -96,7 +96,7 @@ def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Ten
 def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 6 as a training loss: exactly k of n_b tokens masked, k ~ U{1..n_b} stratified, weight n_b / k.
 
-    The same expectation as `iid_t` (without its eps) at the least variance; the weight is bounded by n_b.
+    The expectation that `iid_t` has but for its eps and its empty rows, at less variance; the weight is at most n_b.
     """
     total = maskable.sum(dim=1)
     k = (1 + (noise.stratified("rate", len(maskable)) * total).long()).minimum(total)

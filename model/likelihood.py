@@ -42,7 +42,7 @@ def diffusion_bound(model: Transformer, batch: Batch, num_samples: int, seed: in
 
     k is systematic: the samples of a row fall into equal strata of {1..n}, and each k is marginally uniform. The
     variance is the one that independent samples would have, an overestimate. A row's masks depend on `seed` and the
-    row's own index in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
+    row's own number in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
     """
     maskable = batch["loss_mask"]
     total = maskable.sum(dim=1).cpu()  # sums are float64, which not every device has

@@ -21,8 +21,7 @@ RATE_BINS = 10
 
 @dataclass(frozen=True)
 class RowLoss:
-    """Loss of each row; a batch, or many, cost nats.sum() / count.sum(). Plain sums, so any split of a batch adds
-    up."""
+    """Loss of each row; a batch, or many, cost nats.sum() / count.sum(), whatever the split into batches."""
 
     nats: Tensor  # (B,)
     count: Tensor  # (B,) tokens

@@ -112,12 +112,5 @@ def _conversion(kind: Any) -> dict[str, Any]:
 def _flags(group: type) -> list[tuple[str, Any, str, list[str]]]:
     """(name, type, help, aliases) of each annotated field."""
     hints = get_type_hints(group, include_extras=True)
-    return [
-        (name, hint.__origin__, *_text(hint.__metadata__))
-        for name, hint in hints.items()
-        if hasattr(hint, "__metadata__")
-    ]
-
-
-def _text(metadata: tuple[str, ...]) -> tuple[str, list[str]]:
-    return metadata[0], list(metadata[1:])
+    annotated = {name: hint for name, hint in hints.items() if hasattr(hint, "__metadata__")}
+    return [(name, h.__origin__, h.__metadata__[0], list(h.__metadata__[1:])) for name, h in annotated.items()]

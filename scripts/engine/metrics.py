@@ -11,8 +11,7 @@ from torch import Tensor
 
 
 class Meter:
-    """Running sums of (sum, count) pairs on the device; read once per log line, so that training never waits for
-    them."""
+    """Running sums of (sum, count) pairs, kept on the device and read once per log line."""
 
     def __init__(self, state: dict[str, tuple[Tensor, Tensor]] | None = None):
         self.sums: dict[str, tuple[Tensor, Tensor]] = dict(state or {})

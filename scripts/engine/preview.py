@@ -13,23 +13,19 @@ from model.forward_process import StepNoise, mask_tokens
 from model.transformer import Transformer
 from scripts.engine.loader import RowOrder, Rows, to_device
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.trainer import TrainerConfig
 
 COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "padding": "\033[100m"}
 RESET = "\033[0m"
-MARKS = {
-    "masked": ("[", "]"),
-    "scored": ("", ""),
-    "context": ("(", ")"),
-    "padding": (".", ""),
-}  # where colours are lost
+# Where colours are lost.
+MARKS = {"masked": ("[", "]"), "scored": ("", ""), "context": ("(", ")"), "padding": (".", "")}
 TIMED_STEPS = 2
 
 
 def dry_run(
-    model: Transformer, objective: Any, rows: Rows, trainer: Any, runtime: RuntimeConfig, total_steps: int
+    model: Transformer, objective: Any, rows: Rows, trainer: TrainerConfig, runtime: RuntimeConfig, total_steps: int
 ) -> None:
-    """Print shapes, parameters, memory and hours; a copy of the model runs a few forward and backward passes for the
-    time."""
+    """Print shapes, parameters, memory and hours; a copy of the model is timed forward and backward."""
     batch = rows.batch(np.arange(trainer.batch_size) % len(rows))  # full-sized, or the time would be too short
     for name, parameter in model.named_parameters():
         if not name.startswith("layers.") or name.startswith("layers.0."):
@@ -73,8 +69,7 @@ def dry_run(
 def show_batch(
     tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, rows_per_step: int, mask_id: int, seed: int
 ) -> None:
-    """Print the rows of the first batch in colour: what is masked, scored, context, padding, and where documents
-    change."""
+    """Print rows of the first batch: what is masked, scored, context and padding, and where documents change."""
     indices = RowOrder(len(rows), seed)(0, min(rows_per_step, 4))
     batch = rows.batch(indices)
     scored = batch["loss_mask"]

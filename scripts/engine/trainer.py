@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from model.checkpoint import load_weights, save_checkpoint
 from model.forward_process import StepNoise
+from model.objective import RowLoss
 from model.transformer import Transformer
 from scripts.engine.loader import RowOrder, Rows, in_order, to_device
 from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
@@ -32,10 +34,10 @@ class TrainerConfig:
     epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
     max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
     early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
-    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
     early_stop_min_delta: Annotated[
         float, "decrease of the validation loss that counts as improvement, nats per token"
     ] = 0.0
+    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
@@ -189,7 +191,7 @@ class Trainer:
     def _noise(self, step: int, total_rows: int, first_row: int) -> StepNoise:
         return StepNoise(self.runtime.seed, step, total_rows, first_row, self.device, self.train_rows.seq_len)
 
-    def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise):
+    def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise) -> RowLoss:
         with self.runtime.autocast():
             return objective(self.model, to_device(batch, self.device), noise)
 
@@ -327,7 +329,7 @@ class Trainer:
             self.average.updates = state["average"]["updates"]
             self.average.shadow = {k: v.to(self.device) for k, v in state["average"]["shadow"].items()}
 
-    def _write_weights(self, path) -> None:
+    def _write_weights(self, path: Path) -> None:
         save_checkpoint(
             path, self.model.config, self.model.state_dict(), **self.identity, step=self.step, best_loss=self.best_loss
         )
@@ -336,7 +338,6 @@ class Trainer:
         if stop.number:
             if self.saved_step != self.step:  # the signal came between two checks
                 self.save()
-            self._say(
-                f"stopped at step {self.step} of {self.total_steps}; continue with the same command and --resume must"
-            )
+            how = "--resume must instead of --overwrite" if self.run.overwrite else "--resume must"
+            self._say(f"stopped at step {self.step} of {self.total_steps}; continue with the same command and {how}")
             raise Interrupted(128 + stop.number)
