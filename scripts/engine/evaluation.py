@@ -64,10 +64,15 @@ class Likelihood:
         sign = "<= " if self.kind == "upper bound" else ""
         return (
             f"{self.documents:,} documents, {self.tokens:,} tokens: "
-            f"{sign}{self.nats_per_token:.4f} +- {self.standard_error:.4f} nats per token, "
+            f"{sign}{_with_error(self.nats_per_token, self.standard_error)} nats per token, "
             f"perplexity {sign}{self.perplexity:.2f}, "
-            f"{sign}{self.bits_per_byte:.4f} +- {self.bits_per_byte_error:.4f} bits per byte"
+            f"{sign}{_with_error(self.bits_per_byte, self.bits_per_byte_error)} bits per byte"
         )
+
+
+def _with_error(value: float, error: float) -> str:
+    """One document alone has no standard error."""
+    return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +- {error:.4f}"
 
 
 def evaluate_file(

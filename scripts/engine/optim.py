@@ -13,7 +13,7 @@ class OptimConfig:
     """Optimisation."""
 
     learning_rate: Annotated[float, "peak learning rate", "--lr"] = 1e-3
-    weight_decay: Annotated[float, "decay of the matrices; norms and the embedding have none"] = 0.1
+    weight_decay: Annotated[float, "decay of the matrices; norms and the embedding, tied or not, have none"] = 0.1
     lr_schedule: Annotated[
         Literal["wsd", "cosine"], "after the warm-up: stay, then fall linearly; or fall along a cosine"
     ] = "wsd"

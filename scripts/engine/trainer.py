@@ -22,7 +22,7 @@ from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
 
 CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
-VALIDATION_STEP = -1  # the noise of every validation is that of this step
+VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of every run
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ class Trainer:
             batch = self.train_rows.batch(indices[first : first + size])
             self.tokens += int(batch["loss_mask"].sum())
             nominal = nominal or float(batch["loss_mask"].numel() * self.trainer.accumulation_steps)
-            loss = self._loss(self.objective, batch, self._noise(self.step, per_step, first))
+            loss = self._loss(self.objective, batch, self._noise(self.runtime.seed, self.step, per_step, first))
             self.meter.add("loss", loss.nats.sum(), loss.count.sum())
             for name, (total, number) in loss.averages.items():
                 self.meter.add(name, total, number)
@@ -188,8 +188,8 @@ class Trainer:
         if self.average:
             self.average.update(self.model)
 
-    def _noise(self, step: int, total_rows: int, first_row: int) -> StepNoise:
-        return StepNoise(self.runtime.seed, step, total_rows, first_row, self.device, self.train_rows.seq_len)
+    def _noise(self, seed: int, step: int, total_rows: int, first_row: int) -> StepNoise:
+        return StepNoise(seed, step, total_rows, first_row, self.device, self.train_rows.seq_len)
 
     def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise) -> RowLoss:
         with self.runtime.autocast():
@@ -207,7 +207,7 @@ class Trainer:
         try:
             for first, batch in in_order(self.val_rows, size, max_rows):
                 self._stop_if_asked(stop)
-                loss = self._loss(objective, batch, self._noise(VALIDATION_STEP, max_rows, first))
+                loss = self._loss(objective, batch, self._noise(VALIDATION_SEED, VALIDATION_STEP, max_rows, first))
                 nats.append(loss.nats.cpu().double())
                 counts.append(loss.count.cpu().double())
                 for name, (total, number) in loss.averages.items():

@@ -303,3 +303,10 @@ def test_the_model_sees_no_dropout_in_an_evaluation(model_of, tokenizer, tokeniz
     argv = ["--checkpoint", path, "--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--dtype", "float32"]
     one, two = (json.loads(command(eval_minimind, [*argv, "--json"]).out)["likelihood"] for _ in range(2))
     assert one == two
+
+
+def test_a_single_document_has_no_error_to_show(model_of, tokenizer, data, runtime):
+    result = evaluate_file(model_of("causal"), tokenizer, data(["the cat sees the river."]), 64, runtime)["all"]
+    assert "+-" not in result.line() and "nan" not in result.line()
+    several = evaluate_file(model_of("causal"), tokenizer, data(["the cat.", "my old friend."]), 64, runtime)["all"]
+    assert several.line().count("+-") == 2

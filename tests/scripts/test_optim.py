@@ -253,3 +253,13 @@ def test_validation_rows_are_distinct_and_the_same_at_every_batch_size(count, si
     chosen = rows(size)
     assert len(set(chosen)) == len(chosen) == min(count, max_rows or count)
     assert chosen == rows(1) == sorted(chosen)
+
+
+def test_validations_of_one_model_agree_whatever_the_seed_of_the_run(command, diffusion_argv, weights_of_one_step):
+    """The masks of a validation belong to no run: losses of two seeds, and of two schedules, are one quantity."""
+    losses = []
+    for number, more in enumerate((["--seed", "1"], ["--seed", "2"], ["--mask-schedule", "iid_t"])):
+        start = ["--load-from", str(weights_of_one_step / "dm_state_dict.pt"), "--lr", "1e-12", "--max-iters", "1"]
+        assert command(diffusion, [*diffusion_argv, *start, "--run-name", f"v{number}", *more]).code == 0
+        losses += [row["loss"] for row in read_log(Path(f"weights/v{number}_log.jsonl")) if row["event"] == "eval"]
+    assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
