@@ -142,7 +142,13 @@ def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | 
 
     tokenizer: fingerprint of the tokenizer in use; ValueError if the weights were trained with another.
     """
-    payload = load_checkpoint(path, device)
+    return model_of(load_checkpoint(path, device), path, device, tokenizer)
+
+
+def model_of(
+    payload: dict[str, Any], path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None
+) -> Transformer:
+    """`load_model` from what `load_checkpoint` read from `path`."""
     if tokenizer is not None and payload["tokenizer"] != tokenizer:
         raise ValueError(
             f"{path} was trained with another tokenizer (fingerprint {payload['tokenizer']}, the one in use has "

@@ -4,13 +4,13 @@ import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
 from dataset.jsonl import read_lines
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, fingerprint, load_tokenizer
-from model.checkpoint import load_model
+from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import masked_nats, row_nats
 from model.transformer import Transformer
 from scripts.engine.loader import to_device
@@ -34,15 +34,33 @@ class CheckpointConfig:
         if self.max_seq_len < 2:
             raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens")
 
-    def load(self, runtime: RuntimeConfig) -> tuple[Transformer, PreTrainedTokenizerFast]:
+    def load(self, runtime: RuntimeConfig) -> "Loaded":
         if self.checkpoint is None:
             raise ValueError(
                 "--checkpoint is missing: give a file that training wrote, such as weights/<run>_state_dict.pt"
             )
-        tokenizer = load_tokenizer(self.tokenizer_dir)
-        model = load_model(self.checkpoint, runtime.torch_device, tokenizer=fingerprint(tokenizer))
-        model.set_context(self.max_seq_len)
-        return model, tokenizer
+        return load_for_use(self.checkpoint, load_tokenizer(self.tokenizer_dir), self.max_seq_len, runtime)
+
+
+class Loaded(NamedTuple):
+    """A checkpoint ready for use."""
+
+    model: Transformer
+    tokenizer: PreTrainedTokenizerFast
+    stage: str  # the command that trained it
+
+    @property
+    def speaks_chat(self) -> bool:
+        """Whether it was trained on conversations, so that a prompt belongs into the chat template."""
+        return "sft" in self.stage or "dpo" in self.stage
+
+
+def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig) -> Loaded:
+    """ValueError if the file is none of ours, damaged, of another tokenizer or of a shorter context."""
+    payload = load_checkpoint(path, runtime.torch_device)
+    model = model_of(payload, path, runtime.torch_device, fingerprint(tokenizer))
+    model.set_context(max_length)
+    return Loaded(model, tokenizer, payload["stage"])
 
 
 @dataclass(frozen=True)

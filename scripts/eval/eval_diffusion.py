@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     scoring = request.cond_ll_response is not None, "--cond-ll-response"
     held_out = data.eval_split == "validation", "--eval-split validation"
     refuse_idle(given, eval_mask_ratio=reading, cond_ll_nmc=scoring, val_fraction=held_out)
-    model, tokenizer = checkpoint.load(runtime)
+    model, tokenizer, _ = checkpoint.load(runtime)
     if model.config.attention != "full":
         raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
     result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling, denoising)

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
         val_fraction=(data.eval_split == "validation", "--eval-split validation"),
         num_samples=(False, "a diffusion model"),
     )
-    model, tokenizer = checkpoint.load(runtime)
+    model, tokenizer, _ = checkpoint.load(runtime)
     if model.config.attention != "causal":
         raise ValueError(f"{checkpoint.checkpoint} was trained by diffusion; use scripts.eval.eval_diffusion")
     result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling)

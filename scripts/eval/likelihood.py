@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
     if output.json:
         require_writable(output.json, "--json")
-    model, tokenizer = checkpoint.load(runtime)
+    model, tokenizer, _ = checkpoint.load(runtime)
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
     refuse_idle(given, num_samples=(model.config.attention == "full", "a diffusion model"))
     result = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         require_writable(config.json, "--json")
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
-    model, tokenizer = checkpoint.load(runtime)
+    model, tokenizer, _ = checkpoint.load(runtime)
     if model.config.attention != "full":
         raise ValueError(f"{config.checkpoint} is autoregressive; mask schedules belong to diffusion")
     rows = PretrainDataset(data, tokenizer).train
