@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from dataset.disk_cache import cached_directory, source_key
 from dataset.jsonl import content_hash, is_gzip_name, open_text, read_documents, text_format
+from dataset.order import RowOrder
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint
 
 FORMAT = 1  # counts changes of what the cache files mean; part of the key
@@ -107,6 +108,9 @@ class PackedRows:
     def real_token_share(self) -> float:
         """Tokens that are not padding, as a share of all positions of all rows; 0 without rows."""
         return len(self.split.tokens) / (len(self) * self.seq_len) if len(self) else 0.0
+
+    def order(self, seed: int, rows_per_step: int) -> RowOrder:
+        return RowOrder(len(self), seed)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         """The rows (B,) as (B, L) tensors.

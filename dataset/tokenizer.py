@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -130,7 +131,7 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], skip_special:
 
 def render_chat(messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
     """A conversation as text, to be shown; to get ids use `encode_chat`. Raises ValueError as that does."""
-    turns = [f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in _checked(messages)]
+    turns = [f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in checked_messages(messages)]
     return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
 
 
@@ -142,11 +143,37 @@ def encode_chat(
     Each part is encoded alone, so a prompt's ids are a prefix of the ids of the same prompt with its answer, and
     content that spells a control token stays content. ValueError: no message, an unknown role, content not a string.
     """
-    bos, eos, ids = tokenizer.bos_token_id, tokenizer.eos_token_id, []
-    for role, content in _checked(messages):
-        header, body, end = encode_batch(tokenizer, [f"{role}\n", content, "\n"])
-        ids += [bos, *header, *body, eos, *end]
-    return ids + ([bos, *encode(tokenizer, "assistant\n")] if add_generation_prompt else [])
+    ids = encode_conversations(tokenizer, [messages])[0].ids
+    return ids + ([tokenizer.bos_token_id, *encode(tokenizer, "assistant\n")] if add_generation_prompt else [])
+
+
+class ChatIds(NamedTuple):
+    """A conversation as `encode_chat` writes it."""
+
+    ids: list[int]
+    replies: list[tuple[int, int]]  # of each assistant turn: where its content begins, one past its EOS
+
+
+def encode_conversations(
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[dict[str, str]]]
+) -> list[ChatIds]:
+    """`encode_chat` of many conversations at once, with the places of their replies. Raises ValueError as that does."""
+    checked = [checked_messages(messages) for messages in conversations]
+    contents = iter(encode_batch(tokenizer, [content for pairs in checked for _, content in pairs]))
+    headers = dict(zip(ROLES, encode_batch(tokenizer, [f"{role}\n" for role in ROLES]), strict=True))
+    bos, eos, newline = tokenizer.bos_token_id, tokenizer.eos_token_id, encode(tokenizer, "\n")
+    encoded = []
+    for pairs in checked:
+        ids, replies = [], []
+        for role, _ in pairs:
+            ids += [bos, *headers[role]]
+            begin = len(ids)
+            ids += [*next(contents), eos]
+            if role == "assistant":
+                replies.append((begin, len(ids)))
+            ids += newline
+        encoded.append(ChatIds(ids, replies))
+    return encoded
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, mask_token: str = MASK_TOKEN) -> PreTrainedTokenizerFast:
@@ -254,7 +281,7 @@ def _check_spellable(backend: Tokenizer, texts: list[str]) -> None:
                 )
 
 
-def _checked(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
+def checked_messages(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
     """(role, content) of each message. ValueError says which message is at fault."""
     if not messages:
         raise ValueError("a conversation needs at least one message, and has none")

@@ -27,6 +27,10 @@ class RowLoss:
     count: Tensor  # (B,) tokens
     averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sums, counts), for the log
 
+    def by_sequence(self) -> "RowLoss":
+        """LLaDA Eq. 5: a batch costs the mean over its rows of each row's nats per token."""
+        return RowLoss(self.nats / self.count.clamp(min=1), (self.count > 0).float(), self.averages)
+
 
 @dataclass(frozen=True)
 class NextToken:
@@ -34,8 +38,10 @@ class NextToken:
 
     attention = "causal"
 
+    sequence_mean: bool = False  # every row counts the same, however many tokens it learns
+
     def for_validation(self) -> "NextToken":
-        return self
+        return replace(self, sequence_mean=False)
 
     def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
         input_ids, documents = batch["input_ids"], batch.get("document_ids")
@@ -48,8 +54,11 @@ class NextToken:
             attention = {"attn_mask": block_causal_mask(length, 1, input_ids.device) & document_mask(documents)}
         positions = torch.nn.functional.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
         logits = model(input_ids, **attention, select=positions)
-        nats = token_nats(logits, input_ids.flatten()[positions + 1])
-        return RowLoss(sum_by_row(nats, positions, rows, length), scored.sum(dim=1).float())
+        targets = input_ids.flatten()[positions + 1]
+        nats = sum_by_row(token_nats(logits, targets), positions, rows, length)
+        averages = {"eos_share": share_of(targets, model.config.eos_token_id)}
+        loss = RowLoss(nats, scored.sum(dim=1).float(), averages)
+        return loss.by_sequence() if self.sequence_mean else loss
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,7 @@ class MaskedDiffusion:
     repeat_penalty_min_run: Annotated[int, "tokens in a run before its continuation is penalised"] = 2
     repeat_penalty_delay_steps: Annotated[int, "steps before the penalty sets in"] = 0
     repeat_penalty_warmup_steps: Annotated[int, "steps over which it grows to full weight"] = 0
+    sequence_mean: bool = False  # every row counts the same, however many tokens it learns
 
     def __post_init__(self):
         if not 0 < self.iid_mask_eps < 0.5:
@@ -81,7 +91,9 @@ class MaskedDiffusion:
 
     def for_validation(self) -> "MaskedDiffusion":
         """The full-range bound that every schedule is judged by, so that all validation losses are one quantity."""
-        return replace(self, mask_schedule="fixed_count", variable_length_prob=0.0, repeat_penalty_weight=0.0)
+        return replace(
+            self, mask_schedule="fixed_count", variable_length_prob=0.0, repeat_penalty_weight=0.0, sequence_mean=False
+        )
 
     def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
         batch = self.shorten(batch, noise)
@@ -92,21 +104,28 @@ class MaskedDiffusion:
         positions = noised.scored.flatten().nonzero()[:, 0]
         attn_mask = None if documents is None else document_mask(documents)
         logits = forbid(model(noised.input_ids, attn_mask=attn_mask, select=positions), mask_id)
-        nats = token_nats(logits, input_ids.flatten()[positions])
+        targets = input_ids.flatten()[positions]
+        nats = token_nats(logits, targets)
         averages = loss_by_rate(sum_by_row(nats.detach(), positions, rows, length), noised, batch["loss_mask"])
+        averages["eos_share"] = share_of(targets, model.config.eos_token_id)
         penalty_weight = self.penalty_weight_at(noise.step)
         if penalty_weight:
             penalty = self.repeat_penalty(logits, noised, input_ids, positions)
             averages["repeat_penalty"] = (penalty.detach().sum(), torch.tensor(len(positions), device=penalty.device))
             nats = nats + penalty_weight * penalty
         weighted = nats * noised.weight.flatten()[positions]
-        return RowLoss(sum_by_row(weighted, positions, rows, length), noised.count, averages)
+        loss = RowLoss(sum_by_row(weighted, positions, rows, length), noised.count, averages)
+        if self.sequence_mean:
+            return loss.by_sequence()
+        # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
+        return replace(loss, count=batch["reply_tokens"].float()) if "reply_tokens" in batch else loss
 
     def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
         """LLaDA, section 2.2: a few steps see rows of a random length, lest short canvases be off-distribution."""
         choices, length = noise.choices("length"), batch["input_ids"].shape[1]
-        if choices.random() < self.variable_length_prob:
-            length = choices.randint(1, length)
+        if choices.random() >= self.variable_length_prob:
+            return batch
+        length = choices.randint(1, length)
         return {name: tensor[:, :length] for name, tensor in batch.items()}
 
     def penalty_weight_at(self, step: int) -> float:
@@ -127,6 +146,11 @@ class MaskedDiffusion:
         run[:, 0] = 0
         wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
         return unlikelihood(logits, previous) * wrong
+
+
+def share_of(targets: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
+    """(how many of the targets (N,) are `token_id`, N): for EOS, how much of the learning goes into ending."""
+    return (targets == token_id).sum(), torch.tensor(len(targets), device=targets.device)
 
 
 def loss_by_rate(by_row: Tensor, noised: Noised, maskable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:

@@ -1,6 +1,6 @@
-"""Which rows a step sees: a function of (seed, step), so that resuming is a matter of counting."""
+"""Rows as the training loop asks for them, and their way to the device."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -16,29 +16,10 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
+    def order(self, seed: int, rows_per_step: int) -> Callable[[int, int], np.ndarray]:
+        """(start, count) -> that stretch of the endless sequence in which a run with this seed asks for rows."""
+
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...
-
-
-class RowOrder:
-    """An endless sequence of row numbers: one permutation of all rows after another, each from (seed, epoch)."""
-
-    def __init__(self, num_rows: int, seed: int):
-        self.num_rows, self.seed = num_rows, seed
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
-
-    def __call__(self, start: int, count: int) -> np.ndarray:
-        """Entries start .. start + count of the sequence, (count,) int64."""
-        places = np.arange(start, start + count)
-        rows = np.empty(count, dtype=np.int64)
-        for epoch in np.unique(places // self.num_rows):
-            here = places // self.num_rows == epoch
-            rows[here] = self._order(int(epoch))[places[here] % self.num_rows]
-        return rows
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._epoch, self._permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
-        return self._permutation
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -41,6 +41,23 @@ class OptimConfig:
             raise ValueError(f"--ema-decay must be in [0, 1), not {self.ema_decay}")
 
 
+@dataclass(frozen=True)
+class SFTOptimConfig(OptimConfig):
+    """Optimisation."""
+
+    min_lr_ratio: Annotated[float, "last learning rate as a share of the peak", "--final-lr-ratio"] = 0.1
+    final_decay_ratio: Annotated[
+        float | None, "wsd: share of the steps after the warm-up in which the rate falls (none: 1 - --lr-stable-ratio)"
+    ] = None
+
+    def __post_init__(self):
+        if self.final_decay_ratio is not None:
+            if not 0 <= self.final_decay_ratio <= 1:
+                raise ValueError(f"--final-decay-ratio must be in [0, 1], not {self.final_decay_ratio}")
+            object.__setattr__(self, "lr_stable_ratio", 1 - self.final_decay_ratio)
+        super().__post_init__()
+
+
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
     """Learning rate of a step (the first is 0); a pure function, so that resuming needs no scheduler state."""
     if step < config.warmup_steps:

@@ -11,7 +11,7 @@ import torch
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
 from model.forward_process import StepNoise, mask_tokens
 from model.transformer import Transformer
-from scripts.engine.loader import RowOrder, Rows, to_device
+from scripts.engine.loader import Rows, to_device
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trainer import TrainerConfig
 
@@ -70,7 +70,7 @@ def show_batch(
     tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, rows_per_step: int, mask_id: int, seed: int
 ) -> None:
     """Print rows of the first batch: what is masked, scored, context and padding, and where documents change."""
-    indices = RowOrder(len(rows), seed)(0, min(rows_per_step, 4))
+    indices = rows.order(seed, rows_per_step)(0, min(rows_per_step, 4))
     batch = rows.batch(indices)
     scored = batch["loss_mask"]
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
@@ -88,7 +88,7 @@ def show_batch(
         pieces = []
         for i, token in enumerate(batch["input_ids"][row].tolist()):
             kind = "masked" if masked[row, i] else "scored" if scored[row, i] else "context"
-            kind = "padding" if documents[row, i] < 0 else kind
+            kind = "padding" if token == tokenizer.pad_token_id else kind
             boundary = "|" if i and documents[row, i] != documents[row, i - 1] else ""
             text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
             pieces.append(f"{boundary}{marks[kind][0]}{text}{marks[kind][1]}")

@@ -23,6 +23,7 @@ SILENT = {
 }
 TOLD = {
     "load_from",
+    "resume_optimizer_state",
     "data",
     "tokenizer_dir",
     "max_iters",
@@ -49,6 +50,9 @@ class RunConfig:
     load_from: Annotated[
         Path | None, "start from these weights (weights only, no optimizer)", "--init-from-minimind"
     ] = None
+    resume_optimizer_state: Annotated[
+        bool, "with --load-from <run>.pt: its optimizer's moments, too; steps, learning rate and data begin anew"
+    ] = False
     resume: Annotated[
         Literal["never", "auto", "must"], "continue <run-name>.pt: refuse to, if it exists, or fail without it"
     ] = "never"
@@ -78,6 +82,8 @@ class RunConfig:
             raise ValueError(
                 f"--overwrite would delete {self.load_from}, which --load-from names; choose another --run-name"
             )
+        if self.resume_optimizer_state and not self.load_from:
+            raise ValueError("--resume-optimizer-state needs --load-from, a run's <run>.pt")
         if self.overwrite and self.resume != "never":
             raise ValueError(f"--overwrite and --resume {self.resume} contradict each other")
 

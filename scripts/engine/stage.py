@@ -54,7 +54,8 @@ def train_stage(
     require_writable(run.state_path, "--save-dir")
     require_writable(run.exported_path, "--weights-path")
     notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
-    model = _starting_model(configs, tokenizer, state)
+    model = _starting_model(configs, objective, tokenizer, state)
+    moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
     model.set_context(data.max_seq_len)
     dataset = build()
     if configs.trainer.early_stop_patience and not len(dataset.validation):
@@ -79,8 +80,14 @@ def train_stage(
         "provenance": provenance(configs.runtime),
     }
     before_training()
-    _fit(model, objective, dataset, configs, identity, state)
+    _fit(model, objective, dataset, configs, identity, state, moments)
     return model
+
+
+def require_start(configs: StageConfigs, example: str) -> None:
+    """ValueError without --load-from: fine-tuning random weights is nearly always a forgotten flag."""
+    if configs.run.load_from is None:
+        raise ValueError(f"--load-from is missing: give the pretrained weights to start from, such as {example}")
 
 
 def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, tokenizer: Any) -> None:
@@ -92,7 +99,13 @@ def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageCon
 
 
 def _fit(
-    model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, identity: dict, state: dict | None
+    model: Transformer,
+    objective: Any,
+    dataset: Any,
+    configs: StageConfigs,
+    identity: dict,
+    state: dict | None,
+    moments: list[dict] | None,
 ) -> None:
     trainer = Trainer(
         model,
@@ -105,6 +118,7 @@ def _fit(
         runtime=configs.runtime,
         identity=identity,
         state=state,
+        moments=moments,
     )
     trainer.log.write(
         "resume" if state else "start",
@@ -120,9 +134,13 @@ def _fit(
 def _refuse_idle(configs: StageConfigs, objective: Any) -> None:
     """ValueError for typed flags that the others switch off."""
     penalty = getattr(objective, "repeat_penalty_weight", 0) > 0, "a positive --repeat-penalty-weight"
+    wsd = configs.optim.lr_schedule == "wsd", "--lr-schedule wsd"
+    if {"lr_stable_ratio", "final_decay_ratio"} <= configs.given:
+        raise ValueError("--lr-stable-ratio and --final-decay-ratio say the same; give one of them")
     refuse_idle(
         configs.given,
-        lr_stable_ratio=(configs.optim.lr_schedule == "wsd", "--lr-schedule wsd"),
+        lr_stable_ratio=wsd,
+        final_decay_ratio=wsd,
         early_stop_min_delta=(configs.trainer.early_stop_patience > 0, "--early-stop-patience"),
         iid_mask_eps=(getattr(objective, "mask_schedule", "") == "iid_t", "--mask-schedule iid_t"),
         repeat_penalty_min_run=penalty,
@@ -150,16 +168,37 @@ def _check_continuation(
 
 
 def _starting_model(
-    configs: StageConfigs, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
+    configs: StageConfigs, objective: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
 ) -> Transformer:
-    """The saved run's model, that of --load-from, or a new one seeded by --seed."""
+    """The saved run's model, that of --load-from, or a new one seeded by --seed. ValueError: diffusion weights for an
+    autoregressive stage (the reverse is how diffusion starts from AR)."""
     torch.manual_seed(configs.runtime.seed)
     if state:
         return Transformer(ModelConfig(**state["config"]))
     shape = replace(configs.shape, **token_ids(tokenizer))
     if configs.run.load_from:
-        return starting_weights(configs.run.load_from, shape, configs.given, fingerprint(tokenizer))
+        model = starting_weights(configs.run.load_from, shape, configs.given, fingerprint(tokenizer))
+        if objective.attention == "causal" and model.config.attention != "causal":
+            raise ValueError(
+                f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
+                "an autoregressive stage needs an autoregressive checkpoint"
+            )
+        return model
     return Transformer(shape)
+
+
+def _starting_moments(configs: StageConfigs) -> list[dict]:
+    """The optimizer states in --load-from. ValueError if it has none, or those of another optimizer."""
+    path = configs.run.load_from
+    payload = load_checkpoint(path)
+    if "optimizers" not in payload:
+        raise ValueError(f"{path} holds weights only; --resume-optimizer-state needs the run's <run-name>.pt")
+    if payload["settings"]["optimizer"] != configs.optim.optimizer:
+        raise ValueError(
+            f"{path} was trained with --optimizer {payload['settings']['optimizer']}, and its state does not fit "
+            f"{configs.optim.optimizer}; give the same one, or leave out --resume-optimizer-state"
+        )
+    return payload["optimizers"]
 
 
 def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs, state: dict[str, Any] | None) -> str:

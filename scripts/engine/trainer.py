@@ -15,7 +15,7 @@ from model.checkpoint import load_weights, save_checkpoint
 from model.forward_process import StepNoise
 from model.objective import RowLoss
 from model.transformer import Transformer
-from scripts.engine.loader import RowOrder, Rows, in_order, to_device
+from scripts.engine.loader import Rows, in_order, to_device
 from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
 from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
@@ -75,14 +75,16 @@ class Trainer:
         runtime: RuntimeConfig,
         identity: dict[str, Any],
         state: dict | None,
+        moments: list[dict] | None = None,
     ):
-        """identity: what every checkpoint of the run says of it: tokenizer, stage, settings, ... state: a saved run."""
+        """identity: what every checkpoint of the run says of it: tokenizer, stage, settings, ... state: a saved run;
+        moments: without one, the optimizer states of the run that the weights come from."""
         self.optim, self.trainer, self.run, self.runtime, self.identity = optim, trainer, run, runtime, identity
         self.device = runtime.torch_device
         self.model, self.objective = model.to(self.device), objective
         self.model.config = replace(model.config, attention=objective.attention)
         self.train_rows, self.val_rows = train_rows, val_rows
-        self.order = RowOrder(len(train_rows), runtime.seed)
+        self.order = train_rows.order(runtime.seed, trainer.rows_per_step)
         self.total_steps = trainer.total_steps(len(train_rows))
         self.parameters = list(model.parameters())
         self.optimizers = make_optimizers(self.model, optim)
@@ -96,6 +98,8 @@ class Trainer:
         if state:
             self._restore(state)
         else:
+            for optimizer, saved in zip(self.optimizers, moments or [], strict=False):
+                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
             for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
                 path.unlink(missing_ok=True)  # --overwrite: files of another run must not pass for this one's
         if trainer.compile:
@@ -161,7 +165,7 @@ class Trainer:
         nominal, count = None, torch.zeros((), device=self.device)
         for first in range(0, per_step, size):
             batch = self.train_rows.batch(indices[first : first + size])
-            self.tokens += int(batch["loss_mask"].sum())
+            self.tokens += int((batch["input_ids"] != self.model.config.pad_token_id).sum())
             nominal = nominal or float(batch["loss_mask"].numel() * self.trainer.accumulation_steps)
             loss = self._loss(self.objective, batch, self._noise(self.runtime.seed, self.step, per_step, first))
             self.meter.add("loss", loss.nats.sum(), loss.count.sum())

@@ -21,7 +21,7 @@ from model.objective import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
 from scripts.engine.evaluation import CheckpointConfig, circumstances
-from scripts.engine.loader import RowOrder, to_device
+from scripts.engine.loader import to_device
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     if model.config.attention != "full":
         raise ValueError(f"{config.checkpoint} is autoregressive; mask schedules belong to diffusion")
     rows = PretrainDataset(data, tokenizer).train
-    batch = rows.batch(RowOrder(len(rows), runtime.seed)(0, config.batch_size))
+    batch = rows.batch(rows.order(runtime.seed, config.batch_size)(0, config.batch_size))
     batch = to_device(batch, runtime.torch_device)
     result = {name: measure(model, batch, name, config.num_draws, runtime) for name in MASK_SCHEDULES}
     print(f"{'schedule':<12} {'mean loss':>20} {'std of a batch':>15} {'gradient noise':>15}")

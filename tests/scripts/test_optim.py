@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset.order import RowOrder
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
@@ -17,7 +18,7 @@ from model.config import ModelConfig
 from model.forward_process import StepNoise
 from model.objective import NextToken
 from model.transformer import Transformer
-from scripts.engine.loader import RowOrder, in_order
+from scripts.engine.loader import in_order
 from scripts.engine.metrics import read_log
 from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.train import diffusion, train_pretrain

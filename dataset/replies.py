@@ -1,0 +1,247 @@
+"""Conversations to rows that learn their replies: token arrays, the items cut out of them, and batches.
+
+An item is what one row shows: a prompt, which is given, and a body, of which the replies are learnt. For a diffusion
+model it is one reply given all before it, since a later turn must not be seen. An autoregressive model sees nothing to
+the right, so all replies of a conversation share one item; if it does not fit the row, each reply gets its own.
+Shapes: B rows asked for, W tokens of the widest of them, L = seq_len.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dataset.order import LengthOrder, RowOrder
+from dataset.tokenizer import ChatIds
+
+WIDTH_MULTIPLE = 32  # of a batch: few shapes, for compiled code
+ARRAYS = ("tokens", "starts", "reply_begins", "reply_ends", "reply_owners", "hashes")
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """Conversations back to back. An empty reply teaches nothing but to say nothing, and is left out."""
+
+    tokens: np.ndarray  # (T,) of all conversations
+    starts: np.ndarray  # (C + 1,) where each begins, and the end
+    reply_begins: np.ndarray  # (R,) first content token of each reply
+    reply_ends: np.ndarray  # (R,) one past its EOS
+    reply_owners: np.ndarray  # (R,) its conversation
+    hashes: np.ndarray  # (C,) uint64, content_hash of the conversation
+
+    @classmethod
+    def of(cls, encoded: list[ChatIds], hashes: list[int], dtype: type = np.int64) -> "Conversations":
+        starts = np.cumsum([0, *(len(chat.ids) for chat in encoded)])
+        spans = [
+            (starts[owner] + begin, starts[owner] + end, owner)
+            for owner, chat in enumerate(encoded)
+            for begin, end in chat.replies
+            if end - begin > 1
+        ]
+        replies = np.array(spans, dtype=np.int64).reshape(-1, 3).T
+        tokens = np.fromiter(chain.from_iterable(chat.ids for chat in encoded), dtype, int(starts[-1]))
+        return cls(tokens, starts, *replies, np.array(hashes, dtype=np.uint64))
+
+
+@dataclass(frozen=True)
+class Items:
+    """Item i is the prompt tokens[begin:middle] and the body tokens[middle:end]; (N,) int64 each."""
+
+    begin: np.ndarray
+    middle: np.ndarray
+    end: np.ndarray
+    cut_prompts: int = 0  # items that lost the beginning of their prompt
+    cut_bodies: int = 0  # items that lost the end of their reply
+    num_shortened: int = 0  # items that lost either
+
+    def __len__(self) -> int:
+        return len(self.begin)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.end - self.begin
+
+    def __getitem__(self, chosen: np.ndarray) -> "Items":
+        return replace(self, begin=self.begin[chosen], middle=self.middle[chosen], end=self.end[chosen])
+
+
+def one_per_reply(chats: Conversations) -> Items:
+    return Items(chats.starts[chats.reply_owners], chats.reply_begins, chats.reply_ends)
+
+
+def one_per_conversation(chats: Conversations, seq_len: int) -> Items:
+    """All replies of a conversation together where it fits `seq_len`, else one item for each of them."""
+    owners, first, counts = np.unique(chats.reply_owners, return_index=True, return_counts=True)
+    whole = Items(chats.starts[owners], chats.reply_begins[first], chats.reply_ends[first + counts - 1])
+    fits = whole.lengths <= seq_len
+    together, single = whole[fits], one_per_reply(chats)[~np.repeat(fits, counts)]
+    joined = (np.concatenate([getattr(together, n), getattr(single, n)]) for n in ("begin", "middle", "end"))
+    return Items(*joined)[np.argsort(np.append(together.middle, single.middle), kind="stable")]
+
+
+def apart(chats: Conversations, items: Items) -> Iterator[ChatIds]:
+    """Every item as a conversation of its own, with the replies that it learns."""
+    for begin, middle, end in zip(items.begin.tolist(), items.middle.tolist(), items.end.tolist(), strict=True):
+        replies = slice(*np.searchsorted(chats.reply_begins, (middle, end)))
+        spans = zip(chats.reply_begins[replies].tolist(), chats.reply_ends[replies].tolist(), strict=True)
+        yield ChatIds(chats.tokens[begin:end].tolist(), [(first - begin, last - begin) for first, last in spans])
+
+
+def shortened(items: Items, seq_len: int) -> Items:
+    """Every item within `seq_len`: the end of its prompt and the start of its body, the latter at least half the row
+    where it has so much."""
+    prompt, body = items.middle - items.begin, items.end - items.middle
+    kept_body = np.minimum(body, np.maximum(seq_len - prompt, seq_len // 2))
+    kept_prompt = np.minimum(prompt, seq_len - kept_body)
+    return Items(
+        items.middle - kept_prompt,
+        items.middle,
+        items.middle + kept_body,
+        int((kept_prompt < prompt).sum()),
+        int((kept_body < body).sum()),
+        int((kept_prompt + kept_body < prompt + body).sum()),
+    )
+
+
+@dataclass(frozen=True)
+class ReplyRows:
+    """Items as rows. Asked for by visit number, epoch * len + row, since an item's fill is drawn anew in every epoch.
+
+    eos_fill: behind a complete reply follow up to so many EOS, the empty end of the canvas on which a diffusion decoder
+    writes; 0 for none. Reply plus fill is log-uniform from the reply's own length to the longest allowed, so that the
+    canvas does not tell how long the reply is.
+    """
+
+    chats: Conversations
+    items: Items
+    seq_len: int
+    pad_id: int
+    eos_id: int
+    eos_fill: int
+    hide_padding: bool  # whether padding must be hidden by a mask; a causal model does not see it anyway
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def real_token_share(self) -> float:
+        """Tokens that are not padding, fill included, as a share of len * seq_len."""
+        return float(self.lengths(np.arange(len(self))).mean()) / self.seq_len if len(self) else 0.0
+
+    @property
+    def eos_share(self) -> float:
+        """EOS as a share of all learnt tokens, fill included."""
+        first, last = self._replies(np.arange(len(self)))
+        lengths = np.cumsum([0, *(self.chats.reply_ends - self.chats.reply_begins)])
+        cut = self.chats.reply_ends[last - 1] - self.items.end
+        fill = self.fill(np.arange(len(self))).sum()
+        learnt = (lengths[last] - lengths[first] - cut).sum() + fill
+        return float((last - first - (cut > 0)).sum() + fill) / max(float(learnt), 1.0)
+
+    def _replies(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """First reply and one past the last reply in the body of each row."""
+        bodies = self.items.middle[rows], self.items.end[rows]
+        return tuple(np.searchsorted(self.chats.reply_begins, edge, side="left") for edge in bodies)
+
+    def order(self, seed: int, rows_per_step: int) -> LengthOrder:
+        return LengthOrder(RowOrder(len(self), seed).visits, self.lengths, len(self), seed, rows_per_step)
+
+    def fill(self, visits: np.ndarray) -> np.ndarray:
+        """EOS behind the reply of each visit, (B,) int64."""
+        rows = visits % len(self)
+        end = self.items.end[rows]
+        reply = end - self.items.middle[rows]
+        room = np.minimum(self.seq_len - self.items.lengths[rows], self.eos_fill)
+        room = np.where(self.chats.tokens[end - 1] == self.eos_id, room, 0)  # a reply that was cut has no end
+        return (reply * (1 + room / reply) ** _uniform(visits) + 1e-9).astype(np.int64) - reply
+
+    def lengths(self, visits: np.ndarray) -> np.ndarray:
+        """Tokens of each visit's row, fill included, (B,) int64."""
+        return self.items.lengths[visits % len(self)] + self.fill(visits)
+
+    def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
+        """(B, W) tensors: input_ids int64; loss_mask bool, True on replies, their EOS and the fill; document_ids int64,
+        0 or -1 on padding, where that is to be hidden. And reply_tokens (B,) int64: what loss_mask counts, less fill.
+        """
+        visits = np.asarray(visits, dtype=np.int64)
+        fill, rows = self.fill(visits), visits % len(self)
+        lengths, replies = self.items.lengths[rows] + fill, zip(*self._replies(rows), strict=True)
+        width = min(-(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max(self.seq_len, int(lengths.max())))
+        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
+        scored = np.zeros((len(rows), width), dtype=bool)
+        for place, (row, (first, last)) in enumerate(zip(rows, replies, strict=True)):
+            begin, end = int(self.items.begin[row]), int(self.items.end[row])
+            length = end - begin
+            ids[place, :length] = self.chats.tokens[begin:end]
+            for reply in range(first, last):
+                scored[place, self.chats.reply_begins[reply] - begin : self.chats.reply_ends[reply] - begin] = True
+            scored[place, length:] = False  # of a reply that was cut
+            ids[place, length : lengths[place]] = self.eos_id
+            scored[place, length : lengths[place]] = True
+        batch = {
+            "input_ids": torch.from_numpy(ids),
+            "loss_mask": torch.from_numpy(scored),
+            "reply_tokens": torch.from_numpy(scored.sum(axis=1) - fill),
+        }
+        if self.hide_padding:
+            batch["document_ids"] = torch.from_numpy(np.where(np.arange(width) < lengths[:, None], 0, -1))
+        return batch
+
+
+class StreamedRows:
+    """Rows of an endless reading of conversations, a window of steps at a time: nothing is read before it is needed.
+
+    The order is that of the file, but for the sorting by length within a window. `windows(first)` -> an endless
+    iterator of ReplyRows, each of `rows_per_window` items, beginning with window number `first`.
+    """
+
+    def __init__(self, windows: Callable[[int], Iterator[ReplyRows]], rows_per_window: int, num_rows: int):
+        self.windows, self.rows_per_window, self.num_rows = windows, rows_per_window, num_rows
+        self._iterator, self._number = windows(0), 0
+        self._rows = next(self._iterator)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def seq_len(self) -> int:
+        return self._rows.seq_len
+
+    @property
+    def real_token_share(self) -> float:
+        """That of the window at hand."""
+        return self._rows.real_token_share
+
+    def order(self, seed: int, rows_per_step: int) -> LengthOrder:
+        return LengthOrder(
+            lambda start, count: np.arange(start, start + count), self.lengths, 2**62, seed, rows_per_step
+        )
+
+    def lengths(self, visits: np.ndarray) -> np.ndarray:
+        return self._window_of(visits).lengths(visits % self.rows_per_window)
+
+    def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
+        return self._window_of(visits).batch(visits % self.rows_per_window)
+
+    def _window_of(self, visits: np.ndarray) -> ReplyRows:
+        number = int(visits[0]) // self.rows_per_window
+        if number < self._number:
+            self._iterator, self._number = self.windows(number), number
+            self._rows = next(self._iterator)
+        elif number > self._number + 1:
+            self._iterator, self._number = self.windows(number), number - 1
+        while self._number < number:
+            self._rows, self._number = next(self._iterator), self._number + 1
+        return self._rows
+
+
+def _uniform(visits: np.ndarray) -> np.ndarray:
+    """(B,) float64 in [0, 1), a scrambled function of the visit number (splitmix64)."""
+    with np.errstate(over="ignore"):
+        x = (visits.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53

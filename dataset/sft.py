@@ -1,0 +1,333 @@
+"""Supervised fine-tuning data: conversations in four row formats, and the rows that learn their replies.
+
+To add a row format, write a function (row) -> messages and list it in FORMATS with the fields that it needs.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import count, islice
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from dataset.disk_cache import cached_directory, source_key
+from dataset.jsonl import content_hash, open_text, read_rows, text_format
+from dataset.order import STEPS_PER_WINDOW
+from dataset.replies import (
+    ARRAYS,
+    Conversations,
+    Items,
+    ReplyRows,
+    StreamedRows,
+    apart,
+    one_per_conversation,
+    one_per_reply,
+    shortened,
+)
+from dataset.tokenizer import (
+    ChatIds,
+    PreTrainedTokenizerFast,
+    checked_messages,
+    encode_conversations,
+    fingerprint,
+    render_chat,
+)
+
+FORMAT = 1  # counts changes of what the cache files mean; part of the key
+CHUNK_ROWS = 4000  # tokenised at a time
+STREAM_VALIDATION = 256, 20_000  # streaming: held-out conversations wanted, and rows read in search of them
+
+Messages = list[dict[str, str]]
+
+
+def _instruction(row: dict[str, Any]) -> Messages:
+    asked = [row["instruction"], row["input"]] if row.get("input") else [row["instruction"]]
+    return _exchange("\n".join(asked) if all(isinstance(text, str) for text in asked) else asked, row["output"])
+
+
+def _exchange(prompt: Any, response: Any) -> Messages:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+class RowFormat(NamedTuple):
+    fields: tuple[str, ...]  # that a row of this format has
+    messages: Callable[[dict[str, Any]], Messages]
+
+
+FORMATS = {
+    "conversations": RowFormat(("conversations",), lambda row: row["conversations"]),
+    "messages": RowFormat(("messages",), lambda row: row["messages"]),
+    "instruction": RowFormat(("instruction", "output"), _instruction),
+    "prompt": RowFormat(("prompt", "response"), lambda row: _exchange(row["prompt"], row["response"])),
+}
+
+
+def messages_of(row: dict[str, Any]) -> Messages:
+    """The conversation of a row, [{"role", "content"}, ...]. ValueError: no known format, or no proper conversation."""
+    for row_format in FORMATS.values():
+        if all(name in row for name in row_format.fields):
+            messages = row_format.messages(row)
+            break
+    else:
+        known = ", ".join(" + ".join(row_format.fields) for row_format in FORMATS.values())
+        raise ValueError(f"expected the fields of a conversation ({known}); fields present: {', '.join(row) or 'none'}")
+    if not isinstance(messages, list):
+        raise ValueError(f"the conversation is {type(messages).__name__}; expected a list of messages")
+    if not any(role == "assistant" for role, _ in checked_messages(messages)):
+        raise ValueError("the conversation has no assistant message, so nothing can be learnt from it")
+    return messages
+
+
+@dataclass(frozen=True)
+class SFTData:
+    """Where the conversations are and how they become rows; every field is a flag. ValueError on impossible values."""
+
+    data: Annotated[
+        Path | None, "conversations: JSONL, may be .gz; rows of conversations, messages, instruction or prompt"
+    ] = None
+    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
+    max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len"] = 512
+    val_fraction: Annotated[float, "share of rows held out for validation, 0 to below 1, by content hash"] = 0.005
+    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+    streaming: Annotated[bool, "read and tokenise while training, in the order of the file; keeps no cache"] = False
+    steps_per_epoch: Annotated[int | None, "with --streaming: optimizer steps that count as one epoch"] = None
+
+    def __post_init__(self) -> None:
+        if self.max_seq_len < 16:
+            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 16 tokens per row")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
+        if self.streaming != (self.steps_per_epoch is not None):
+            raise ValueError("--streaming and --steps-per-epoch need each other: how long a stream is, is not known")
+        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
+            raise ValueError(f"--steps-per-epoch {self.steps_per_epoch}: expected at least 1")
+        if self.data is not None and text_format(self.data) != ".jsonl":
+            raise ValueError(f"--data {self.data}: expected JSONL rows, one conversation each")
+
+
+@dataclass(frozen=True)
+class DiffusionSFTData(SFTData):
+    """Where the conversations are and how they become rows."""
+
+    eos_fill: Annotated[
+        int, "a reply is followed by a random number of EOS, up to so many: the empty end of the decoder's canvas"
+    ] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eos_fill < 0:
+            raise ValueError(f"--eos-fill {self.eos_fill}: expected no negative number")
+
+
+class SFTDataset:
+    """`train` and `validation` rows (ReplyRows) and what is known of the file.
+
+    all_replies: whether the replies of a conversation are learnt in one row (autoregressive) or one row each
+    (diffusion). rows_per_step is needed for streaming only. `meta` is flat, for logs. ValueError with file and row for
+    a bad row, and if nothing is left to train on.
+    """
+
+    def __init__(
+        self, config: SFTData, tokenizer: PreTrainedTokenizerFast, all_replies: bool, rows_per_step: int
+    ) -> None:
+        if config.data is None:
+            raise ValueError("--data is missing: expected a .jsonl file of conversations")
+        self.config, self.tokenizer, self.all_replies = config, tokenizer, all_replies
+        if config.streaming:
+            self._open_stream(STEPS_PER_WINDOW * rows_per_step, config.steps_per_epoch * rows_per_step)
+        else:
+            self._open_file()
+
+    def describe(self) -> str:
+        """Lines for people."""
+        meta, train = self.meta, self.train
+        if self.config.streaming:
+            return f"{self.config.data}: streamed; validation {len(self.validation):,} rows"
+        left_out = f" ({meta['empty_replies']:,} empty replies left out)" if meta["empty_replies"] else ""
+        return (
+            f"{self.config.data}: {meta['conversations']:,} conversations, {meta['replies']:,} replies{left_out}\n"
+            f"train {len(train):,} rows of {train.real_token_share * train.seq_len:.0f} tokens on average; EOS is "
+            f"{train.eos_share:.1%} of what is learnt; {meta['shortened']:,} shortened to {train.seq_len} "
+            f"({meta['cut_prompts']:,} lost the beginning of the prompt, {meta['cut_replies']:,} the end of the reply)"
+            f"\nvalidation {len(self.validation):,} rows"
+        )
+
+    def _items(self, chats: Conversations) -> Items:
+        return one_per_conversation(chats, self.config.max_seq_len) if self.all_replies else one_per_reply(chats)
+
+    def _rows(
+        self,
+        chats: Conversations,
+        chosen: np.ndarray | None = None,
+        by_length: bool = False,
+        together: bool = False,
+    ) -> ReplyRows:
+        """Rows of the conversations `chosen` (C,) bool; together: each is one item already."""
+        seq_len = self.config.max_seq_len
+        items = one_per_conversation(chats, sys.maxsize) if together else self._items(chats)
+        if chosen is not None:
+            items = items[chosen[np.searchsorted(chats.starts, items.begin, side="right") - 1]]
+        items = shortened(items, seq_len)
+        if by_length:
+            items = items[np.argsort(items.lengths, kind="stable")]
+        ids = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        return ReplyRows(chats, items, seq_len, *ids, getattr(self.config, "eos_fill", 0), not self.all_replies)
+
+    def _open_file(self) -> None:
+        cache = _ChatCache(self.config.data, self.tokenizer)
+        chats, meta = cache.open(self.config.cache_dir)
+        held_out = chats.hashes < self.config.val_fraction * 2.0**64
+        if self.config.val_fraction > 0 and not held_out.any():
+            smallest = chats.hashes == chats.hashes.min()
+            held_out = smallest & ~smallest.all()  # copies of it included, provided that others remain
+        self.train, self.validation = self._rows(chats, ~held_out), self._rows(chats, held_out, by_length=True)
+        items = self.train.items
+        self.meta = meta | {
+            "train_rows": len(self.train),
+            "validation_rows": len(self.validation),
+            "cut_prompts": items.cut_prompts,
+            "cut_replies": items.cut_bodies,
+            "shortened": items.num_shortened,
+            "eos_share": self.train.eos_share if len(self.train) else 0.0,
+            "real_token_share": self.train.real_token_share,
+        }
+        if not len(self.train):
+            raise ValueError(
+                f"{self.config.data} has nothing to train on: of {meta['replies']:,} replies that are not empty, all "
+                f"are held out by --val-fraction {self.config.val_fraction}; lower it, or give more data"
+            )
+
+    def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
+        path, tokenizer, threshold = self.config.data, self.tokenizer, self.config.val_fraction * 2.0**64
+        wanted, searched = STREAM_VALIDATION
+        head = islice(_conversations(path), searched)
+        held_out = [pair for pair in head if _hash(pair[1]) < threshold][:wanted]
+        self.validation = self._rows(_encoded(path, tokenizer, held_out), by_length=True)
+
+        def windows(first: int) -> Iterator[ReplyRows]:
+            stream = self._stream(threshold)
+            for number in count():
+                window = list(islice(stream, rows_per_window))
+                if number >= first:
+                    yield self._rows(Conversations.of(window, [0] * len(window)), together=True)
+
+        self.train = StreamedRows(windows, rows_per_window, num_rows)
+        self.meta = {"data_sha256": _sketch_of(path), "streaming": True}
+
+    def _stream(self, threshold: float) -> Iterator[ChatIds]:
+        """The items of the training conversations, over and over again."""
+        while True:
+            empty = True
+            kept = (pair for pair in _conversations(self.config.data) if _hash(pair[1]) >= threshold)
+            for chunk in _chunks(kept):
+                chats = _encoded(self.config.data, self.tokenizer, chunk)
+                for item in apart(chats, self._items(chats)):
+                    empty = False
+                    yield item
+            if empty:
+                raise ValueError(f"{self.config.data} has nothing to train on: no reply that is not empty is left")
+
+
+class _ChatCache:
+    """The tokenised conversations of a file, memory-mapped; made once for a file and a tokenizer."""
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast):
+        self.path, self.tokenizer = path, tokenizer
+
+    def open(self, cache_dir: Path) -> tuple[Conversations, dict[str, Any]]:
+        open_text(self.path).close()  # a missing file gets its message here
+        key = source_key(self.path, "sft", FORMAT, fingerprint(self.tokenizer))
+        folder = cached_directory(Path(cache_dir), key, self._build, self._fault)
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
+        return Conversations(**arrays), json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+    def _build(self, folder: Path) -> None:
+        began, digest, replies = time.monotonic(), hashlib.sha256(), 0
+        parts = []
+        for chunk in _chunks(_conversations(self.path, digest.update)):
+            parts.append(_encoded(self.path, self.tokenizer, chunk))
+            replies += sum(message["role"] == "assistant" for _, messages in chunk for message in messages)
+        chats = _joined(parts)
+        for name in ARRAYS:
+            np.save(folder / f"{name}.npy", getattr(chats, name))
+        meta = {
+            "conversations": len(chats.hashes),
+            "replies": len(chats.reply_begins),
+            "empty_replies": replies - len(chats.reply_begins),
+            "tokens": len(chats.tokens),
+            "data_sha256": digest.hexdigest(),
+            "tokenizer_fingerprint": fingerprint(self.tokenizer),
+        }
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        print(
+            f"tokenised {meta['conversations']:,} conversations, {meta['tokens'] / 1e6:.1f}M tokens in "
+            f"{time.monotonic() - began:.1f} s",
+            file=sys.stderr,
+        )
+
+    @staticmethod
+    def _fault(folder: Path) -> str | None:
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            sizes = {name: len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
+            expected = {"tokens": meta["tokens"], "hashes": meta["conversations"], "reply_ends": meta["replies"]}
+            return None if sizes | expected == sizes else "its arrays have the wrong length"
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            return f"unreadable: {error!r}"
+
+
+def _conversations(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
+    """(row number from 1, conversation); ValueError names file and row."""
+    for number, row in read_rows(path, observe):
+        try:
+            yield number, messages_of(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+
+
+def _chunks(pairs: Iterable[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
+    pairs = iter(pairs)
+    while chunk := list(islice(pairs, CHUNK_ROWS)):
+        yield chunk
+
+
+def _encoded(path: Path, tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[int, Messages]]) -> Conversations:
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
+    hashes = [_hash(messages) for _, messages in chunk]
+    try:
+        return Conversations.of(encode_conversations(tokenizer, [messages for _, messages in chunk]), hashes, dtype)
+    except ValueError:
+        for number, messages in chunk:  # once more, to find out which
+            try:
+                encode_conversations(tokenizer, [messages])
+            except ValueError as error:
+                raise ValueError(f"{path}, row {number}: {error}") from None
+        raise
+
+
+def _hash(messages: Messages) -> int:
+    return content_hash(render_chat(messages, add_generation_prompt=False))
+
+
+def _joined(parts: list[Conversations]) -> Conversations:
+    tokens = np.cumsum([0, *(len(part.tokens) for part in parts)])
+    owners = np.cumsum([0, *(len(part.hashes) for part in parts)])
+    return Conversations(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([[0], *(part.starts[1:] + offset for part, offset in zip(parts, tokens, strict=False))]),
+        np.concatenate([part.reply_begins + offset for part, offset in zip(parts, tokens, strict=False)]),
+        np.concatenate([part.reply_ends + offset for part, offset in zip(parts, tokens, strict=False)]),
+        np.concatenate([part.reply_owners + offset for part, offset in zip(parts, owners, strict=False)]),
+        np.concatenate([part.hashes for part in parts]),
+    )
+
+
+def _sketch_of(path: Path) -> str:
+    """What tells a stream from another without reading it all: its size and first megabyte."""
+    with open_text(path) as file:
+        return hashlib.sha256(str(Path(path).stat().st_size).encode() + file.read(1 << 20)).hexdigest()

@@ -1,0 +1,49 @@
+"""Fine-tune the autoregressive model on conversations: it learns every reply and the EOS that ends it.
+
+    uv run python -m scripts.train.train_sft_minimind --data dataset/sft_mini_512.jsonl \\
+        --load-from weights/minimind_pretrain_state_dict.pt --run-name minimind_sft
+
+All replies of a conversation are learnt in one row; prompts are never scored. Writes what pretraining writes.
+"""
+
+from dataset.sft import SFTData, SFTDataset
+from dataset.tokenizer import load_tokenizer
+from model.config import ModelConfig
+from model.objective import NextToken
+from scripts.engine.cli import parse_args, run
+from scripts.engine.optim import SFTOptimConfig
+from scripts.engine.run import RunConfig
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.stage import StageConfigs, require_start, train_stage
+from scripts.engine.trainer import TrainerConfig
+
+
+def main(argv: list[str] | None = None) -> None:
+    data, *configs = parse_args(
+        __doc__,
+        SFTData,
+        ModelConfig,
+        SFTOptimConfig,
+        TrainerConfig,
+        RunConfig,
+        RuntimeConfig,
+        argv=argv,
+        run_name="minimind_sft",
+        learning_rate=3e-4,
+        warmup_steps=100,
+    )
+    configs = StageConfigs(*configs)
+    require_start(configs, "weights/minimind_pretrain_state_dict.pt")
+    tokenizer = load_tokenizer(data.tokenizer_dir)
+    train_stage(
+        "scripts.train.train_sft_minimind",
+        configs,
+        NextToken(sequence_mean=True),
+        data,
+        tokenizer,
+        build=lambda: SFTDataset(data, tokenizer, all_replies=True, rows_per_step=configs.trainer.rows_per_step),
+    )
+
+
+if __name__ == "__main__":
+    run(main)
