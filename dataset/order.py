@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-STEPS_PER_WINDOW = 50  # among which rows are sorted by length: little padding, and yet every step differs
+STEPS_PER_WINDOW = 50  # at most, among which rows are sorted by length: little padding, and yet every step differs
+WINDOWS_PER_EPOCH = 4  # at least, or a small corpus would be grouped alike in every epoch
 
 
 class RowOrder:
@@ -37,7 +38,7 @@ class LengthOrder:
     """The visits of `visits`, regrouped so that the rows of a step are of similar length.
 
     visits(start, count) -> visit numbers (count,); lengths(visits) -> tokens of each (count,). An epoch of `num_rows`
-    visits is cut into windows of STEPS_PER_WINDOW steps; a window's rows are sorted by length, dealt out to its steps,
+    visits is cut into windows of up to STEPS_PER_WINDOW steps; a window's rows are sorted by length, dealt out to its steps,
     and the steps shuffled. Each step of `rows_per_step` is one aligned stretch of the sequence, and every epoch visits
     every row; a last, incomplete step is completed from the epoch after it.
     """
@@ -52,6 +53,7 @@ class LengthOrder:
     ):
         self.visits, self.lengths, self.num_rows = visits, lengths, num_rows
         self.seed, self.rows_per_step = seed, rows_per_step
+        self.steps_per_window = min(max(num_rows // rows_per_step // WINDOWS_PER_EPOCH, 1), STEPS_PER_WINDOW)
         self._window, self._steps = (-1, -1), np.empty((0, rows_per_step), dtype=np.int64)
 
     def __call__(self, start: int, count: int) -> np.ndarray:
@@ -63,8 +65,8 @@ class LengthOrder:
     def _step(self, step: int) -> np.ndarray:
         epoch = step * self.rows_per_step // self.num_rows
         begin, end = (-(-e * self.num_rows // self.rows_per_step) for e in (epoch, epoch + 1))
-        begin += (step - begin) // STEPS_PER_WINDOW * STEPS_PER_WINDOW
-        window = begin, min(begin + STEPS_PER_WINDOW, end)
+        begin += (step - begin) // self.steps_per_window * self.steps_per_window
+        window = begin, min(begin + self.steps_per_window, end)
         if window != self._window:
             size = window[1] - begin
             visits = self.visits(begin * self.rows_per_step, size * self.rows_per_step)

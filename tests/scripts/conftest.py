@@ -196,3 +196,38 @@ def eval_argv(workspace, weights_of_one_step, tokenizer_dir):
     more = ["--tokenizer-dir", str(tokenizer_dir), "--eval-data", "corpus.jsonl", "--dtype", "float32"]
     ar, dm = (["--checkpoint", f"weights/{run}_state_dict.pt", *more] for run in ("ar", "dm"))
     return {"eval_minimind": ar, "eval_diffusion": [*dm, "--nmc", "1"], "likelihood": [*dm, "--nmc", "1"]}
+
+
+SFT = {"sft_ar": ("ar", ()), "sft_dm": ("dm", ("--eos-fill", "6"))}
+
+
+def conversations(texts: list[str]) -> list[dict]:
+    """Rows of all four formats, the first in each of them in turn; every seventh conversation has two exchanges."""
+    rows = []
+    for i, text in enumerate(texts):
+        asked, reply = text.split(": ")[0], text.split(": ")[1][:40]
+        exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        rows.append(
+            [
+                {"conversations": exchange * (2 if i % 7 == 0 else 1)},
+                {"messages": exchange},
+                {"instruction": asked, "input": "", "output": reply},
+                {"prompt": asked, "response": reply},
+            ][i % 4]
+        )
+    return rows
+
+
+@pytest.fixture
+def sft_argv(workspace, weights_of_one_step, tokenizer_dir, texts):
+    """sft_argv[name]: arguments of a fine-tuning of 12 steps on chats.jsonl, starting from a run in pretrained/."""
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(texts))
+    (workspace / "chats.jsonl").write_text(rows, encoding="utf-8")
+    shutil.copytree(weights_of_one_step, workspace / "pretrained")
+    flags = flags_of_a_tiny_run(tokenizer_dir)
+    shape = flags.index("--hidden-size")
+    flags = [*flags[:shape], *flags[shape + 8 :], "--data", "chats.jsonl", "--max-seq-len", "40", "--lr", "1e-2"]
+    return {
+        name: [*flags, "--run-name", name, "--load-from", f"pretrained/{start}_state_dict.pt", *more]
+        for name, (start, more) in SFT.items()
+    }

@@ -13,7 +13,7 @@ import torch
 from model.checkpoint import load_checkpoint
 from scripts.engine.metrics import read_log
 from scripts.engine.trainer import Trainer
-from scripts.train import diffusion, train_pretrain
+from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind
 
 # Say where a run lies or when it ran, not what it computed.
 NOT_COMPUTED = {"settings", "command", "provenance", "seconds", "log_lines"}
@@ -34,13 +34,17 @@ RUNS = {
     ),
     "fixed_count-muon": (diffusion, "--mask-schedule fixed_count --optimizer muon --dropout 0.1"),
     "random-no-packing": (diffusion, "--mask-schedule random --no-packing --lr-schedule cosine"),
+    "sft-ar": (train_sft_minimind, "--accumulation-steps 2 --resume-optimizer-state --load-from pretrained/ar.pt"),
+    "sft-diffusion": (train_sft_diffusion, "--dropout 0.1 --ema-decay 0.9"),
+    "sft-streaming": (train_sft_diffusion, "--streaming --steps-per-epoch 5"),
 }
 
 
 @pytest.fixture
-def runs(pretrain_argv, diffusion_argv):
+def runs(pretrain_argv, diffusion_argv, sft_argv):
     """runs[name] -> (module, argv) of a run of 12 steps."""
     base = {train_pretrain: pretrain_argv, diffusion: diffusion_argv}
+    base |= {train_sft_minimind: sft_argv["sft_ar"], train_sft_diffusion: sft_argv["sft_dm"]}
     return {name: (module, base[module] + extra.split()) for name, (module, extra) in RUNS.items()}
 
 

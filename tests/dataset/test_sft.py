@@ -1,0 +1,300 @@
+"""Conversations to rows: the template, what is learnt, what is cut, and what the decoder's canvas looks like."""
+
+import gzip
+import json
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dataset.jsonl import is_validation
+from dataset.replies import Conversations, one_per_reply, shortened
+from dataset.sft import FORMATS, DiffusionSFTData, SFTData, SFTDataset, messages_of
+from dataset.tokenizer import ChatIds, decode, encode_chat, encode_conversations, load_tokenizer, render_chat
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2 。<|im_end|>"
+# One row of each format, all the same conversation.
+ROWS = {
+    "conversations": {"conversations": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2 。"}]},
+    "messages": {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2 。"}]},
+    "instruction": {"instruction": "1+1?", "input": "", "output": "2 。"},
+    "prompt": {"prompt": "1+1?", "response": "2 。"},
+}
+MULTI = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "Hello!"},
+    {"role": "user", "content": "再见"},
+    {"role": "assistant", "content": "Bye."},
+    {"role": "user", "content": "?"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ROOT)
+
+
+@pytest.fixture
+def dataset(tmp_path, tokenizer):
+    """dataset(rows, all_replies, **flags) -> SFTDataset of a file with these rows, nothing held out by default."""
+
+    def build(rows, all_replies, name="chats.jsonl", **flags):
+        path = tmp_path / name
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        if not path.exists():
+            path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        config = (SFTData if all_replies else DiffusionSFTData)(
+            data=path, cache_dir=tmp_path / "cache", **{"val_fraction": 0.0, **flags}
+        )
+        return SFTDataset(config, tokenizer, all_replies, rows_per_step=2)
+
+    return build
+
+
+def shown(tokenizer, batch, row=0) -> str:
+    """A row as text, what is learnt in brackets; padding left out."""
+    pieces, inside = [], False
+    ids, scored = batch["input_ids"][row].tolist(), batch["loss_mask"][row].tolist()
+    run: list[int] = []
+    for token, learnt in [*zip(ids, scored, strict=True), (None, False)]:
+        if learnt != inside or token is None:
+            pieces.append(decode(tokenizer, run, skip_special=False))
+            pieces.append("" if learnt == inside else "[" if learnt else "]")
+            run, inside = [], learnt
+        if token not in (None, tokenizer.pad_token_id):
+            run.append(token)
+    return "".join(pieces)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("all_replies", [True, False])
+def test_every_format_gives_the_golden_string(name, all_replies, dataset, tokenizer):
+    flags = {} if all_replies else {"eos_fill": 0}
+    batch = dataset([ROWS[name]], all_replies, **flags).train.batch(np.array([0]))
+    assert shown(tokenizer, batch) == GOLDEN.replace("2 。<|im_end|>", "[2 。<|im_end|>]")
+    ids = batch["input_ids"][0][batch["input_ids"][0] != tokenizer.pad_token_id].tolist()
+    assert [*ids, *encode_chat(tokenizer, messages_of(ROWS[name]), False)[-1:]] == encode_chat(
+        tokenizer, messages_of(ROWS[name]), False
+    )
+    assert ids == [1, *ids[1 : ids.index(2)], 2, *ids[ids.index(2) + 1 : -1], 2] and ids.count(1) == ids.count(2) == 2
+    assert batch["loss_mask"][0].sum() == batch["reply_tokens"][0]
+
+
+def test_an_instruction_with_input_asks_both_on_two_lines():
+    row = {"instruction": "Translate.", "input": "猫", "output": "cat"}
+    assert [m["content"] for m in messages_of(row)] == ["Translate.\n猫", "cat"]
+
+
+def test_autoregressive_rows_learn_every_reply_of_a_conversation_at_once(dataset, tokenizer):
+    rows = dataset([{"messages": MULTI}], True).train
+    assert len(rows) == 1
+    text = render_chat(MULTI[:5], add_generation_prompt=False).rstrip("\n")
+    for reply in ("Hello!<|im_end|>", "Bye.<|im_end|>"):
+        text = text.replace(reply, f"[{reply}]")
+    assert shown(tokenizer, rows.batch(np.array([0]))) == text
+
+
+def test_diffusion_rows_learn_one_reply_each_and_see_nothing_after_it(dataset, tokenizer):
+    rows = dataset([{"messages": MULTI}], False, eos_fill=0).train
+    assert len(rows) == 2
+    first = render_chat(MULTI[:3], add_generation_prompt=False).rstrip("\n")
+    second = render_chat(MULTI[:5], add_generation_prompt=False).rstrip("\n")
+    batch = rows.batch(np.array([0, 1]))
+    assert shown(tokenizer, batch, 0) == first.replace("Hello!<|im_end|>", "[Hello!<|im_end|>]")
+    assert shown(tokenizer, batch, 1) == second.replace("Bye.<|im_end|>", "[Bye.<|im_end|>]")
+    assert batch["document_ids"].tolist() == torch.where(batch["input_ids"] == tokenizer.pad_token_id, -1, 0).tolist()
+
+
+def test_text_that_spells_a_control_token_stays_text(dataset, tokenizer):
+    spelt = "<|im_end|><|mask|><|endoftext|>"
+    batch = dataset([{"prompt": spelt, "response": spelt}], True).train.batch(np.array([0]))
+    ids = batch["input_ids"][0].tolist()
+    assert ids.count(tokenizer.eos_token_id) == 2 and tokenizer.mask_token_id not in ids
+    assert decode(tokenizer, [t for t in ids if t != tokenizer.pad_token_id]).count(spelt) == 2
+
+
+@cache
+def load_tokenizer_once():
+    return load_tokenizer(ROOT)
+
+
+# -- rows that are too long ----------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 60), st.integers(1, 60), st.integers(16, 64))
+def test_an_over_long_row_keeps_the_end_of_its_prompt_and_the_start_of_its_reply(prompt_words, reply_words, length):
+    tokenizer = load_tokenizer_once()
+    messages = messages_of({"prompt": "one " * prompt_words + "?", "response": "二" * reply_words + "。"})
+    whole, ((begin, end),) = encode_conversations(tokenizer, [messages])[0]
+    items = shortened(one_per_reply(Conversations.of([ChatIds(whole, [(begin, end)])], [0])), length)
+    first, middle, last = int(items.begin[0]), int(items.middle[0]), int(items.end[0])
+    assert middle == begin and 0 <= first <= middle < last <= end
+    assert last - first == min(end, length), "something was thrown away needlessly, or too much was kept"
+    assert (items.cut_prompts, items.cut_bodies) == (int(first > 0), int(last < end))
+    assert items.num_shortened == int(end > length)
+    if first > 0:  # a prompt gives way only to a reply that fills half the row, or that then is whole
+        assert last == end or last - middle >= length // 2
+    if last < end:
+        assert last - middle >= length // 2
+
+
+def test_the_number_of_shortened_rows_is_reported_and_a_cut_reply_has_no_eos(dataset, tokenizer):
+    rows = [ROWS["prompt"], {"prompt": "a", "response": "word " * 80}, {"prompt": "word " * 80, "response": "a"}]
+    made = dataset(rows, False, max_seq_len=32, eos_fill=8)
+    assert (made.meta["shortened"], made.meta["cut_replies"], made.meta["cut_prompts"]) == (2, 1, 1)
+    assert "2 shortened to 32 (1 lost the beginning of the prompt, 1 the end of the reply)" in made.describe()
+    cut = made.train.batch(np.array([1]))
+    assert cut["input_ids"].shape == (1, 32)
+    learnt = cut["input_ids"][0][cut["loss_mask"][0]].tolist()
+    assert tokenizer.eos_token_id not in learnt, "a reply that goes on was taught to end"
+
+
+def test_a_conversation_that_does_not_fit_is_learnt_reply_by_reply(dataset, tokenizer):
+    long = [m | {"content": m["content"] + " word" * 6} for m in MULTI]
+    whole, apart = (dataset([{"messages": long}], True, name=f"{n}.jsonl", max_seq_len=n).train for n in (512, 40))
+    assert (len(whole), len(apart)) == (1, 2)
+    assert sum(int(apart.batch(np.array([i]))["loss_mask"].sum()) for i in range(2)) == int(
+        whole.batch(np.array([0]))["loss_mask"].sum()
+    )
+
+
+# -- the canvas ----------------------------------------------------------------------------------------------------
+
+
+def test_the_fill_is_eos_learnt_and_of_every_length_up_to_the_allowed_one(dataset, tokenizer):
+    rows = dataset([ROWS["prompt"]], False, eos_fill=6).train
+    fills = []
+    for visit in range(400):
+        batch = rows.batch(np.array([visit]))
+        fill = int(batch["loss_mask"].sum() - batch["reply_tokens"].sum())
+        assert shown(tokenizer, batch) == GOLDEN.replace("2 。<|im_end|>", f"[2 。<|im_end|>{'<|im_end|>' * fill}]")
+        assert rows.lengths(np.array([visit]))[0] == (batch["document_ids"] == 0).sum()
+        fills.append(fill)
+    reply = int(batch["reply_tokens"][0])
+    # Log-uniform: P(reply + fill < x) = log(x / reply) / log((reply + 6) / reply).
+    for fill in range(6):
+        expected = np.log((reply + fill + 1) / reply) / np.log((reply + 6) / reply)
+        assert abs(np.mean(np.array(fills) <= fill) - expected) < 4 * np.sqrt(0.25 / 400)
+
+
+def test_a_row_is_the_same_in_any_batch(dataset):
+    rows = dataset([ROWS["prompt"], {"messages": MULTI}], False, eos_fill=9).train
+    visits = np.array([5, 0, 7, 2])
+    together = rows.batch(visits)
+    for place, visit in enumerate(visits):
+        alone = rows.batch(np.array([visit]))
+        for name in ("input_ids", "loss_mask", "document_ids"):
+            width = alone[name].shape[1]
+            assert torch.equal(together[name][place, :width], alone[name][0]), name
+
+
+@pytest.mark.parametrize("all_replies", [True, False])
+def test_the_reported_share_of_eos_is_that_of_the_targets(all_replies, dataset, tokenizer):
+    rows = [ROWS["prompt"], {"messages": MULTI}, {"prompt": "a", "response": "word " * 80}]
+    train = dataset(rows, all_replies, max_seq_len=48).train
+    batch = train.batch(np.arange(len(train)))
+    targets = batch["input_ids"][batch["loss_mask"]]
+    assert train.eos_share == pytest.approx(float((targets == tokenizer.eos_token_id).float().mean()))
+    real = (batch["input_ids"] != tokenizer.pad_token_id).sum()
+    assert train.real_token_share == pytest.approx(float(real) / (len(train) * train.seq_len))
+
+
+def test_an_empty_reply_teaches_nothing_and_is_counted(dataset):
+    made = dataset([{"prompt": "a", "response": ""}, ROWS["prompt"]], True)
+    assert len(made.train) == 1 and made.meta["empty_replies"] == 1
+    assert "1 empty replies left out" in made.describe()
+
+
+# -- which rows are held out ---------------------------------------------------------------------------------------
+
+
+def test_a_conversation_is_held_out_by_its_content_whatever_its_format(dataset):
+    rows = [{"prompt": f"question {i}", "response": f"answer {i}"} for i in range(200)]
+    others = [{"messages": messages_of(row)} for row in reversed(rows)]
+    held = {
+        tuple(made.validation.batch(np.array([i]))["input_ids"][0].tolist())
+        for made in (
+            dataset(rows, True, "a.jsonl", val_fraction=0.2),
+            dataset(others, True, "b.jsonl.gz", val_fraction=0.2),
+        )
+        for i in range(len(made.validation))
+    }
+    expected = sum(is_validation(render_chat(messages_of(row), False), 0.2) for row in rows)
+    assert 20 < len(held) == expected < 60
+
+
+def test_of_a_small_file_one_conversation_is_held_out_and_not_trained_on(dataset):
+    made = dataset([{"prompt": f"q{i}", "response": "a"} for i in range(5)], True, val_fraction=1e-9)
+    assert (len(made.train), len(made.validation)) == (4, 1)
+    with pytest.raises(ValueError, match="nothing to train on.*--val-fraction"):
+        dataset([ROWS["prompt"], {"prompt": "b", "response": "c"}], True, "b.jsonl", val_fraction=1 - 1e-9)
+
+
+# -- streaming -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("all_replies", [True, False])
+def test_a_stream_brings_the_rows_of_the_file_in_its_order_over_and_over(all_replies, dataset, tokenizer):
+    rows = [{"prompt": f"q{i}", "response": "a" * (i % 7 + 1)} for i in range(90)] + [{"messages": MULTI}]
+    flags = {"val_fraction": 0.1, "max_seq_len": 24} | ({} if all_replies else {"eos_fill": 0})
+    stored = dataset(rows, all_replies, "s.jsonl", **flags).train
+    stream = dataset(rows, all_replies, "s.jsonl", streaming=True, steps_per_epoch=50, **flags).train
+    assert len(stream) == 100
+
+    def texts(source, visits):
+        return [shown(tokenizer, source.batch(np.array([v]))) for v in visits]
+
+    # A window is 50 steps of 2 rows, more than the file has: the end of one reading and the start of the next.
+    expected = texts(stored, range(len(stored))) * 4
+    assert texts(stream, range(100)) == expected[:100]
+    assert texts(stream, range(100, 300)) == expected[100:300]
+    assert texts(stream, [250, 30]) == [expected[250], expected[30]], "going back reads the file again"
+    order = stream.order(1, 2)
+    assert sorted(order(0, 100)) == list(range(100)) and order(100, 2).min() >= 100
+
+
+def test_a_stream_and_its_length_need_each_other():
+    for flags in ({"streaming": True}, {"steps_per_epoch": 3}):
+        with pytest.raises(ValueError, match="need each other"):
+            SFTData(**flags)
+
+
+# -- bad rows ------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "no format": ({"question": "a"}, "fields present: question"),
+    "half a format": ({"instruction": "a"}, "instruction + output"),
+    "no list": ({"conversations": "a"}, "expected a list of messages"),
+    "no message": ({"messages": []}, "at least one message"),
+    "no reply": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
+    "role": ({"messages": [{"role": "gpt", "content": "a"}]}, "'gpt'"),
+    "content": ({"messages": [{"role": "assistant", "content": 3}]}, "expected a string"),
+    "output": ({"instruction": "a", "output": None}, "expected a string"),
+    "input": ({"instruction": "a", "input": 7, "output": "b"}, "expected a string"),
+    "prompt": ({"prompt": ["a"], "response": "b"}, "expected a string"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+@pytest.mark.parametrize("flags", [{}, {"streaming": True, "steps_per_epoch": 1, "val_fraction": 0.1}])
+def test_a_bad_row_is_named_with_its_file_and_number(kind, flags, dataset):
+    row, words = BAD[kind]
+    with pytest.raises(ValueError) as told:
+        dataset([ROWS["prompt"], ROWS["messages"], row], False, **flags)
+    assert "chats.jsonl, row 3: " in str(told.value) and words in str(told.value)
+
+
+def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
+    before = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
+    folder = next((tmp_path / "cache").iterdir())
+    (folder / "starts.npy").write_bytes(b"")
+    after = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
+    assert "is damaged" in capsys.readouterr().err
+    assert torch.equal(before["input_ids"], after["input_ids"])
