@@ -25,38 +25,43 @@ class RowNats:
 
 
 @torch.no_grad()
-def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0) -> RowNats:
+def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0, samples_per_pass: int = 1) -> RowNats:
     """Chain rule for a causal model; LLaDA Eq. 6 with `num_samples` masks per row for a diffusion model."""
     if model.config.attention == "causal":
         loss = NextToken()(model, batch, StepNoise(seed, 0, len(batch["input_ids"])))
         nats = loss.nats.cpu().double()
         return RowNats(nats, torch.zeros_like(nats), loss.count.cpu().long())
     if model.config.attention == "full":
-        return diffusion_bound(model, batch, num_samples, seed)
+        return diffusion_bound(model, batch, num_samples, seed, samples_per_pass)
     raise ValueError(f"no likelihood is defined for attention {model.config.attention!r}")
 
 
 @torch.no_grad()
-def diffusion_bound(model: Transformer, batch: Batch, num_samples: int, seed: int = 0) -> RowNats:
+def diffusion_bound(
+    model: Transformer, batch: Batch, num_samples: int, seed: int = 0, samples_per_pass: int = 1
+) -> RowNats:
     """E_k E_{|S| = k} (n / k) sum_{i in S} -log p(x_i | rest): the NELBO (LLaDA Eq. 6).
 
     k is systematic: the samples of a row fall into equal strata of {1..n}, and each k is marginally uniform. The
     variance is the one that independent samples would have, an overestimate. A row's masks depend on `seed` and the
-    row's own number in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched.
+    row's own number in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched, nor
+    on how many samples (`samples_per_pass`, copies of the batch) go through the network together.
     """
     maskable = batch["loss_mask"]
     total = maskable.sum(dim=1).cpu()  # sums are float64, which not every device has
+    if total.max() <= 1:
+        num_samples = 1  # there is one mask only
     keys, offsets = _row_keys(batch, num_samples, seed)
-    estimates = []
-    for sample in range(num_samples):
-        stratum = (offsets + sample / num_samples) % 1.0
-        k = (1 + (stratum * total).long()).minimum(total)
-        estimates.append(
-            _masked_nats(model, batch, lowest(keys[sample], maskable, k.to(maskable.device))) * total / k.clamp(min=1)
-        )
-    stacked = torch.stack(estimates)
-    variance = stacked.var(dim=0) / num_samples if num_samples > 1 else torch.full_like(stacked[0], torch.nan)
-    return RowNats(stacked.mean(dim=0), variance, total)
+    strata = (offsets + torch.arange(num_samples, dtype=torch.float64)[:, None] / num_samples) % 1.0
+    k = (1 + (strata * total).long()).minimum(total)  # (num_samples, B)
+    nats = []
+    for some_keys, some_k in zip(keys.split(samples_per_pass), k.split(samples_per_pass), strict=True):
+        copies = maskable.repeat(len(some_k), 1)
+        scored = lowest(some_keys.flatten(0, 1), copies, some_k.flatten().to(maskable.device))
+        nats.append(_masked_nats(model, batch, scored).view(len(some_k), -1))
+    estimates = torch.cat(nats).cpu().double() * total / k.clamp(min=1)
+    spread = estimates.var(dim=0) / num_samples if num_samples > 1 else torch.full_like(estimates[0], torch.nan)
+    return RowNats(estimates.mean(dim=0), spread.masked_fill(total <= 1, 0.0), total)
 
 
 @torch.no_grad()
@@ -68,18 +73,18 @@ def masked_nats(model: Transformer, batch: Batch, ratio: float, seed: int = 0) -
     maskable = batch["loss_mask"]
     total = maskable.sum(dim=1)
     k = (total * ratio).round().long().clamp(min=1).minimum(total)
-    nats = _masked_nats(model, batch, lowest(_row_keys(batch, 1, seed)[0][0], maskable, k))
+    nats = _masked_nats(model, batch, lowest(_row_keys(batch, 1, seed)[0][0], maskable, k)).cpu().double()
     return RowNats(nats, torch.zeros_like(nats), k.cpu())
 
 
 def _masked_nats(model: Transformer, batch: Batch, scored: Tensor) -> Tensor:
-    """(B,) float64 on the host: sum over the scored (B, L) positions, [MASK] in x_t, of -log p(x_0 | x_t)."""
-    input_ids, mask_id = batch["input_ids"], model.config.mask_token_id
-    attn_mask = document_mask(batch["document_ids"]) if "document_ids" in batch else None
+    """(S*B,) sums of -log p(x_0 | x_t) over the scored (S*B, L) positions, [MASK] in x_t, of S copies of the batch."""
+    copies, mask_id = len(scored) // len(batch["input_ids"]), model.config.mask_token_id
+    input_ids = batch["input_ids"].repeat(copies, 1)
+    attn_mask = document_mask(batch["document_ids"].repeat(copies, 1)) if "document_ids" in batch else None
     positions = scored.flatten().nonzero()[:, 0]
     logits = forbid(model(torch.where(scored, mask_id, input_ids), attn_mask=attn_mask, select=positions), mask_id)
-    nats = token_nats(logits, input_ids.flatten()[positions])
-    return sum_by_row(nats, positions, *input_ids.shape).cpu().double()
+    return sum_by_row(token_nats(logits, input_ids.flatten()[positions]), positions, *input_ids.shape)
 
 
 def _row_keys(batch: Batch, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,15 @@
-"""Likelihood of the documents of a file under a checkpoint of either kind, on the same tokens."""
+"""Likelihood of the documents or replies of a file under a checkpoint of either kind, on the same tokens."""
 
 import hashlib
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from dataset.jsonl import read_lines
-from dataset.tokenizer import PreTrainedTokenizerFast, encode, fingerprint, load_tokenizer
+from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import masked_nats, row_nats
 from model.transformer import Transformer
@@ -17,7 +17,20 @@ from scripts.engine.loader import to_device
 from scripts.engine.metrics import or_none
 from scripts.engine.run import settings_of
 from scripts.engine.runtime import RuntimeConfig, provenance
-from scripts.engine.windows import DataEvalConfig, Document, Window, batches, collate, windows_of
+from scripts.engine.windows import (
+    DataEvalConfig,
+    Document,
+    ReplyWindows,
+    Window,
+    batches,
+    collate,
+    reply_windows,
+    seed_of,
+    windows_of,
+)
+
+Member = TypeVar("Member")
+ROWS_PER_PASS = 32  # copies of a single response, under as many masks, in one forward pass
 
 
 @dataclass(frozen=True)
@@ -63,12 +76,28 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
     return Loaded(model, tokenizer, payload["stage"])
 
 
+KINDS = {"causal": ("autoregressive", "--minimind-checkpoint"), "full": ("diffusion", "--diffusion-checkpoint")}
+
+
+def load_kind(
+    path: Path, attention: str, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
+) -> Loaded:
+    """`load_for_use` where a flag says of which kind a checkpoint is; ValueError if it is of the other."""
+    loaded = load_for_use(path, tokenizer, max_length, runtime)
+    found = loaded.model.config.attention
+    if found != attention:
+        kind, flag = KINDS[found]
+        raise ValueError(f"{path}, given as {KINDS[attention][1]}, is {kind}; give it as {flag}")
+    return loaded
+
+
 @dataclass(frozen=True)
 class Likelihood:
-    """Sums over documents; errors are standard errors. One token more than the text has per document: EOS."""
+    """Sums over documents, or over the replies of conversations; errors are standard errors. One token more than the
+    text has per document or reply: EOS."""
 
     kind: str  # "exact" or "upper bound"
-    documents: int
+    documents: int  # or conversations
     tokens: int
     bytes: int
     nats_per_token: float
@@ -78,10 +107,10 @@ class Likelihood:
     bits_per_byte: float
     bits_per_byte_error: float
 
-    def line(self) -> str:
+    def line(self, unit: str = "documents") -> str:
         sign = "<= " if self.kind == "upper bound" else ""
         return (
-            f"{self.documents:,} documents, {self.tokens:,} tokens: "
+            f"{self.documents:,} {unit}, {self.tokens:,} tokens: "
             f"{sign}{_with_error(self.nats_per_token, self.standard_error)} nats per token, "
             f"perplexity {sign}{self.perplexity:.2f}, "
             f"{sign}{_with_error(self.bits_per_byte, self.bits_per_byte_error)} bits per byte"
@@ -106,24 +135,72 @@ def evaluate_file(
     each beginning with the last token of the one before as context.
     """
     documents, windows = windows_of(tokenizer, config, max_length)
+    return _likelihoods(model, tokenizer, documents, windows, config, runtime)
+
+
+def evaluate_replies(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    max_length: int,
+    canvas: int,
+    runtime: RuntimeConfig,
+) -> tuple[dict[str, Likelihood], ReplyWindows]:
+    """Likelihood of the replies of all conversations, each given all before it in the chat template, by language.
+
+    Every reply token and one EOS per reply are scored. A diffusion model scores a reply on a canvas of fixed size
+    (`canvas`, see `reply_windows`): on one of just its length, where the reply ends would be given. The fill's nats
+    count, its tokens do not. That bounds -log p(reply, EOS, fill), which is no less than -log p(reply, EOS), the
+    event that an autoregressive model is scored on.
+    """
+    found = reply_windows(tokenizer, config, max_length, canvas if model.config.attention == "full" else 0)
+    return _likelihoods(model, tokenizer, found.conversations, found.windows, config, runtime), found
+
+
+def window_nats(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    windows: list[Window],
+    config: DataEvalConfig,
+    runtime: RuntimeConfig,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every window and their variance over the masks drawn, (N,) float64 each."""
+    nats, variance = np.zeros(len(windows)), np.zeros(len(windows))
     for batch, chosen in batches(windows, tokenizer, config, runtime):
         with runtime.autocast():
-            result = row_nats(model, batch, config.num_samples, runtime.seed)
-        for i, nats, variance, count in zip(
-            chosen, result.nats.tolist(), result.variance.tolist(), result.count.tolist(), strict=True
-        ):
-            document = documents[windows[i].document]
-            document.nats, document.variance, document.tokens = (
-                document.nats + nats,
-                document.variance + variance,
-                document.tokens + count,
-            )
-    kind = "exact" if model.config.attention == "causal" else "upper bound"
-    groups = {"all": documents}
-    languages = sorted({d.language for d in documents}, reverse=True)
-    if len(languages) > 1:
-        groups |= {language: [d for d in documents if d.language == language] for language in languages}
-    return {name: _summarise(kind, members) for name, members in groups.items()}
+            copies = max(config.eval_batch_size // len(chosen), 1)
+            result = row_nats(model, batch, config.num_samples, runtime.seed, copies)
+        nats[chosen], variance[chosen] = result.nats.numpy(), result.variance.numpy()
+    return nats, variance
+
+
+def _likelihoods(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[Document],
+    windows: list[Window],
+    config: DataEvalConfig,
+    runtime: RuntimeConfig,
+) -> dict[str, Likelihood]:
+    nats, variance = window_nats(model, tokenizer, windows, config, runtime)
+    for window, cost, spread in zip(windows, nats.tolist(), variance.tolist(), strict=True):
+        document = documents[window.document]
+        document.nats += cost
+        document.variance += spread
+        document.tokens += len(window.ids) - window.begin - window.fill
+    groups = by_language(documents, [document.language for document in documents])
+    return {name: _summarise(kind_of(model), members) for name, members in groups.items()}
+
+
+def kind_of(model: Transformer) -> str:
+    return "exact" if model.config.attention == "causal" else "upper bound"
+
+
+def by_language(members: list[Member], languages: list[str]) -> dict[str, list[Member]]:
+    """ "all", and each language where there are several."""
+    names = sorted(set(languages), reverse=True)
+    parts = {name: [m for m, language in zip(members, languages, strict=True) if language == name] for name in names}
+    return {"all": members} | (parts if len(parts) > 1 else {})
 
 
 def masked_cross_entropy(
@@ -152,25 +229,33 @@ def response_likelihood(
     num_samples: int,
     max_length: int,
     runtime: RuntimeConfig,
+    chat_wrap: bool = False,
 ) -> dict[str, float]:
-    """log p(response | BOS, prompt) in nats, a lower bound for a diffusion model (LLaDA Eq. 6); prompt and response are
-    tokenised apart. ValueError if the response is empty or both are together longer than `max_length` tokens."""
-    condition, answer = [tokenizer.bos_token_id, *encode(tokenizer, prompt)], encode(tokenizer, response)
+    """log p(response | prompt) in nats, a lower bound for a diffusion model (LLaDA Eq. 6). The prompt is BOS and its
+    text, or with `chat_wrap` a user's turn and the opened assistant's; prompt and response are tokenised apart; EOS is
+    not scored. ValueError if the response is empty or both are together longer than `max_length` tokens."""
+    condition, answer = condition_ids(tokenizer, prompt, chat_wrap), encode(tokenizer, response)
     if not answer:
         raise ValueError("the response to be scored is empty")
-    if len(condition) + len(answer) > max_length:
-        raise ValueError(
-            f"prompt and response are {len(condition) + len(answer)} tokens, more than --max-seq-len {max_length}"
-        )
-    batch = collate([Window(0, condition + answer, 0)], tokenizer.pad_token_id)
-    batch["loss_mask"][:, : len(condition)] = False
+    ids = condition + answer
+    if len(ids) > max_length:
+        raise ValueError(f"prompt and response are {len(ids)} tokens, more than --max-seq-len {max_length}")
+    batch = collate([Window(0, ids, seed_of(ids), len(condition))], tokenizer.pad_token_id)
     with runtime.autocast():
-        result = row_nats(model, to_device(batch, runtime.torch_device), num_samples, runtime.seed)
+        on_device = to_device(batch, runtime.torch_device)
+        result = row_nats(model, on_device, num_samples, runtime.seed, ROWS_PER_PASS)
     return {
         "log_likelihood": -float(result.nats),
         "mask_standard_error": or_none(math.sqrt(float(result.variance))),
         "tokens": len(answer),
     }
+
+
+def condition_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat_wrap: bool) -> list[int]:
+    """What a response is given: BOS and the prompt, or the prompt as a user's turn before the opened assistant's."""
+    if chat_wrap:
+        return encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
 
 
 def _summarise(kind: str, documents: list[Document]) -> Likelihood:

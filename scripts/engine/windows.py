@@ -1,31 +1,33 @@
-"""From the documents of a file to batches that are scored: which documents, cut where, and which masks they meet."""
+"""From the rows of a file to batches that are scored: which rows, cut where, and which masks they meet."""
 
 import heapq
 import math
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, is_validation, language_of, read_documents, text_format
-from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch
+from dataset.jsonl import content_hash, is_validation, language_of, read_documents, read_rows, text_format
+from dataset.sft import messages_of
+from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loader import to_device
 from scripts.engine.runtime import RuntimeConfig
 
 DOCUMENTS_AT_A_TIME = 512
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class DataEvalConfig:
     """Evaluation of a file."""
 
-    eval_data: Annotated[Path | None, "text to evaluate: .jsonl or .txt, either may be .gz"] = None
+    eval_data: Annotated[Path | None, "what to evaluate: .jsonl or .txt, either may be .gz"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
-    eval_split: Annotated[Literal["all", "validation"], "validation: the documents that training held out"] = "all"
+    eval_split: Annotated[Literal["all", "validation"], "validation: the rows that training held out"] = "all"
     val_fraction: Annotated[float, "their share, as in training"] = 0.005
     eval_batch_size: Annotated[int, "rows per forward pass"] = 32
     eval_max_batches: Annotated[int | None, "evaluate a random sample that fills about so many batches (none: all)"] = (
@@ -44,15 +46,19 @@ class DataEvalConfig:
 
 
 class Window(NamedTuple):
-    """A stretch of a document that fits the context; its first token is given, all others are scored."""
+    """Tokens that fit the context: those before `begin` are given, all others are scored."""
 
     document: int
     ids: list[int]
     seed: int  # of its masks
+    begin: int = 1
+    fill: int = 0  # scored tokens at the end that count as none
 
 
 @dataclass
 class Document:
+    """A document, or the replies of a conversation."""
+
     language: str
     bytes: int
     nats: float = 0.0
@@ -83,42 +89,106 @@ def windows_of(
 
 def chosen_texts(config: DataEvalConfig) -> list[str]:
     """The documents of the split, in order; with eval_max_batches, a random sample of enough of them."""
-    texts = (text for text in read_documents(config.eval_data, config.jsonl_field) if text)
-    if config.eval_split == "validation":
-        texts = _held_out(texts, config.val_fraction)
-    if config.eval_max_batches is None:
-        chosen = list(texts)
-    else:
-        # Smallest scrambled hash: the hash itself would prefer the documents that training held out.
-        count = config.eval_max_batches * config.eval_batch_size
-        chosen = heapq.nsmallest(count, texts, key=lambda text: content_hash(text) * 0x9E3779B97F4A7C15 % 2**64)
+    chosen = chosen_rows((text for text in read_documents(config.eval_data, config.jsonl_field) if text), config, str)
     if not chosen:
-        if config.eval_split == "validation":
-            raise ValueError(
-                f"{config.eval_data} has nothing to evaluate: with --val-fraction {config.val_fraction} "
-                "training holds out none of its documents"
-            )
         raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
     return chosen
 
 
-def _held_out(texts: Iterable[str], fraction: float) -> Iterator[str]:
-    """The documents that training with this --val-fraction holds out: by hash, else those of the smallest hash, where
+def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[Row], str]) -> list[Row]:
+    """The rows of the split, in order; with eval_max_batches, a random sample of at most as many as fill the batches.
+    `content` is what the rows are told apart by."""
+    if config.eval_split == "validation":
+        rows = _held_out(rows, config.val_fraction, content)
+    if config.eval_max_batches is None:
+        chosen = list(rows)
+    else:
+        # Smallest scrambled hash: the hash itself would prefer the documents that training held out.
+        count = config.eval_max_batches * config.eval_batch_size
+        chosen = heapq.nsmallest(count, rows, key=lambda row: content_hash(content(row)) * 0x9E3779B97F4A7C15 % 2**64)
+    if not chosen and config.eval_split == "validation":
+        raise ValueError(
+            f"{config.eval_data} has nothing to evaluate: with --val-fraction {config.val_fraction} "
+            "training holds out none of its rows"
+        )
+    return chosen
+
+
+def _held_out(rows: Iterable[Row], fraction: float, content: Callable[[Row], str]) -> Iterator[Row]:
+    """The rows that training with this --val-fraction holds out: by hash, else those of the smallest hash, where
     others remain; none at 0."""
     smallest, least, found, others = [], 2**64, False, False
-    for text in texts:
+    for row in rows:
+        text = content(row)
         if is_validation(text, fraction):
             found = True
-            yield text
+            yield row
         elif not found:
             value = content_hash(text)
             others = others or (bool(smallest) and value != least)
             if value < least:
                 smallest, least = [], value
             if value == least:
-                smallest.append(text)
+                smallest.append(row)
     if fraction > 0 and not found and others:
         yield from smallest
+
+
+class ReplyWindows(NamedTuple):
+    """The replies of a file's conversations, one to a window, each given all before it."""
+
+    conversations: list[Document]
+    windows: list[Window]
+    too_long: int  # replies left out because they end behind the context
+    empty: int  # replies left out because they have no text
+    unfilled: int  # replies scored on a canvas without room for more
+
+
+def reply_windows(
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, canvas: int
+) -> ReplyWindows:
+    """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens or, where the context ends before it,
+    of what is left; the rest of the canvas is EOS, too, scored and not counted. ValueError: nothing can be scored."""
+    conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
+    chosen = chosen_rows(read_conversations(config.eval_data), config, lambda messages: render_chat(messages, False))
+    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
+    for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
+        some = chosen[first : first + DOCUMENTS_AT_A_TIME]
+        for messages, (ids, spans) in zip(some, encode_conversations(tokenizer, some), strict=True):
+            if len(windows) >= enough:
+                break
+            texts = [message["content"] for message in messages if message["role"] == "assistant"]
+            empty += texts.count("")
+            too_long += sum(end > max_length for text, (_, end) in zip(texts, spans, strict=True) if text)
+            scored = [(t, span) for t, span in zip(texts, spans, strict=True) if t and span[1] <= max_length]
+            for _, (begin, end) in scored:
+                fill = max(min(canvas, max_length - begin) - (end - begin), 0)
+                unfilled += not fill
+                canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
+                windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
+            if scored:
+                joined = "\n".join(text for text, _ in scored)
+                conversations.append(Document(language_of(joined), sum(len(t.encode("utf-8")) for t, _ in scored)))
+    if not windows:
+        raise ValueError(
+            f"{config.eval_data} has nothing to evaluate: of its replies {empty} are empty and {too_long} end behind "
+            f"--max-seq-len {max_length}"
+        )
+    return ReplyWindows(conversations, windows, too_long, empty, unfilled)
+
+
+def read_conversations(path: Path) -> Iterator[list[dict[str, str]]]:
+    """The messages of every row. ValueError names file and row."""
+    for number, row in read_rows(path):
+        try:
+            yield messages_of(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+
+
+def seed_of(ids: list[int]) -> int:
+    """A window's masks follow its content, not its place in the file nor its fill."""
+    return content_hash(" ".join(map(str, ids))) % 2**63
 
 
 def batches(
@@ -127,8 +197,9 @@ def batches(
     config: DataEvalConfig,
     runtime: RuntimeConfig,
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
-    """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding."""
-    order = sorted(range(len(windows)), key=lambda i: len(windows[i].ids))
+    """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding,
+    and those that score a single token apart: one mask does for them."""
+    order = sorted(range(len(windows)), key=lambda i: (len(windows[i].ids) - windows[i].begin > 1, len(windows[i].ids)))
     for first in tqdm(range(0, len(order), config.eval_batch_size), unit="batch", disable=not sys.stderr.isatty()):
         chosen = order[first : first + config.eval_batch_size]
         yield (
@@ -138,7 +209,7 @@ def batches(
 
 
 def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch in which all but each row's first token is scored; `row_ids` (B,) seed the rows' masks."""
+    """A batch in which each row is scored from its `begin` on; `row_ids` (B,) seed the rows' masks."""
     lengths = torch.tensor([len(row.ids) for row in rows])
     place = torch.arange(int(lengths.max()))
     real = place < lengths[:, None]
@@ -147,7 +218,7 @@ def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
         input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
     return {
         "input_ids": input_ids,
-        "loss_mask": real & (place > 0),
+        "loss_mask": real & (place >= torch.tensor([row.begin for row in rows])[:, None]),
         "document_ids": real.long() - 1,
         "row_ids": torch.tensor([row.seed for row in rows]),
     }

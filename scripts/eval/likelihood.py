@@ -1,18 +1,36 @@
-"""How likely a checkpoint of either kind finds the text of a file: nats per token, perplexity, bits per byte.
+"""How likely a checkpoint of either kind finds the text of a file, or the replies of conversations, or which of several
+answers: nats per token, perplexity, bits per byte, accuracy.
 
     uv run python -m scripts.eval.likelihood --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
 
 Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6), over the same
-tokens.
+tokens. The rows of a file are one of
+
+    text      {"text": ...}: every token of the document and its EOS
+    chat      {"conversations": ...}, {"messages": ...}, {"instruction": ..., "output": ...} or {"prompt": ...,
+              "response": ...}: every reply and its EOS, given all before it in the chat template
+    choices   {"question": ..., "choices": [...], "answer": index from 0, letter or text}: the likeliest choice, by nats
+              (acc) and by nats per byte (acc_norm)
 """
 
 import json
-from dataclasses import dataclass
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
+from dataset.jsonl import read_rows, text_format
+from dataset.sft import FORMATS
+from scripts.engine.choices import evaluate_choices
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
+from scripts.engine.evaluation import (
+    CheckpointConfig,
+    Loaded,
+    as_json,
+    circumstances,
+    evaluate_file,
+    evaluate_replies,
+)
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig
@@ -25,12 +43,34 @@ class Output:
     json: Annotated[Path | None, "also write the result, with all it depends on, to this file"] = None
 
 
+@dataclass(frozen=True)
+class RowsConfig:
+    """What the rows are."""
+
+    eval_format: Annotated[
+        Literal["auto", "text", "chat", "choices"], "what the rows are; auto = by the fields of the first"
+    ] = "auto"
+    canvas: Annotated[
+        int,
+        "chat, diffusion: tokens that a reply and its EOS stand on; what they leave is filled with EOS and scored, so "
+        "that the length of the reply is not given away; 0 = give it away",
+    ] = 128
+    chat_wrap: Annotated[
+        bool | None, "choices: ask in the chat template, else BOS and the question; none = as it was trained"
+    ] = None
+
+    def __post_init__(self):
+        if self.canvas < 0:
+            raise ValueError(f"--canvas must not be negative, not {self.canvas}")
+
+
 def main(argv: list[str] | None = None) -> None:
-    output, checkpoint, data, runtime, given = parse_args(
+    output, checkpoint, data, rows, runtime, given = parse_args(
         __doc__,
         Output,
         CheckpointConfig,
         DataEvalConfig,
+        RowsConfig,
         RuntimeConfig,
         argv=argv,
     )
@@ -38,20 +78,72 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
     if output.json:
         require_writable(output.json, "--json")
-    model, tokenizer, _ = checkpoint.load(runtime)
+    loaded = checkpoint.load(runtime)
+    form = format_of(data, rows.eval_format)
+    diffusion = loaded.model.config.attention == "full"
+    refuse_idle(given, jsonl_field=(form == "text", "rows of text"), num_samples=(diffusion, "a diffusion model"))
+    refuse_idle(given, canvas=(form == "chat", "conversations"), chat_wrap=(form == "choices", "multiple choice"))
+    refuse_idle(given, canvas=(diffusion, "a diffusion model"), eval_split=(form != "choices", "text or conversations"))
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
-    refuse_idle(given, num_samples=(model.config.attention == "full", "a diffusion model"))
-    result = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
-    print("\n".join(f"{name}: {value.line()}" for name, value in result.items()))
+    print(f"{data.eval_data}: rows of {form}", file=sys.stderr)
+    lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime)
+    print("\n".join(lines))
     if output.json:
         written = {
-            "likelihood": as_json(result),
-            **circumstances(runtime, tokenizer, data.eval_data, checkpoint, data),
+            "format": form,
+            **result,
+            **circumstances(runtime, loaded.tokenizer, data.eval_data, checkpoint, data, rows),
         }
         text = json.dumps(written, indent=1)
         output.json.parent.mkdir(parents=True, exist_ok=True)
         output.json.write_text(text + "\n", encoding="utf-8")
 
+
+def format_of(data: DataEvalConfig, asked: str) -> str:
+    """The format asked for, or with "auto" that of the first row. ValueError for a text file asked to be another."""
+    if text_format(data.eval_data) == ".txt":
+        if asked not in ("auto", "text"):
+            raise ValueError(f"--eval-format {asked}: {data.eval_data} has no fields; expected .jsonl")
+        return "text"
+    if asked != "auto":
+        return asked
+    _, first = next(read_rows(data.eval_data))
+    if data.jsonl_field in first:
+        return "text"
+    if {"question", "choices"} <= first.keys():
+        return "choices"
+    return "chat" if any(first.keys() >= set(known.fields) for known in FORMATS.values()) else "text"
+
+
+def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig) -> tuple:
+    found = evaluate_file(loaded.model, loaded.tokenizer, data, max_length, runtime)
+    return [f"{name}: {value.line()}" for name, value in found.items()], {"likelihood": as_json(found)}
+
+
+def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig) -> tuple:
+    found, replies = evaluate_replies(loaded.model, loaded.tokenizer, data, max_length, rows.canvas, runtime)
+    counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
+    told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they end behind --max-seq-len"
+    told += f" {max_length}; {replies.empty:,} empty"
+    if loaded.model.config.attention == "full":
+        counts["unfilled"] = replies.unfilled
+        told += f"; {replies.unfilled:,} scored on a canvas of just their length"
+    lines = [f"{name}: {value.line('conversations')}" for name, value in found.items()]
+    return [*lines, told], {"likelihood": as_json(found), "replies": counts}
+
+
+def of_choices(
+    loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig
+) -> tuple:
+    wrap = loaded.speaks_chat if rows.chat_wrap is None else rows.chat_wrap
+    found, too_long = evaluate_choices(loaded.model, loaded.tokenizer, data, max_length, wrap, runtime)
+    result: dict[str, Any] = {"accuracy": {name: asdict(value) for name, value in found.items()}}
+    told = f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long"
+    lines = [f"{name}: {value.line()}" for name, value in found.items()]
+    return [*lines, f"{told} for --max-seq-len {max_length}"], result | {"chat_wrap": wrap, "too_long": too_long}
+
+
+EVALUATE = {"text": of_text, "chat": of_chat, "choices": of_choices}
 
 if __name__ == "__main__":
     run(main)

@@ -9,6 +9,20 @@ from model.likelihood import diffusion_bound, masked_nats, row_nats
 from tests.model.test_objective import batch_of, brute_force_bound
 
 
+def enumerated_bound(model, ids, begin):
+    """LLaDA Eq. 6 by all sets of masks among ids[begin:], given ids[:begin]."""
+    n, mask_id, total = len(ids) - begin, model.config.mask_token_id, 0.0
+    for k in range(1, n + 1):
+        for chosen in itertools.combinations(range(begin, len(ids)), k):
+            noised = ids.clone()
+            noised[list(chosen)] = mask_id
+            logits = model(noised[None])[0].double()
+            logits[:, mask_id] = -math.inf
+            nats = -logits.log_softmax(-1)[list(chosen), ids[list(chosen)]].sum().item()
+            total += nats / k / math.comb(n, k)
+    return total
+
+
 def test_the_bound_of_one_token_is_exact_with_one_sample(tiny_model):
     """With a single scored token there is one mask; the bound is its conditional cross-entropy."""
     model = tiny_model(attention="full")
@@ -105,3 +119,38 @@ def test_conditioning_tokens_are_never_masked(tiny_model):
 def test_masked_nats_mask_the_share_asked_for(tiny_model):
     result = masked_nats(tiny_model(attention="full"), batch_of(torch.randint(4, 24, (3, 10))), ratio=0.3)
     assert result.count.tolist() == [3, 3, 3]
+
+
+def test_the_bound_of_a_reply_is_the_enumeration_over_its_masks(tiny_model):
+    """Given a prompt of two tokens; the reply ends in EOS (2) and one more that fills the canvas."""
+    model, ids = tiny_model(vocab_size=4, attention="full"), torch.tensor([1, 0, 0, 1, 2, 2])
+    with torch.no_grad():
+        exact = enumerated_bound(model, ids, 2)
+    reply = (torch.arange(6) >= 2).expand(64, 6)
+    result = diffusion_bound(model, batch_of(ids.repeat(64, 1), loss_mask=reply), num_samples=32)
+    assert ((result.nats - exact) / result.variance.sqrt()).abs().max() < 4.5
+    assert result.nats.mean().item() == pytest.approx(exact, abs=4 * (result.variance.mean().sqrt() / 8).item())
+
+
+@pytest.mark.parametrize("together", [2, 3, 7, 100])
+def test_how_many_masks_share_a_pass_changes_nothing(together, tiny_model):
+    """Rows of unlike lengths, one of them with a single scored token."""
+    model, ids, passes = tiny_model(attention="full"), torch.randint(4, 24, (3, 9)), []
+    place, lengths = torch.arange(9), torch.tensor([[9], [6], [4]])
+    batch = batch_of(ids, (place < lengths).long() - 1, (place < lengths) & (place >= 3))
+    apart = row_nats(model, batch, 7, seed=5)
+    model.register_forward_pre_hook(lambda _, arguments: passes.append(len(arguments[0])))
+    found = row_nats(model, batch, 7, seed=5, samples_per_pass=together)
+    torch.testing.assert_close(found.nats, apart.nats, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.variance, apart.variance, rtol=1e-5, atol=1e-9)
+    assert sum(passes) == 3 * 7 and len(passes) == math.ceil(7 / together)
+
+
+def test_rows_of_one_scored_token_take_one_pass_and_have_no_error(tiny_model):
+    model, ids, passes = tiny_model(attention="full"), torch.randint(4, 24, (2, 5)), []
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    last = (torch.arange(5) == 4).expand(2, 5)
+    many, one = (row_nats(model, batch_of(ids, loss_mask=last), samples) for samples in (9, 1))
+    assert len(passes) == 2 and torch.equal(many.nats, one.nats) and many.variance.tolist() == [0, 0]
+    mixed = row_nats(model, batch_of(ids, loss_mask=torch.stack([last[0], ids[1] > 0])), 1)
+    assert mixed.variance[0] == 0 and mixed.variance[1].isnan()

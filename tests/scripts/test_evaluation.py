@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from dataset.jsonl import language_of
-from dataset.tokenizer import encode, fingerprint, token_ids
+from dataset.tokenizer import encode, encode_chat, fingerprint
 from model.checkpoint import save_checkpoint
-from model.config import ModelConfig
-from model.transformer import Transformer
 from scripts.engine.evaluation import (
     Likelihood,
     _ratio_error,
@@ -25,6 +23,8 @@ from scripts.engine.evaluation import (
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig, windows_of
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
+from tests.model.test_likelihood import enumerated_bound
+from tests.scripts.models import untrained
 
 KINDS = ["causal", "full"]
 
@@ -37,24 +37,7 @@ def runtime():
 @pytest.fixture
 def model_of(tokenizer):
     """model_of(attention, uniform=False) -> a model for the test's tokenizer, its logits far from uniform, or all 0."""
-
-    def build(attention, uniform=False):
-        config = ModelConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            attention=attention,
-            **token_ids(tokenizer),
-        )
-        model = Transformer(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 2:
-                    parameter.mul_(0 if uniform else 8)
-        return model.eval()
-
-    return build
+    return lambda attention, uniform=False: untrained(tokenizer, attention, uniform)
 
 
 @pytest.fixture
@@ -75,7 +58,8 @@ def test_windows_score_every_token_but_bos_exactly_once_in_order(max_length, tok
     documents, windows = windows_of(tokenizer, data(texts), max_length)
     assert len(documents) == len(texts)
     scored = [[] for _ in documents]
-    for number, ids, _ in windows:
+    for number, ids, _, begin, fill in windows:
+        assert (begin, fill) == (1, 0)
         assert 2 <= len(ids) <= max_length
         expected_context = scored[number][-1] if scored[number] else tokenizer.bos_token_id
         assert ids[0] == expected_context
@@ -250,6 +234,31 @@ def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokeniz
         assert close(found["log_likelihood"], expected)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template(kind, model_of, tokenizer, runtime):
+    """For a causal model the chain rule, for diffusion all sets of masks: the response has three tokens."""
+    model, condition = model_of(kind), encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], True)
+    response = encode(tokenizer, "my old friend")
+    ids, begin = torch.tensor([condition + response]), len(condition)
+    assert len(response) == 3
+    with torch.no_grad():
+        if kind == "causal":
+            logs = model(ids, is_causal=True)[0, begin - 1 : -1].double().log_softmax(-1)
+            expected = float(logs.gather(1, ids[0, begin:, None]).sum())
+        else:
+            expected = -enumerated_bound(model, ids[0], begin)
+    found = response_likelihood(model, tokenizer, "the cat", "my old friend", 300, 64, runtime, chat_wrap=True)
+    assert found["log_likelihood"] == pytest.approx(expected, abs=1e-4 + 4.5 * found["mask_standard_error"])
+    assert found["tokens"] == 3 and (kind == "full") == (found["mask_standard_error"] > 0)
+
+
+def test_the_masks_of_a_response_share_forward_passes(model_of, tokenizer, runtime):
+    model, rows = model_of("full"), []
+    model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    response_likelihood(model, tokenizer, "the cat", " sees my old friend.", 70, 64, runtime)
+    assert rows == [32, 32, 6]
+
+
 @pytest.mark.parametrize("masks", [1, 2])
 def test_the_command_scores_a_response_with_any_number_of_masks(
     masks, model_of, tokenizer, tokenizer_dir, command, workspace
@@ -258,7 +267,7 @@ def test_the_command_scores_a_response_with_any_number_of_masks(
     model = model_of("full")
     save_checkpoint(Path("m.pt"), model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="test")
     argv = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--prompt", "the cat", "--dtype", "float32"]
-    argv += ["--cond-ll-response", " sees", "--cond-ll-nmc", masks]
+    argv += ["--cond-ll-response", " sees the", "--cond-ll-nmc", masks]
     said = command(eval_diffusion, argv)
     assert said.code == 0 and f"{masks} mask" in said.out
     found = json.loads(command(eval_diffusion, [*argv, "--json"]).out)["conditional"]

@@ -1,0 +1,187 @@
+"""Multiple choice by likelihood: the answer of a model is the choice that it finds most likely.
+
+A choice is scored as a reply to its question in the chat template, or as the plain continuation of BOS and the
+question. Its own tokens alone are scored, as lm-eval does: EOS would ask how likely the reply is to end there, which
+favours choices that look like whole sentences, and is not the question.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dataset.jsonl import JSON_TYPES, language_of, read_rows
+from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch
+from model.transformer import Transformer
+from scripts.engine.evaluation import by_language, condition_ids, kind_of, window_nats
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.windows import DataEvalConfig, Window, chosen_rows, seed_of
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Han, kana and their punctuation
+Z = 1.959964  # two-sided 95 %
+
+
+class Question(NamedTuple):
+    text: str
+    choices: list[str]
+    answer: int  # place of the right choice
+    language: str
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of the questions whose right choice has the least nats (`acc`), or nats per UTF-8 byte of the choice's text
+    (`acc_norm`); of equal ones the first is taken. Errors are binomial standard errors, intervals Wilson's of 95 %."""
+
+    kind: str  # of the likelihoods compared: "exact" or "upper bound"
+    questions: int
+    chance: float  # mean of 1 / choices
+    acc: float
+    acc_error: float
+    acc_interval: tuple[float, float]
+    acc_norm: float
+    acc_norm_error: float
+    acc_norm_interval: tuple[float, float]
+
+    def line(self) -> str:
+        shown = [
+            f"{name} {value:.4f} +- {error:.4f} [{low:.4f}, {high:.4f}]"
+            for name, value, error, (low, high) in (
+                ("acc", self.acc, self.acc_error, self.acc_interval),
+                ("acc_norm", self.acc_norm, self.acc_norm_error, self.acc_norm_interval),
+            )
+        ]
+        return f"{self.questions:,} questions, chance {self.chance:.4f}: {', '.join(shown)}"
+
+
+def evaluate_choices(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    max_length: int,
+    chat_wrap: bool,
+    runtime: RuntimeConfig,
+) -> tuple[dict[str, Accuracy], int]:
+    """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
+    one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
+    asked, windows, too_long = [], [], 0
+    for question in chosen_rows(read_questions(config.eval_data), config, lambda q: "\n".join([q.text, *q.choices])):
+        rows = _windows_of(tokenizer, question, len(asked), chat_wrap)
+        if max(len(row.ids) for row in rows) > max_length:
+            too_long += 1
+        else:
+            asked.append(question)
+            windows += rows
+    if not asked:
+        raise ValueError(f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {max_length}")
+    nats, _ = window_nats(model, tokenizer, windows, config, runtime)
+    ends = np.cumsum([len(question.choices) for question in asked])
+    outcomes = [_outcome(*pair) for pair in zip(asked, np.split(nats, ends[:-1]), strict=True)]
+    groups = by_language(outcomes, [question.language for question in asked])
+    return {name: _accuracy(kind_of(model), members) for name, members in groups.items()}, too_long
+
+
+def read_questions(path: Path) -> Iterator[Question]:
+    """The questions of a JSONL file. ValueError names file and row."""
+    for number, row in read_rows(path):
+        try:
+            yield question_of(row)
+        except ValueError as error:
+            raise ValueError(f"{path}, row {number}: {error}") from None
+
+
+def question_of(row: dict[str, Any]) -> Question:
+    """{"question": str, "choices": [str, ...], "answer": index from 0, letter or text} -> Question. ValueError."""
+    for name, kind in (("question", str), ("choices", list)):
+        if name not in row:
+            raise ValueError(f'field "{name}" is missing; fields present: {", ".join(row) or "none"}')
+        if not isinstance(row[name], kind):
+            raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected {JSON_TYPES[kind]}')
+    text, choices = row["question"], row["choices"]
+    if len(choices) < 2:
+        raise ValueError(f"expected at least 2 choices, found {len(choices)}")
+    for number, choice in enumerate(choices, start=1):
+        if not isinstance(choice, str) or not choice.strip():
+            found = "empty" if isinstance(choice, str) else JSON_TYPES[type(choice)]
+            raise ValueError(f"choice {number} is {found}, expected a text")
+    if len(set(choices)) < len(choices):
+        raise ValueError("two choices are the same, expected different ones")
+    if "answer" not in row:
+        raise ValueError(f'field "answer" is missing; fields present: {", ".join(row)}')
+    language = row.get("lang")
+    if not isinstance(language, str):
+        language = language_of("\n".join([text, *choices]))
+    return Question(text, choices, _answer_of(row["answer"], choices), language)
+
+
+def _answer_of(answer: Any, choices: list[str]) -> int:
+    last = len(choices) - 1
+    if isinstance(answer, int) and not isinstance(answer, bool):
+        if not 0 <= answer <= last:
+            raise ValueError(f"answer {answer} is out of range, expected 0 to {last}")
+        return answer
+    if not isinstance(answer, str):
+        raise ValueError(f"answer is {JSON_TYPES[type(answer)]}, expected an index from 0, a letter or a choice's text")
+    letters = LETTERS[: len(choices)]
+    meant = {place for place, choice in enumerate(choices) if choice == answer}
+    meant |= {letters.index(answer)} if len(answer) == 1 and answer in letters else set()
+    if len(meant) != 1:
+        fault = "is one choice's letter and another's text" if meant else "is none of the choices"
+        raise ValueError(f'answer "{answer}" {fault}; expected an index from 0 to {last}, a letter or a choice\'s text')
+    return meant.pop()
+
+
+def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, chat_wrap: bool) -> list[Window]:
+    """One window per choice; the condition is the same for all. Without the template, the blanks between question and
+    choice belong to the choice, for a word's token begins with its blank: those that the question ends with, else one,
+    or none beside a Chinese or Japanese character."""
+    text = question.text if chat_wrap else question.text.rstrip()
+    condition = condition_ids(tokenizer, text, chat_wrap)
+    blanks = question.text[len(text) :]
+    joined = [
+        choice if chat_wrap or not text else (blanks or _glue(text[-1], choice[0])) + choice
+        for choice in question.choices
+    ]
+    return [
+        Window(number, condition + ids, seed_of(condition + ids), len(condition))
+        for ids in encode_batch(tokenizer, joined)
+    ]
+
+
+def _glue(before: str, after: str) -> str:
+    return "" if UNSPACED.match(before) or UNSPACED.match(after) or after.isspace() else " "
+
+
+def _outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
+    """(number of choices, right by nats, right by nats per byte)"""
+    size = np.array([len(choice.encode("utf-8")) for choice in question.choices])
+    return len(size), int(nats.argmin()) == question.answer, int((nats / size).argmin()) == question.answer
+
+
+def _accuracy(kind: str, outcomes: list[tuple[int, bool, bool]]) -> Accuracy:
+    number, right, right_by_byte = np.array(outcomes, dtype=float).T
+    acc, acc_norm, count = float(right.mean()), float(right_by_byte.mean()), len(outcomes)
+    return Accuracy(
+        kind=kind,
+        questions=count,
+        chance=float((1 / number).mean()),
+        acc=acc,
+        acc_error=math.sqrt(acc * (1 - acc) / count),
+        acc_interval=_wilson(acc, count),
+        acc_norm=acc_norm,
+        acc_norm_error=math.sqrt(acc_norm * (1 - acc_norm) / count),
+        acc_norm_interval=_wilson(acc_norm, count),
+    )
+
+
+def _wilson(share: float, count: int) -> tuple[float, float]:
+    """Wilson's score interval of a binomial share (Wilson 1927)."""
+    centre = share + Z**2 / (2 * count)
+    reach = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    scale = 1 + Z**2 / count
+    return (centre - reach) / scale, (centre + reach) / scale

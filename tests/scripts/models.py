@@ -1,0 +1,25 @@
+"""Networks of no training for tests of evaluations."""
+
+import torch
+
+from dataset.tokenizer import token_ids
+from model.config import ModelConfig
+from model.transformer import Transformer
+
+
+def untrained(tokenizer, attention: str, uniform: bool = False) -> Transformer:
+    """A tiny model for `tokenizer`, its logits far from uniform, or all 0."""
+    config = ModelConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        attention=attention,
+        **token_ids(tokenizer),
+    )
+    model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(0 if uniform else 8)
+    return model.eval()
