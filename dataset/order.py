@@ -38,9 +38,9 @@ class LengthOrder:
     """The visits of `visits`, regrouped so that the rows of a step are of similar length.
 
     visits(start, count) -> visit numbers (count,); lengths(visits) -> tokens of each (count,). An epoch of `num_rows`
-    visits is cut into windows of up to STEPS_PER_WINDOW steps; a window's rows are sorted by length, dealt out to its steps,
-    and the steps shuffled. Each step of `rows_per_step` is one aligned stretch of the sequence, and every epoch visits
-    every row; a last, incomplete step is completed from the epoch after it.
+    visits is cut into windows of up to STEPS_PER_WINDOW steps; a window's rows are sorted by length, dealt out to its
+    steps, and the steps shuffled. Each step of `rows_per_step` is one aligned stretch of the sequence, and every epoch
+    visits every row; a last, incomplete step is completed from the epoch after it.
     """
 
     def __init__(

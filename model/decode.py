@@ -1,30 +1,30 @@
-"""Turning a prompt into a continuation, autoregressively or by diffusion.
+"""Filling a canvas, autoregressively or by diffusion. Shapes: B rows, L positions, V vocabulary.
 
-`denoise` yields every step of a diffusion decoder; `decode_diffusion` runs it to its end. Shapes: B rows, P prompt
-tokens, N new tokens. Prompts of one call have one length.
+`autoregress` and `denoise` yield a DecodingStep for each step; `decode` runs the one that a checkpoint was trained for
+to its end. Rows of any lengths share forward passes, and each comes out as it would alone.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from model.attention_mask import block_causal_mask, document_mask
 from model.cache import KVCache
+from model.canvas import Canvas, Decoded, DecodingStep, Draft
+from model.denoiser import DenoisingConfig, denoise
 from model.losses import forbid
-from model.remasking import POLICIES, Step, commit, transfer_schedule
-from model.sampling import sample_tokens
+from model.sampling import Draw, penalise_repeats, require_draw, sample_tokens
 from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """Length and sampling of a continuation."""
+class ContinuationConfig:
+    """Length and seed of a continuation."""
 
     max_new_tokens: Annotated[int, "longest continuation, in tokens"] = 128
-    temperature: Annotated[float, "0 = the likeliest token", "--ar-temperature", "--gen-temp"] = 0.8
-    top_k: Annotated[int, "sample among the k likeliest tokens (0 = all)", "--ar-top-k", "--gen-top-k"] = 8
     gen_seed: Annotated[int | None, "seed of sampling (none: that of --seed)"] = None
 
     def __post_init__(self):
@@ -32,115 +32,103 @@ class SamplingConfig:
             raise ValueError(f"--gen-seed must be from 0 to {2**32 - 1}, not {self.gen_seed}")
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError("the temperature and top-k must not be negative")
 
 
 @dataclass(frozen=True)
-class DenoisingConfig:
-    """Diffusion sampling, LLaDA's released sampler."""
+class SamplingConfig:
+    """Autoregressive sampling."""
 
-    gen_steps: Annotated[int, "denoising steps for the whole continuation; at most one per new token is of use"] = 64
-    gen_block_size: Annotated[
-        int, "denoise blocks of so many tokens from left to right (0 = the whole continuation at once)"
-    ] = 0
-    gen_remasking: Annotated[Literal[*POLICIES], "which predictions a step keeps"] = "low_confidence"
+    ar_temperature: Annotated[float, "temperature, 0 = the likeliest token"] = 0.8
+    ar_top_k: Annotated[int, "sample among the k likeliest tokens (0 = all)"] = 8
+    ar_top_p: Annotated[float, "sample among the fewest tokens that hold this share of the probability"] = 1.0
+    ar_repeat_penalty: Annotated[float, "taken off a token's logit for each time it was written nearby (0 = off)"] = (
+        0.15
+    )
+    ar_repeat_window: Annotated[int, "tokens before it that are nearby"] = 128
 
     def __post_init__(self):
-        if self.gen_steps < 1:
-            raise ValueError(f"--gen-steps must be at least 1, not {self.gen_steps}")
-        if self.gen_block_size < 0:
-            raise ValueError(f"--gen-block-size must not be negative, not {self.gen_block_size}")
+        require_draw(self.draw, "--ar-", "temperature")
+
+    @property
+    def draw(self) -> Draw:
+        return Draw(self.ar_temperature, self.ar_top_k, self.ar_top_p, self.ar_repeat_penalty, self.ar_repeat_window)
 
 
-@dataclass(frozen=True)
-class Decoded:
-    tokens: Tensor  # (B, P + N) prompt and continuation
-    num_forward_passes: int
+@torch.no_grad()
+def autoregress(
+    model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]
+) -> Generator[DecodingStep, None, Decoded]:
+    """One token per row and step, from a key/value cache, until every row has produced EOS or is full.
 
-
-@dataclass(frozen=True)
-class Denoised:
-    """The canvas after one denoising step."""
-
-    canvas: Tensor  # (B, P + N), its own copy
-    committed: Tensor  # (B, P + N) bool, written in this step
-    num_forward_passes: int
-
-
-@torch.inference_mode()
-def decode_autoregressive(
-    model: Transformer, prompt_ids: Tensor, sampling: SamplingConfig, generator: torch.Generator | None = None
-) -> Decoded:
-    """prompt_ids (B, P). Stops once every row has produced EOS; rows that ended earlier are filled with EOS."""
+    ValueError unless each row's open positions are its last ones, with at least one token before them.
+    """
     if model.config.attention != "causal":
         raise ValueError("this checkpoint was trained by diffusion; decode it with scripts.eval.eval_diffusion")
-    model.config.require_length(prompt_ids.shape[1] + sampling.max_new_tokens, "prompt and continuation")
-    cache = KVCache(model.config, len(prompt_ids), prompt_ids.shape[1] + sampling.max_new_tokens)
-    tokens, new, passes = prompt_ids, prompt_ids, 0
-    done = torch.zeros(len(prompt_ids), 1, dtype=torch.bool, device=prompt_ids.device)
-    while passes < sampling.max_new_tokens and not done.all():
+    start, draft, draw = _prompt_lengths(canvas), Draft(canvas, model.config, seeds), config.draw
+    eos, longest = model.config.eos_token_id, int(start.max())
+    cache = KVCache(model.config, len(start), longest + int((canvas.lengths - start).max()))
+    # In the cache the prompts end together, at slot `longest`: they are padded on the left.
+    columns = torch.arange(longest, device=start.device) - (longest - start)[:, None]
+    new, ragged, passes = draft.ids.gather(1, columns.clamp(min=0)), int(start.min()) < longest, 0
+    while draft.rows:
+        attention = _left_padded(columns, longest - start, cache) if ragged else {"is_causal": True}
         last = torch.arange(1, len(new) + 1, device=new.device) * new.shape[1] - 1
-        logits = forbid(model(new, cache=cache, is_causal=True, select=last), model.config.mask_token_id)
+        logits = model(new, cache=cache, select=last, **attention).float()
         cache.advance(new.shape[1])
         passes += 1
-        new = sample_tokens(logits, sampling.temperature, sampling.top_k, generator)[0][:, None]
-        new = new.masked_fill(done, model.config.eos_token_id)
-        done = done | (new == model.config.eos_token_id)
-        tokens = torch.cat([tokens, new], dim=1)
-    return Decoded(tokens, passes)
-
-
-@torch.inference_mode()
-def denoise(
-    model: Transformer,
-    prompt_ids: Tensor,
-    sampling: SamplingConfig,
-    denoising: DenoisingConfig,
-    generator: torch.Generator | None = None,
-) -> Iterator[Denoised]:
-    """LLaDA's sampler: predict all masked tokens, keep as many as the schedule says, mask the rest again.
-
-    prompt_ids (B, P). Blocks are denoised from left to right, each with its share of the steps; a prediction is
-    committed only inside the active block, while the whole canvas stays visible.
-    """
-    if model.config.attention != "full":
-        raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")
-    start, end = prompt_ids.shape[1], prompt_ids.shape[1] + sampling.max_new_tokens
-    model.config.require_length(end, "prompt and continuation")
-    canvas = torch.nn.functional.pad(prompt_ids, (0, sampling.max_new_tokens), value=model.config.mask_token_id)
-    masked = torch.zeros_like(canvas, dtype=torch.bool)
-    masked[:, start:] = True
-    passes, block_size = 0, denoising.gen_block_size or sampling.max_new_tokens
-    num_blocks = -(-sampling.max_new_tokens // block_size)
-    for block in range(num_blocks):
-        low, high = start + block * block_size, min(start + (block + 1) * block_size, end)
-        # The steps are shared out as evenly as the blocks allow, at least one each.
-        steps = max(1, denoising.gen_steps * (block + 1) // num_blocks - denoising.gen_steps * block // num_blocks)
-        for quota in transfer_schedule(high - low, steps):
-            window = torch.arange(canvas.numel(), device=canvas.device).view_as(canvas)[:, low:high].flatten()
-            logits = forbid(model(canvas, select=window), model.config.mask_token_id)
-            passes += 1
-            tokens, confidence = sample_tokens(logits, sampling.temperature, sampling.top_k, generator)
-            tokens, confidence = tokens.view(len(canvas), -1), confidence.view(len(canvas), -1)
-            committed = torch.zeros_like(masked)
-            committed[:, low:high] = commit(
-                denoising.gen_remasking, Step(confidence, masked[:, low:high], quota, generator)
+        draft.spent(passes)
+        rows, columns = torch.tensor(draft.rows, device=new.device), columns[:, -1:] + 1
+        logits, column = logits[rows], columns[rows, 0]
+        if draw.repeat_penalty > 0:
+            logits = penalise_repeats(
+                logits, draft.ids[rows], draft.written[rows], column, draw.repeat_penalty, draw.repeat_window, eos
             )
-            canvas = canvas.clone()
-            canvas[:, low:high] = torch.where(committed[:, low:high], tokens, canvas[:, low:high])
-            masked = masked & ~committed
-            yield Denoised(canvas, committed, passes)
+        logits = forbid(logits, model.config.mask_token_id)
+        uniform = draft.uniform([1] * len(rows), logits.shape[1]) if draw.temperature > 0 else None
+        tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
+        new = new.new_full((len(new), 1), eos)  # what a finished row is given matters to no other
+        new[rows, 0] = tokens
+        yield draft.write(rows, column, tokens, confidence)
+    return draft.finish()
 
 
-def decode_diffusion(
+def _prompt_lengths(canvas: Canvas) -> Tensor:
+    """(B,) int64; ValueError if a row is not a prompt followed by open positions."""
+    start = canvas.lengths - canvas.open.sum(dim=1)
+    columns = torch.arange(canvas.ids.shape[1], device=start.device)
+    if not torch.equal(canvas.given, columns < start[:, None]):
+        raise ValueError("an autoregressive model writes at the end of a text only; infilling needs one of diffusion")
+    if int(start.min()) < 1:
+        raise ValueError("an autoregressive model needs a token to start from: give at least BOS")
+    return start
+
+
+def _left_padded(columns: Tensor, padding: Tensor, cache: KVCache) -> dict[str, Tensor]:
+    """Arguments of the forward pass for tokens at `columns` (B, L), negative on padding, `padding` (B,) slots."""
+    if cache.length:
+        slots = torch.arange(cache.length + 1, device=columns.device)
+        attn_mask = (slots >= padding[:, None])[:, None, None]
+    else:
+        attn_mask = document_mask((columns < 0).long()) & block_causal_mask(columns.shape[1], 1, columns.device)
+    return {"attn_mask": attn_mask, "position_ids": columns.clamp(min=0)}
+
+
+def decode(
     model: Transformer,
-    prompt_ids: Tensor,
-    sampling: SamplingConfig,
-    denoising: DenoisingConfig,
-    generator: torch.Generator | None = None,
+    canvas: Canvas,
+    config: SamplingConfig | DenoisingConfig,
+    seeds: Sequence[int],
+    watch: Callable[[DecodingStep], None] | None = None,
 ) -> Decoded:
-    """prompt_ids (B, P) -> the canvas once nothing is masked."""
-    for step in denoise(model, prompt_ids, sampling, denoising, generator):
-        last = step
-    return Decoded(last.canvas, last.num_forward_passes)
+    """Fill the canvas as `config` says, showing every step to `watch`.
+
+    seeds: one per row; a row's text depends on its own alone. ValueError if the checkpoint is of the other kind.
+    """
+    steps = (denoise if isinstance(config, DenoisingConfig) else autoregress)(model, canvas, config, seeds)
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as end:
+            return end.value
+        if watch is not None:
+            watch(step)

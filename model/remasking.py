@@ -1,46 +1,98 @@
 """Remasking policies: which predictions of a denoising step are kept, the rest staying [MASK].
 
-A policy ranks the masked positions of a Step, and the best `quota` of each row are committed. To add one: write a
-function (Step) -> rank keys (B, L), larger is kept sooner, and list it in POLICIES.
+None of them ever takes back a token that was written. A policy looks at a Step and returns rank keys (R, W), larger is
+kept sooner, and how many to keep in each row (R,), which is at least one whatever it says. To add one: write a
+function (Step) -> (keys, numbers) and list it in POLICIES; flags, decoder and tests take it from there.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-class Step(NamedTuple):
-    confidence: Tensor  # (B, L) the model's probability of what it would write
-    masked: Tensor  # (B, L) bool, still [MASK]
-    quota: int  # tokens to commit in each row
-    generator: torch.Generator | None
+@dataclass(frozen=True)
+class Step:
+    """Predictions at the masked positions of the active blocks of R rows, from left to right, padded to W."""
+
+    confidence: Tensor  # (R, W) float32, the model's probability of what it would write; 0 for an EOS held back
+    masked: Tensor  # (R, W) bool, False on padding; N are True
+    held_back: Tensor  # (R, W) bool, an EOS that comes after every other candidate of its row
+    quota: Tensor  # (R,) int64, tokens to keep by the transfer schedule
+    budget: Tensor  # (R,) int64, the most that a policy without a schedule may keep
+    threshold: float  # of `threshold`
+    factor: float  # of `factor`
+    logits: Tensor  # (N, V) at the masked positions, row by row
+    noise: Callable[[], Tensor]  # () -> (N,) uniform in [0, 1), each row's from its own generator
+
+    def padded(self, values: Tensor) -> Tensor:
+        """values (N,) at the masked positions -> (R, W), 0 on padding."""
+        out = values.new_zeros(self.masked.shape)
+        out[self.masked] = values
+        return out
 
 
-def low_confidence(step: Step) -> Tensor:
+Choice = tuple[Tensor, Tensor]
+
+
+def low_confidence(step: Step) -> Choice:
     """LLaDA Alg. 5: the most confident predictions stay."""
-    return step.confidence
+    return step.confidence, step.quota
 
 
-def random_order(step: Step) -> Tensor:
+def random_order(step: Step) -> Choice:
     """LLaDA Alg. 4: any-order ancestral sampling."""
-    device = step.confidence.device if step.generator is None else step.generator.device
-    return torch.rand(step.confidence.shape, generator=step.generator, device=device).to(step.confidence.device)
+    return step.padded(step.noise()), step.quota
 
 
-POLICIES: dict[str, Callable[[Step], Tensor]] = {"low_confidence": low_confidence, "random": random_order}
+def margin(step: Step) -> Choice:
+    """The largest lead of the likeliest token over the second stays."""
+    first, second = step.logits.float().softmax(dim=-1).topk(2, dim=-1).values.unbind(dim=-1)
+    return step.padded(first - second), step.quota
+
+
+def entropy(step: Step) -> Choice:
+    """The distributions of least entropy stay."""
+    return -step.padded(torch.special.entr(step.logits.float().softmax(dim=-1)).sum(dim=-1)), step.quota
+
+
+def left_to_right(step: Step) -> Choice:
+    """The order of reading."""
+    return -torch.arange(step.masked.shape[1], device=step.masked.device).expand(step.masked.shape).float(), step.quota
+
+
+def threshold(step: Step) -> Choice:
+    """Fast-dLLM: all predictions at least as confident as the threshold stay."""
+    confident = (step.masked & (step.confidence >= step.threshold)).sum(dim=1)
+    return step.confidence, confident.minimum(step.budget)
+
+
+def factor(step: Step) -> Choice:
+    """Fast-dLLM, Theorem 1: the n most confident stay, n the largest with c_(n) >= 1 - factor / (n + 1)."""
+    ranked = step.confidence.masked_fill(~step.masked, -torch.inf).sort(dim=1, descending=True).values
+    n = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
+    confident = (n * (ranked >= 1 - step.factor / (n + 1))).amax(dim=1)
+    return step.confidence, confident.minimum(step.budget)
+
+
+POLICIES: dict[str, Callable[[Step], Choice]] = {
+    "low_confidence": low_confidence,
+    "random": random_order,
+    "threshold": threshold,
+    "factor": factor,
+    "margin": margin,
+    "entropy": entropy,
+    "left_to_right": left_to_right,
+}
 
 
 def commit(policy: str, step: Step) -> Tensor:
-    """bool (B, L): the `quota` best masked positions of every row; ties go to the left."""
-    rank = (
-        POLICIES[policy](step)
-        .masked_fill(~step.masked, -torch.inf)
-        .argsort(dim=1, descending=True, stable=True)
-        .argsort(dim=1)
-    )
-    return step.masked & (rank < step.quota)
+    """bool (R, W): the masked positions of every row that are kept; ties go to the left."""
+    keys, numbers = POLICIES[policy](step)
+    keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)
+    rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return step.masked & (rank < numbers.clamp(min=1)[:, None])
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:

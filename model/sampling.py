@@ -1,29 +1,82 @@
-"""From logits to candidate tokens."""
+"""From logits to candidate tokens. Shapes: N positions, V vocabulary."""
 
 import math
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def sample_tokens(
-    logits: Tensor, temperature: float = 0.0, top_k: int = 0, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """logits (..., V) -> tokens (...,) and the model's own probability of each (...,) float32.
+class Draw(NamedTuple):
+    """How a token is drawn from its logits."""
 
-    temperature 0 is argmax; otherwise Gumbel-max over the `top_k` likeliest (0 = all), in float64: lower precision
-    truncates the tail of the distribution (arXiv:2409.02908). The probability is that of the plain softmax, at
-    temperature 1.
+    temperature: float  # 0 = the likeliest token
+    top_k: int  # among the k likeliest (0 = all)
+    top_p: float  # among the fewest whose probabilities, tempered, add up to p
+    repeat_penalty: float  # logit taken off for each earlier occurrence nearby (0 = none)
+    repeat_window: int  # positions that are nearby
+
+
+def require_draw(draw: Draw, prefix: str, temperature: str) -> None:
+    """ValueError for an impossible number; flags are `prefix` and the field, but for the name of the temperature."""
+    values = {temperature: draw.temperature, "top-k": draw.top_k, "repeat-penalty": draw.repeat_penalty}
+    for name, value in values.items():
+        if value < 0:
+            raise ValueError(f"{prefix}{name} must not be negative, not {value}")
+    if not 0 < draw.top_p <= 1:
+        raise ValueError(f"{prefix}top-p must be in (0, 1], not {draw.top_p}")
+    if draw.repeat_window < 1:
+        raise ValueError(f"{prefix}repeat-window must be at least 1, not {draw.repeat_window}")
+
+
+def sample_tokens(
+    logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, uniform: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """logits (N, V) -> tokens (N,) and the model's own probability of each (N,) float32.
+
+    temperature 0 is argmax; otherwise Gumbel-max with the float64 noise `uniform` (N, V) in [0, 1), over the `top_k`
+    likeliest and of these the fewest that hold `top_p` of the tempered mass: lower precision truncates the tail of the
+    distribution (arXiv:2409.02908). The probability is that of the plain softmax: temperature 1, all tokens.
     """
     if logits.device.type == "mps":  # has no float64
-        return tuple(x.to(logits.device) for x in sample_tokens(logits.cpu(), temperature, top_k, generator))
+        return tuple(x.to(logits.device) for x in sample_tokens(logits.cpu(), temperature, top_k, top_p, uniform))
     probabilities = logits.float().softmax(dim=-1)
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        scaled = logits.double() / temperature
-        if 0 < top_k < scaled.shape[-1]:
-            scaled = scaled.masked_fill(scaled < scaled.topk(top_k, dim=-1).values[..., -1:], -math.inf)
-        uniform = torch.rand(scaled.shape, generator=generator, device=scaled.device, dtype=torch.float64)
-        tokens = (scaled - torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))).argmax(dim=-1)
-    return tokens, probabilities.gather(-1, tokens[..., None])[..., 0]
+        scaled, size = logits.double() / temperature, logits.shape[-1]
+        if top_p < 1 or 0 < top_k < size:
+            scaled, kept = scaled.topk(min(top_k or size, size), dim=-1)
+            mass_before = F.pad(scaled.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
+            scaled = scaled.masked_fill(mass_before >= top_p, -math.inf)
+            tokens = kept.gather(-1, _gumbel_argmax(scaled, uniform.gather(-1, kept)))[:, 0]
+        else:
+            tokens = _gumbel_argmax(scaled, uniform)[:, 0]
+    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0]
+
+
+def _gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(N, 1): distributed as the softmax of logits (N, V) if the noise (N, V) is uniform."""
+    noise = -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float64).tiny)))
+    return (logits + noise).argmax(dim=-1, keepdim=True)
+
+
+def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
+    """Logits of p(.|prompt)^(1+w) / p(.)^w, up to a constant, w = `scale`: unsupervised classifier-free guidance
+    (LLaDA Eq. 16)."""
+    return (1 + scale) * conditional - scale * unconditional
+
+
+def penalise_repeats(
+    logits: Tensor, ids: Tensor, written: Tensor, columns: Tensor, penalty: float, window: int, exempt: int
+) -> Tensor:
+    """logits (N, V), each token's lowered by `penalty` for every time it was written near the position.
+
+    The position is columns[i] of the row ids[i], ids (N, L); what counts are the `written` (N, L) positions at most
+    `window` away. The token `exempt`, EOS, keeps its logit.
+    """
+    near = written & ((torch.arange(ids.shape[1], device=ids.device) - columns[:, None]).abs() <= window)
+    counts = torch.zeros_like(logits).scatter_add_(1, ids, near.to(logits.dtype))
+    counts[:, exempt] = 0
+    return logits - penalty * counts

@@ -1,26 +1,59 @@
-"""One prompt through a decoder, timed: the text as a user would see it, and what it cost."""
+"""Prompts through a decoder, timed: the text as a user would see it, and what it cost."""
 
+import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 
-from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode
-from model.decode import Decoded, SamplingConfig
+from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode, encode_chat
+from model.decode import Canvas, ContinuationConfig, Decoded, DecodingStep, DenoisingConfig, SamplingConfig
+from model.decode import decode as fill
 from model.transformer import Transformer
+from scripts.engine.evaluation import Loaded
 from scripts.engine.runtime import RuntimeConfig
+
+BLANK = re.compile("_{3,}")
+
+Conversation = Sequence[dict[str, str]]
+Prompt = str | Conversation  # a text to go on with, or a conversation to answer
+Observe = Callable[[Canvas], Callable[[DecodingStep], None]]  # told the canvas, gives what sees every step of it
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How a prompt is put to the model."""
+
+    chat_wrap: Annotated[
+        bool | None, "put it into the chat template (none: if the checkpoint was trained on conversations)"
+    ] = None
+
+    def wraps(self, loaded: Loaded) -> bool:
+        return loaded.speaks_chat if self.chat_wrap is None else self.chat_wrap
+
+    def put(self, text: str, loaded: Loaded) -> Prompt:
+        """The text itself, or the conversation that it opens."""
+        return [{"role": "user", "content": text}] if self.wraps(loaded) else text
+
+    def replied_to(self, text: str | None, loaded: Loaded) -> Conversation | None:
+        """The conversation that an infilled text replies to; None, and no prompt, outside the chat template."""
+        if self.wraps(loaded) and text is None:
+            raise ValueError("--infill in the chat template needs --prompt, which it replies to; or --no-chat-wrap")
+        if not self.wraps(loaded) and text is not None:
+            raise ValueError("--prompt has no effect on --infill outside the chat template (--chat-wrap); leave it out")
+        return None if text is None else self.put(text, loaded)
 
 
 @dataclass(frozen=True)
 class Generation:
-    prompt: str
-    text: str  # the continuation, up to EOS
-    num_tokens: int  # up to EOS, that included
-    ended: bool  # EOS was produced
-    num_forward_passes: int
-    seconds: float
+    prompt: str  # what the user wrote; where blanks were filled, the text with its blanks
+    text: str  # the continuation up to EOS, or the text with its blanks filled
+    num_tokens: int  # written: up to EOS, that included, or in the blanks
+    ended: bool  # EOS was produced, or stands behind the blanks
+    num_forward_passes: int  # those that the row would take alone
+    seconds: float  # of the whole batch
 
     def report(self) -> str:
         return (
@@ -31,15 +64,37 @@ class Generation:
         )
 
 
+def idle_sampling_flags(*configs: SamplingConfig | DenoisingConfig) -> dict[str, tuple[bool, str]]:
+    """For `refuse_idle`: the flags of sampling that have an effect only with another one's value."""
+    needs: dict[str, tuple[bool, str]] = {}
+    for config in configs:
+        prefix, temperature = ("gen", "temp") if isinstance(config, DenoisingConfig) else ("ar", "temperature")
+        random = config.draw.temperature > 0, f"a positive --{prefix}-{temperature}"
+        needs |= {f"{prefix}_top_k": random, f"{prefix}_top_p": random}
+        needs[f"{prefix}_repeat_window"] = config.draw.repeat_penalty > 0, f"a positive --{prefix}-repeat-penalty"
+        if isinstance(config, DenoisingConfig):
+            policy, capped = config.gen_remasking, "--gen-remasking threshold or factor"
+            needs["gen_confidence_threshold"] = policy == "threshold", "--gen-remasking threshold"
+            needs["gen_factor"] = policy == "factor", "--gen-remasking factor"
+            for name in ("gen_cap_start_ratio", "gen_cap_end_ratio", "gen_max_decode_per_step"):
+                needs[name] = policy in ("threshold", "factor"), capped
+    return needs
+
+
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, sampling: SamplingConfig, max_length: int
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int
 ) -> list[int]:
-    """BOS and the prompt's ids. ValueError if with the continuation they exceed `max_length`, the canvas trained on."""
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
-    if len(ids) + sampling.max_new_tokens > max_length:
+    """BOS and the text's ids, or the conversation's up to the open turn of the assistant.
+
+    Never cut: ValueError if with the continuation they exceed `max_length`, the canvas trained on.
+    """
+    if isinstance(prompt, str):
+        ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
+    else:
+        ids = encode_chat(tokenizer, prompt, add_generation_prompt=True)
+    if len(ids) + max_new_tokens > max_length:
         raise ValueError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {sampling.max_new_tokens} "
-            f"exceed --max-seq-len {max_length}"
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed --max-seq-len {max_length}"
         )
     return ids
 
@@ -47,22 +102,117 @@ def prompt_tokens(
 def generate(
     model: Transformer,
     tokenizer: PreTrainedTokenizerFast,
-    prompt: str,
-    sampling: SamplingConfig,
+    prompt: Prompt,
+    continuation: ContinuationConfig,
+    config: SamplingConfig | DenoisingConfig,
     runtime: RuntimeConfig,
     max_length: int,
-    decoder: Callable[..., Decoded],
-    *settings: Any,
+    observe: Observe | None = None,
 ) -> Generation:
-    """Continue BOS + prompt with `decoder(model, prompt_ids, sampling, *settings, generator)`."""
-    ids = prompt_tokens(tokenizer, prompt, sampling, max_length)
-    prompt_ids = torch.tensor([ids], device=runtime.torch_device)
+    """Continue a text, or answer a conversation, as `config` says, `observe` looking on."""
+    return generate_batch(model, tokenizer, [prompt], continuation, config, runtime, max_length, observe)[0]
+
+
+def generate_batch(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[Prompt],
+    continuation: ContinuationConfig,
+    config: SamplingConfig | DenoisingConfig,
+    runtime: RuntimeConfig,
+    max_length: int,
+    observe: Observe | None = None,
+) -> list[Generation]:
+    """`generate` for several prompts that share forward passes; prompt i is sampled with the seed plus i."""
+    rows = [prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, max_length) for prompt in prompts]
+    canvas = Canvas.continuing(rows, continuation.max_new_tokens, model.config, runtime.torch_device)
+    decoded, seconds = decode_timed(
+        model, canvas, config, row_seeds(continuation, runtime, len(rows)), runtime, observe
+    )
+    return [
+        Generation(
+            prompt=prompt if isinstance(prompt, str) else prompt[-1]["content"],
+            text=decode(tokenizer, new),
+            num_tokens=len(new),
+            ended=ended,
+            num_forward_passes=passes,
+            seconds=seconds,
+        )
+        for prompt, new, ended, passes in zip(prompts, decoded.new, decoded.ended, decoded.row_passes, strict=True)
+    ]
+
+
+def infill(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    blank_tokens: int,
+    conversation: Conversation | None,
+    continuation: ContinuationConfig,
+    config: DenoisingConfig,
+    runtime: RuntimeConfig,
+    max_length: int,
+    observe: Observe | None = None,
+) -> Generation:
+    """Fill the blanks of a text; see `text_with_blanks`."""
+    row, start = text_with_blanks(tokenizer, text, blank_tokens, conversation)
+    if len(row) > max_length:
+        raise ValueError(f"the text with its blanks is {len(row)} tokens long, more than --max-seq-len {max_length}")
+    canvas = Canvas.infilling([row], model.config, runtime.torch_device)
+    decoded, seconds = decode_timed(model, canvas, config, row_seeds(continuation, runtime, 1), runtime, observe)
+    filled = decode(tokenizer, decoded.canvas[0, start:-1].tolist())
+    return Generation(text, filled, len(decoded.new[0]), True, decoded.num_forward_passes, seconds)
+
+
+def text_with_blanks(
+    tokenizer: PreTrainedTokenizerFast, text: str, blank_tokens: int, conversation: Conversation | None = None
+) -> tuple[list[int | None], int]:
+    """Ids of a text, `blank_tokens` None for each run of three or more underscores, and where the text begins.
+
+    The text is a document of its own, BOS before and EOS behind it, or the assistant's reply to `conversation`, EOS
+    behind it. What stands between blanks is tokenised apart. ValueError without a blank.
+    """
+    pieces = BLANK.split(text)
+    if len(pieces) == 1:
+        raise ValueError("--infill has no blank: write ___ (three or more underscores) where text is missing")
+    if conversation is None:
+        row: list[int | None] = [tokenizer.bos_token_id]
+    else:
+        row = [*encode_chat(tokenizer, conversation, add_generation_prompt=True)]
+    start = len(row)
+    for i, piece in enumerate(pieces):
+        row += [None] * (blank_tokens if i else 0) + encode(tokenizer, piece)
+    return [*row, tokenizer.eos_token_id], start
+
+
+def row_seeds(continuation: ContinuationConfig, runtime: RuntimeConfig, num_rows: int) -> list[int]:
+    """Row i has the seed plus i."""
+    first = runtime.seed if continuation.gen_seed is None else continuation.gen_seed
+    return [first + i for i in range(num_rows)]
+
+
+def decode_timed(
+    model: Transformer,
+    canvas: Canvas,
+    config: SamplingConfig | DenoisingConfig,
+    seeds: Sequence[int],
+    runtime: RuntimeConfig,
+    observe: Observe | None = None,
+) -> tuple[Decoded, float]:
+    """The filled canvas, and the seconds that took, until the device had done its work."""
     model.eval()
+    watch = None if observe is None else observe(canvas)
+    _synchronise(runtime.torch_device)
     started = time.perf_counter()
     with runtime.autocast():
-        result = decoder(model, prompt_ids, sampling, *settings, generator=runtime.generator(sampling.gen_seed))
-    new = result.tokens[0, len(ids) :].tolist()
-    seconds = time.perf_counter() - started
-    ended = tokenizer.eos_token_id in new
-    kept = new[: new.index(tokenizer.eos_token_id) + 1] if ended else new
-    return Generation(prompt, decode(tokenizer, kept), len(kept), ended, result.num_forward_passes, seconds)
+        decoded = fill(model, canvas, config, seeds, watch)
+    _synchronise(runtime.torch_device)
+    return decoded, time.perf_counter() - started
+
+
+def _synchronise(device: torch.device) -> None:
+    """Wait for the work queued on the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

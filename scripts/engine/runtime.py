@@ -65,11 +65,6 @@ class RuntimeConfig:
             return nullcontext()
         return torch.autocast(self.torch_device.type, dtype=self.torch_dtype)
 
-    def generator(self, seed: int | None = None) -> torch.Generator:
-        """For sampling; on the host for MPS, which has no float64 to sample in."""
-        device = "cpu" if self.torch_device.type == "mps" else self.torch_device
-        return torch.Generator(device).manual_seed(self.seed if seed is None else seed)
-
     def describe(self) -> str:
         name = (
             torch.cuda.get_device_name(self.torch_device)

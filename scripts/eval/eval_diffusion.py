@@ -1,7 +1,9 @@
-"""Use a diffusion checkpoint: continue a prompt by iterative denoising, evaluate a file, or score a given response.
+"""Use a diffusion checkpoint: continue a prompt by denoising, fill blanks, evaluate a file, or score a response.
 
     uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
         --prompt "Once upon a time"
+    uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
+        --infill "Once upon a time there was ___, and in the end ___."
     uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
         --eval-data dataset/val.jsonl
     uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
@@ -12,20 +14,22 @@ The network's shape comes from the checkpoint; no flag describes it.
 
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated
+from typing import Annotated, Any
 
-from model.decode import DenoisingConfig, SamplingConfig, decode_diffusion
+from model.decode import ContinuationConfig, DenoisingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import (
     CheckpointConfig,
+    Loaded,
     as_json,
     circumstances,
     evaluate_file,
     masked_cross_entropy,
     response_likelihood,
 )
-from scripts.engine.generation import generate
+from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, infill
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
 
 
@@ -34,6 +38,10 @@ class Request:
     """What to do."""
 
     prompt: Annotated[str | None, "text to continue, or the condition of --cond-ll-response"] = None
+    infill: Annotated[str | None, "text whose blanks (___) are filled; in the chat template, the reply to --prompt"] = (
+        None
+    )
+    blank_tokens: Annotated[int, "tokens in place of each blank"] = 8
     cond_ll_response: Annotated[
         str | None, "instead of generating, the log-likelihood of this response to --prompt"
     ] = None
@@ -46,50 +54,45 @@ class Request:
     def __post_init__(self):
         if self.cond_ll_response is not None and self.prompt is None:
             raise ValueError("--cond-ll-response needs --prompt (which may be empty)")
+        if self.cond_ll_response is not None and self.infill is not None:
+            raise ValueError("--cond-ll-response scores a response, --infill writes one; give one of them")
+        if self.blank_tokens < 1:
+            raise ValueError(f"--blank-tokens must be at least 1, not {self.blank_tokens}")
         if self.cond_ll_nmc < 1:
             raise ValueError(f"--cond-ll-nmc must be at least 1, not {self.cond_ll_nmc}")
         if self.eval_mask_ratio is not None and not 0 < self.eval_mask_ratio <= 1:
             raise ValueError(f"--eval-mask-ratio must be in (0, 1], not {self.eval_mask_ratio}")
 
+    @property
+    def generating(self) -> bool:
+        return self.infill is not None or (self.prompt is not None and self.cond_ll_response is None)
+
 
 def main(argv: list[str] | None = None) -> None:
-    request, checkpoint, data, sampling, denoising, runtime, given = parse_args(
+    request, checkpoint, data, prompting, continuation, denoising, tracing, runtime, given = parse_args(
         __doc__,
         Request,
         CheckpointConfig,
         DataEvalConfig,
-        SamplingConfig,
+        PromptConfig,
+        ContinuationConfig,
         DenoisingConfig,
+        TraceConfig,
         RuntimeConfig,
         argv=argv,
     )
-    if request.prompt is None and data.eval_data is None:
-        raise ValueError("nothing to do: give --prompt, --eval-data or both")
-    generating = request.prompt is not None and request.cond_ll_response is None, "a --prompt to continue"
-    refuse_idle(given, **{f.name: generating for f in (*fields(SamplingConfig), *fields(DenoisingConfig))})
-    reading = data.eval_data is not None, "--eval-data"
-    refuse_idle(
-        given,
-        **dict.fromkeys(("jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples"), reading),
-    )
-    scoring = request.cond_ll_response is not None, "--cond-ll-response"
-    held_out = data.eval_split == "validation", "--eval-split validation"
-    refuse_idle(given, eval_mask_ratio=reading, cond_ll_nmc=scoring, val_fraction=held_out)
-    model, tokenizer, _ = checkpoint.load(runtime)
+    if request.prompt is None and request.infill is None and data.eval_data is None:
+        raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
+    refuse_unused(request, data, denoising, given)
+    loaded = checkpoint.load(runtime)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.attention != "full":
         raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
-    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling, denoising)
-    lines = []
+    configs = checkpoint, data, prompting, continuation, denoising
+    result, lines = circumstances(runtime, tokenizer, data.eval_data, *configs), []
     if request.cond_ll_response is not None:
-        score = response_likelihood(
-            model,
-            tokenizer,
-            request.prompt,
-            request.cond_ll_response,
-            request.cond_ll_nmc,
-            checkpoint.max_seq_len,
-            runtime,
-        )
+        scored = request.prompt, request.cond_ll_response, request.cond_ll_nmc, checkpoint.max_seq_len
+        score = response_likelihood(model, tokenizer, *scored, runtime, prompting.wraps(loaded))
         result["conditional"] = score
         error = score["mask_standard_error"]  # none for a single mask
         shown = "" if error is None else f" +- {error:.4f}"
@@ -97,12 +100,13 @@ def main(argv: list[str] | None = None) -> None:
             f"log p(response | prompt) >= {score['log_likelihood']:.4f}{shown} nats "
             f"({score['tokens']} tokens, {request.cond_ll_nmc} masks)"
         )
-    elif request.prompt is not None:
-        made = generate(
-            model, tokenizer, request.prompt, sampling, runtime, checkpoint.max_seq_len, decode_diffusion, denoising
-        )
+    elif request.generating:
+        recorder = Recorder(tokenizer, tracing.trace)
+        observe = recorder.observer(prompt=request.infill or request.prompt, checkpoint=checkpoint.checkpoint)
+        more = continuation, denoising, runtime, checkpoint.max_seq_len, observe
+        made = write(request, prompting, loaded, *more)
         result["generation"] = asdict(made)
-        lines.append(made.report())
+        lines += [made.report(), *recorder.write()]
     if data.eval_data is not None:
         likelihood = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
         result["likelihood"] = as_json(likelihood)
@@ -112,6 +116,33 @@ def main(argv: list[str] | None = None) -> None:
         result["masked_cross_entropy"] = {"mask_ratio": request.eval_mask_ratio, "nats_per_masked_token": loss}
         lines.append(f"at a mask ratio of {request.eval_mask_ratio}: {loss:.4f} nats per masked token (no likelihood)")
     print(json.dumps(result, ensure_ascii=False) if request.json else "\n".join(lines))
+
+
+def refuse_unused(request: Request, data: DataEvalConfig, denoising: DenoisingConfig, given: frozenset[str]) -> None:
+    """ValueError for typed flags that would be ignored."""
+    names = [f.name for group in (ContinuationConfig, DenoisingConfig, TraceConfig) for f in fields(group)]
+    refuse_idle(given, **dict.fromkeys(names, (request.generating, "a --prompt to continue or an --infill")))
+    refuse_idle(given, chat_wrap=(request.prompt is not None or request.infill is not None, "--prompt or --infill"))
+    refuse_idle(given, **idle_sampling_flags(denoising))
+    continuing = request.infill is None, "a continuation; the blanks of --infill have a length and no end"
+    refuse_idle(given, max_new_tokens=continuing, gen_eos=continuing)
+    reading = data.eval_data is not None, "--eval-data"
+    names = ("jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples", "eval_mask_ratio")
+    refuse_idle(given, **dict.fromkeys(names, reading))
+    refuse_idle(
+        given,
+        blank_tokens=(request.infill is not None, "--infill"),
+        cond_ll_nmc=(request.cond_ll_response is not None, "--cond-ll-response"),
+        val_fraction=(data.eval_split == "validation", "--eval-split validation"),
+    )
+
+
+def write(request: Request, prompting: PromptConfig, loaded: Loaded, *more: Any) -> Generation:
+    """The prompt continued, or the blanks filled."""
+    if request.infill is None:
+        return generate(loaded.model, loaded.tokenizer, prompting.put(request.prompt, loaded), *more)
+    blanks = request.infill, request.blank_tokens, prompting.replied_to(request.prompt, loaded)
+    return infill(loaded.model, loaded.tokenizer, *blanks, *more)
 
 
 if __name__ == "__main__":

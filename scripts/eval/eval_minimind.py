@@ -9,14 +9,15 @@ The network's shape comes from the checkpoint; no flag describes it.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated
 
-from model.decode import SamplingConfig, decode_autoregressive
+from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
-from scripts.engine.generation import generate
+from scripts.engine.generation import PromptConfig, generate, idle_sampling_flags
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
 
 
@@ -29,36 +30,46 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> None:
-    request, checkpoint, data, sampling, runtime, given = parse_args(
+    request, checkpoint, data, prompting, continuation, sampling, tracing, runtime, given = parse_args(
         __doc__,
         Request,
         CheckpointConfig,
         DataEvalConfig,
+        PromptConfig,
+        ContinuationConfig,
         SamplingConfig,
+        TraceConfig,
         RuntimeConfig,
         argv=argv,
     )
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
     prompted, read = (request.prompt is not None, "--prompt"), (data.eval_data is not None, "--eval-data")
-    refuse_idle(given, max_new_tokens=prompted, temperature=prompted, top_k=prompted, gen_seed=prompted)
+    generating = [
+        f.name for group in (PromptConfig, ContinuationConfig, SamplingConfig, TraceConfig) for f in fields(group)
+    ]
+    refuse_idle(given, **dict.fromkeys(generating, prompted))
+    refuse_idle(given, **idle_sampling_flags(sampling))
     refuse_idle(given, jsonl_field=read, eval_split=read, eval_batch_size=read, eval_max_batches=read)
     refuse_idle(
         given,
         val_fraction=(data.eval_split == "validation", "--eval-split validation"),
         num_samples=(False, "a diffusion model"),
     )
-    model, tokenizer, _ = checkpoint.load(runtime)
+    loaded = checkpoint.load(runtime)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.attention != "causal":
         raise ValueError(f"{checkpoint.checkpoint} was trained by diffusion; use scripts.eval.eval_diffusion")
-    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, sampling)
+    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, prompting, continuation, sampling)
     if request.prompt is not None:
-        made = generate(
-            model, tokenizer, request.prompt, sampling, runtime, checkpoint.max_seq_len, decode_autoregressive
-        )
+        prompt = prompting.put(request.prompt, loaded)
+        recorder = Recorder(tokenizer, tracing.trace)
+        observe = recorder.observer(prompt=request.prompt, checkpoint=checkpoint.checkpoint)
+        made = generate(model, tokenizer, prompt, continuation, sampling, runtime, checkpoint.max_seq_len, observe)
         result["generation"] = asdict(made)
+        saved = recorder.write()
         if not request.json:
-            print(made.report())
+            print("\n".join([made.report(), *saved]))
     if data.eval_data is not None:
         likelihood = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
         result["likelihood"] = as_json(likelihood)

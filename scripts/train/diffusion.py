@@ -26,10 +26,10 @@ from dataset.tokenizer import (
 )
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.decode import DenoisingConfig, SamplingConfig, decode_diffusion
+from model.decode import ContinuationConfig, DenoisingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.generation import generate, prompt_tokens
+from scripts.engine.generation import generate, idle_sampling_flags, prompt_tokens
 from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig, continues
 from scripts.engine.runtime import RuntimeConfig
@@ -56,11 +56,11 @@ class DiffusionRun:
 
 
 def main(argv: list[str] | None = None) -> None:
-    what, data, sampling, denoising, objective, *configs = parse_args(
+    what, data, continuation, denoising, objective, *configs = parse_args(
         __doc__,
         DiffusionRun,
         PretrainData,
-        SamplingConfig,
+        ContinuationConfig,
         DenoisingConfig,
         MaskedDiffusion,
         ModelConfig,
@@ -73,13 +73,13 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=4e-4,
     )
     configs = StageConfigs(*configs)
-    refuse_unused(what, configs)
+    refuse_unused(what, configs, denoising)
     tokenizer, is_new = find_tokenizer(what, data, configs)
     if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
-        least = replace(sampling, max_new_tokens=1)
-        room = data.max_seq_len - len(prompt_tokens(tokenizer, what.prompt, least, data.max_seq_len))
-        sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    prompt_tokens(tokenizer, what.prompt, sampling, data.max_seq_len)  # found out before the training, not after it
+        room = data.max_seq_len - len(prompt_tokens(tokenizer, what.prompt, 1, data.max_seq_len))
+        continuation = replace(continuation, max_new_tokens=min(continuation.max_new_tokens, room))
+    # Found out before the training, not after it.
+    prompt_tokens(tokenizer, what.prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
         build = partial(PretrainDataset, data, tokenizer)
         keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
@@ -89,20 +89,19 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = load_model(configs.run.exported_path, configs.runtime.torch_device, tokenizer=fingerprint(tokenizer))
         model.set_context(data.max_seq_len)
-    made = generate(
-        model, tokenizer, what.prompt, sampling, configs.runtime, data.max_seq_len, decode_diffusion, denoising
-    )
+    made = generate(model, tokenizer, what.prompt, continuation, denoising, configs.runtime, data.max_seq_len)
     print(made.report())
 
 
-def refuse_unused(what: DiffusionRun, configs: StageConfigs) -> None:
+def refuse_unused(what: DiffusionRun, configs: StageConfigs, denoising: DenoisingConfig) -> None:
     """ValueError for typed flags that would be ignored."""
     generating = {
-        f.name for group in (DiffusionRun, SamplingConfig, DenoisingConfig, RuntimeConfig) for f in fields(group)
+        f.name for group in (DiffusionRun, ContinuationConfig, DenoisingConfig, RuntimeConfig) for f in fields(group)
     }
     generating |= {"tokenizer_dir", "max_seq_len", "run_name", "save_dir", "weights_path"}
     if not what.train:
         refuse_idle(configs.given, **dict.fromkeys(sorted(configs.given - generating), (False, "--train")))
+    refuse_idle(configs.given, **idle_sampling_flags(denoising))
     ready_made = what.use_tokenizer and not what.retrain_tokenizer
     refuse_idle(
         configs.given,

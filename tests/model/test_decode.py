@@ -1,52 +1,41 @@
+"""Whole texts: against decoders written with plain loops, in batches, in every setting."""
+
 import math
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from model.decode import DenoisingConfig, SamplingConfig, decode_autoregressive, decode_diffusion, denoise
-from model.remasking import Step, commit, transfer_schedule
-from model.sampling import sample_tokens
+from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, decode
+from model.remasking import POLICIES
+from tests.model.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
 
-GREEDY = SamplingConfig(max_new_tokens=8, temperature=0.0)
-
-
-@pytest.mark.parametrize("n", range(0, 12))
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 20])
-def test_the_transfer_schedule_spreads_all_tokens_evenly(n, steps):
-    schedule = transfer_schedule(n, steps)
-    assert sum(schedule) == n and schedule == sorted(schedule, reverse=True)
-    assert not schedule or max(schedule) - min(schedule) <= 1 and min(schedule) >= 1
-    assert len(schedule) == min(n, steps)
+AR_GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
+AR_HOT = SamplingConfig(ar_temperature=1.0, ar_top_k=12, ar_top_p=0.95, ar_repeat_penalty=0.5, ar_repeat_window=3)
 
 
-def test_greedy_cached_decoding_equals_recomputing_every_prefix(tiny_model):
-    model, tokens = tiny_model(), torch.randint(4, 24, (1, 5))
-    decoded = decode_autoregressive(model, tokens, GREEDY)
-    for _ in range(decoded.num_forward_passes):
-        logits = model(tokens, is_causal=True)[:, -1].index_fill(-1, torch.tensor([3]), -math.inf)
-        tokens = torch.cat([tokens, logits.argmax(-1, keepdim=True)], dim=1)
-    assert torch.equal(decoded.tokens, tokens)
+def row_of(canvas, row):
+    """The row alone, without padding."""
+    length = int(canvas.lengths[row])
+    alone = slice(row, row + 1), slice(0, length)
+    return Canvas(canvas.ids[alone], canvas.open[alone], canvas.lengths[row : row + 1], canvas.may_end)
 
 
-def test_a_batch_decodes_as_its_rows_do_alone(tiny_model):
-    prompts = torch.randint(4, 24, (4, 5))
-    for model, decode, more in (
-        (tiny_model(), decode_autoregressive, ()),
-        (tiny_model(attention="full"), decode_diffusion, (DenoisingConfig(gen_steps=4),)),
-    ):
-        together = decode(model, prompts, GREEDY, *more).tokens
-        for row in range(4):
-            alone = decode(model, prompts[row : row + 1], GREEDY, *more).tokens[0]
-            assert torch.equal(together[row, : len(alone)], alone)
-            assert (together[row, len(alone) :] == model.config.eos_token_id).all()
+# -- one row, against decoders written with plain loops ----------------------------------------------------------------
 
 
-def reference_decoder(model, prompt, new, steps, block):
-    """LLaDA's sampler written out with plain loops: one row, greedy, low confidence."""
-    mask_id, canvas = model.config.mask_token_id, prompt.tolist() + [3] * new
+def penalised(logits, canvas, written, position, config):
+    for j in written:
+        if abs(j - position) <= config.gen_repeat_window and canvas[j] != EOS:
+            logits[canvas[j]] -= config.gen_repeat_penalty
+    return logits
+
+
+def reference_denoiser(model, prompt, new, config):
+    """LLaDA's sampler written out: one row, greedy, low confidence. (canvas, {position: probability}) per step."""
+    steps, block = config.gen_steps, config.gen_block_size or new
+    canvas, written, states = prompt + [MASK] * new, set(), []
     blocks = math.ceil(new / block)
-    order = []
     for b in range(blocks):
         low, high = len(prompt) + b * block, min(len(prompt) + (b + 1) * block, len(prompt) + new)
         share = max(1, steps * (b + 1) // blocks - steps * b // blocks)
@@ -54,118 +43,245 @@ def reference_decoder(model, prompt, new, steps, block):
         for j in range(share):
             quota = (high - low) // share + (j < (high - low) % share)
             logits = model(torch.tensor([canvas]))[0]
-            logits[:, mask_id] = -math.inf
             candidates = []
             for i in range(low, high):
-                if canvas[i] == mask_id:
-                    p = logits[i].softmax(-1)
+                if canvas[i] == MASK:
+                    own = penalised(logits[i], canvas, written, i, config)
+                    own[MASK] = -math.inf
+                    p = own.softmax(-1)
                     candidates.append((-p.max().item(), i, int(p.argmax())))
-            for _, i, token in sorted(candidates)[:quota]:
+            chosen = sorted(candidates)[:quota]
+            for _, i, token in chosen:
                 canvas[i] = token
-                order.append(i)
-    return canvas, order
+                written.add(i)
+            states.append((list(canvas), {i: -p for p, i, _ in chosen}))
+    return states
 
 
-@pytest.mark.parametrize("steps", [1, 3, 8, 20])
-@pytest.mark.parametrize("block", [0, 1, 3, 4, 8])
-def test_greedy_denoising_equals_a_decoder_written_with_plain_loops(steps, block, tiny_model):
-    model, prompt = tiny_model(attention="full"), torch.randint(4, 24, (1, 5))
-    with torch.no_grad():
-        expected, order = reference_decoder(model, prompt[0], 8, steps, block or 8)
-    settings = DenoisingConfig(gen_steps=steps, gen_block_size=block)
-    states = list(denoise(model, prompt, GREEDY, settings))
-    assert states[-1].canvas[0].tolist() == expected
-    committed = [set(s.committed[0].nonzero()[:, 0].tolist()) for s in states]
-    assert [i for group in committed for i in sorted(group, key=order.index)] == order
+def has_ended(prompt, canvas):
+    """An EOS is written and nothing to the left of it is open."""
+    for token in canvas[len(prompt) :]:
+        if token in (MASK, EOS):
+            return token == EOS
+    return False
 
 
-@pytest.mark.parametrize("remasking", ["low_confidence", "random"])
-def test_committed_tokens_never_change_and_no_mask_is_left(remasking, tiny_model):
-    model, prompt = tiny_model(attention="full"), torch.randint(4, 24, (2, 5))
-    settings = DenoisingConfig(gen_steps=5, gen_block_size=4, gen_remasking=remasking)
-    sampling = SamplingConfig(max_new_tokens=10, temperature=1.0, top_k=0)
-    known, previous = torch.zeros(2, 15, dtype=torch.bool), None
-    known[:, :5] = True
-    for state in denoise(model, prompt, sampling, settings, torch.Generator().manual_seed(1)):
-        assert torch.equal(state.canvas[:, :5], prompt)
-        if previous is not None:
-            assert torch.equal(state.canvas[known], previous[known])
-        assert not (state.committed & known).any()
-        known = known | state.committed
-        assert torch.equal(state.canvas == 3, ~known)
-        previous = state.canvas
-    assert known.all()
+@pytest.mark.parametrize("penalty, bias", [(0.0, 0.0), (0.0, 5.0), (2.0, 3.0)])
+@torch.no_grad()
+def test_greedy_denoising_equals_a_decoder_written_with_plain_loops(penalty, bias, ending_model):
+    """Token for token and commit for commit, for every block size and step count; it only stops where EOS says so."""
+    model, new = ending_model(bias, attention="full"), 5
+    stopped = 0
+    for prompt in ([1, 5, 5, 7], [1, 9]):
+        for block in range(new + 2):
+            for steps in (*range(1, new + 2), 20):
+                config = replace(
+                    GREEDY,
+                    gen_steps=steps,
+                    gen_block_size=block,
+                    gen_repeat_penalty=penalty,
+                    gen_repeat_window=2,
+                )
+                expected = reference_denoiser(model, prompt, new, config)
+                ends = [i for i, (canvas, _) in enumerate(expected) if has_ended(prompt, canvas)]
+                expected = expected[: ends[0] + 1] if ends else expected
+                found = []
+                decoded = decode(model, continuing(model, [prompt], new), config, [0], found.append)
+                assert [step.canvas[0].tolist() for step in found] == [canvas for canvas, _ in expected]
+                for step, (_, chosen) in zip(found, expected, strict=True):
+                    assert set(step.written[0].nonzero()[:, 0].tolist()) == set(chosen)
+                    for i, p in chosen.items():
+                        assert step.confidence[0, i].item() == pytest.approx(p, abs=1e-5)
+                last = expected[-1][0]
+                stopped += MASK in last
+                assert decoded.canvas[0].tolist() == [EOS if token == MASK else token for token in last]
+                text = last[len(prompt) :]
+                assert decoded.new[0] == (text[: text.index(EOS) + 1] if EOS in text else text)
+                assert decoded.ended[0] == (EOS in text) and decoded.num_forward_passes == len(expected)
+    assert stopped > 5 or not bias, "no row ended early"
 
 
-def test_one_by_one_sampling_in_random_order_follows_the_models_joint(tiny_model):
-    """Chi-squared of 3,000 samples against the exact probability of each sequence under random-order sampling."""
-    model, draws = tiny_model(vocab_size=4, attention="full"), 3000
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-        expected = Counter()
-        for order in ((0, 1), (1, 0)):
-            for first in range(3):
-                canvas = torch.tensor([[1, 3, 3]])
-                p = probabilities(model, canvas)[order[0] + 1]
-                canvas[0, order[0] + 1] = first
-                q = probabilities(model, canvas)[order[1] + 1]
-                for second in range(3):
-                    pair = (first, second) if order == (0, 1) else (second, first)
-                    expected[pair] += 0.5 * p[first].item() * q[second].item()
-        sampling = SamplingConfig(max_new_tokens=2, temperature=1.0, top_k=0)
-        settings = DenoisingConfig(gen_steps=2, gen_remasking="random")
-        out = decode_diffusion(
-            model, torch.ones(draws, 1, dtype=torch.long), sampling, settings, torch.Generator().manual_seed(0)
-        )
-    counts = Counter(tuple(row) for row in out.tokens[:, 1:].tolist())
-    chi_squared = sum((counts[pair] - draws * p) ** 2 / (draws * p) for pair, p in expected.items())
-    assert sum(expected.values()) == pytest.approx(1.0) and set(counts) <= set(expected)
-    assert chi_squared < 26.1  # 8 degrees of freedom, 0.1 %
+def test_what_early_stopping_leaves_out_is_behind_the_end(ending_model, monkeypatch):
+    """The text up to EOS is that of the full schedule."""
+    model = ending_model(4.0, attention="full")
+    for policy in POLICIES:
+        config = replace(HOT, gen_remasking=policy, gen_steps=6, gen_block_size=3)
+        short = decode(model, continuing(model), config, range(5))
+        with monkeypatch.context() as patch:
+            patch.setattr("model.canvas.Draft.write", written_to_the_end)
+            full = decode(model, continuing(model), config, range(5))
+        assert short.new == full.new and short.ended == full.ended
+        assert short.num_forward_passes <= full.num_forward_passes
+        assert sum(short.row_passes) < sum(full.row_passes), "no row ended early, so nothing was tested"
 
 
-def probabilities(model, canvas):
-    return model(canvas)[0].index_fill(-1, torch.tensor([3]), -math.inf).double().softmax(-1)
+def written_to_the_end(draft, rows, columns, tokens, confidence):
+    """Draft.write without an end other than the last open position."""
+    draft.ids[rows, columns] = tokens
+    draft.masked[rows, columns] = False
+    draft.rows = [row for row in draft.rows if draft.masked[row].any()]
 
 
-def test_sampling_follows_the_tempered_softmax_and_reports_the_plain_probability():
-    logits, generator = torch.tensor([2.0, 1.0, 0.0, -1.0]), torch.Generator().manual_seed(0)
-    for temperature, top_k in ((1.0, 0), (0.5, 0), (2.0, 3)):
-        tokens, confidence = sample_tokens(logits.expand(100_000, 4), temperature, top_k, generator)
-        scaled = logits / temperature
-        if top_k:
-            scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[top_k - 1], -math.inf)
-        frequency = torch.bincount(tokens, minlength=4) / 100_000
-        torch.testing.assert_close(frequency, scaled.softmax(0), rtol=0, atol=0.006)
-        torch.testing.assert_close(confidence, logits.softmax(0)[tokens])
+@pytest.mark.parametrize("penalty, window", [(0.0, 1), (3.0, 2), (3.0, 50)])
+@torch.no_grad()
+def test_greedy_cached_decoding_equals_recomputing_every_prefix(penalty, window, ending_model):
+    """A batch of unequal prompts against one row at a time without a cache; the prompt is never penalised."""
+    model = ending_model(2.0)
+    config = replace(AR_GREEDY, ar_repeat_penalty=penalty, ar_repeat_window=window)
+    decoded = decode(model, continuing(model), config, range(5))
+    for row, prompt in enumerate(PROMPTS):
+        new = []
+        while len(new) < 8 and EOS not in new:
+            logits = model(torch.tensor([prompt + new]), is_causal=True)[0, -1]
+            for token in new[-window:]:
+                logits[token] -= penalty
+            logits[MASK] = -math.inf
+            new.append(int(logits.argmax()))
+        assert decoded.new[row] == new and decoded.row_passes[row] == len(new)
+        assert decoded.ended[row] == (EOS in new)
+        assert decoded.canvas[row, : len(prompt) + 8].tolist() == prompt + new + [EOS] * (8 - len(new))
+    assert decoded.num_forward_passes == max(decoded.row_passes) > min(decoded.row_passes)
 
 
-def test_temperature_zero_is_argmax_and_small_temperatures_approach_it():
-    logits = torch.randn(500, 30)
-    assert torch.equal(sample_tokens(logits)[0], logits.argmax(-1))
-    assert (sample_tokens(logits, 1e-4)[0] == logits.argmax(-1)).all()
+# -- many rows: each as it would be alone ------------------------------------------------------------------------------
+
+CONFIGS = {f"{name} hot": replace(HOT, gen_remasking=name) for name in POLICIES}
+CONFIGS |= {f"{name} greedy": replace(GREEDY, gen_remasking=name, gen_block_size=3) for name in POLICIES}
+CONFIGS |= {
+    "guided": replace(HOT, gen_cfg_scale=0.7, gen_block_size=4),
+    "confident": replace(HOT, gen_remasking="threshold", gen_confidence_threshold=0.2, gen_cap_start_ratio=0.5),
+    "EOS last": replace(HOT, gen_eos="confidence", gen_block_size=3),
+    "never": replace(HOT, gen_eos="never"),
+    "AR greedy": AR_GREEDY,
+    "AR hot": AR_HOT,
+}
 
 
-def test_rare_tokens_can_be_drawn():
-    """float32 noise would cap the Gumbel near 16.6 and lose the tail; a token of probability 1e-4 must appear."""
-    logits = torch.zeros(2)
-    logits[1] = math.log(1e-4)
-    tokens, _ = sample_tokens(logits.expand(200_000, 2), 1.0, 0, torch.Generator().manual_seed(0))
-    assert 5 <= int(tokens.sum()) <= 45
+@pytest.mark.parametrize("filling", [continuing, infilling])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_batch_decodes_as_its_rows_do_alone_in_any_order(name, filling, ending_model):
+    config = CONFIGS[name]
+    autoregressive = isinstance(config, SamplingConfig)
+    if autoregressive and filling is infilling:
+        return  # it cannot
+    if not autoregressive:
+        config = replace(config, gen_steps=5)
+    model = ending_model(2.0, attention="causal" if autoregressive else "full")
+    canvas = filling(model)
+    seeds = [100 + row for row in range(len(canvas.ids))]
+    together = decode(model, canvas, config, seeds)
+    order = torch.randperm(len(seeds)).tolist()
+    shuffled = Canvas(canvas.ids[order], canvas.open[order], canvas.lengths[order], canvas.may_end)
+    mixed = decode(model, shuffled, config, [seeds[row] for row in order])
+    for row, seed in enumerate(seeds):
+        alone = decode(model, row_of(canvas, row), config, [seed])
+        place, length = order.index(row), int(canvas.lengths[row])
+        for one, i in ((together, row), (mixed, place)):
+            assert one.new[i] == alone.new[0] and one.ended[i] == alone.ended[0]
+            assert one.row_passes[i] == alone.row_passes[0] == alone.num_forward_passes
+            assert torch.equal(one.canvas[i, :length], alone.canvas[0])
+            assert (one.canvas[i, length:] == PAD).all()
+        assert together.num_forward_passes == max(together.row_passes)
 
 
-def test_ties_are_committed_from_the_left():
-    step = Step(torch.full((1, 5), 0.5), torch.tensor([[True, False, True, True, True]]), 2, None)
-    assert commit("low_confidence", step).tolist() == [[True, False, True, False, False]]
+@pytest.mark.parametrize("name", ["random hot", "low_confidence hot", "AR hot"])
+def test_the_seed_decides_the_text(name, tiny_model):
+    config = CONFIGS[name]
+    model = tiny_model(attention="causal" if isinstance(config, SamplingConfig) else "full")
+    texts = decode(model, continuing(model, [[1, 5]] * 3), config, [1, 2, 1]).new
+    assert texts[0] == texts[2] != texts[1]
 
 
-def test_decoders_refuse_the_other_kind_and_too_long_canvases(tiny_model):
-    prompt = torch.ones(1, 60, dtype=torch.long)
+@pytest.mark.parametrize("filling", [continuing, infilling])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_open_position_is_written_once_and_nothing_else_ever_changes(name, filling, ending_model):
+    config = CONFIGS[name]
+    autoregressive = isinstance(config, SamplingConfig)
+    if autoregressive and filling is infilling:
+        return  # it cannot
+    model = ending_model(1.0, attention="causal" if autoregressive else "full")
+    canvas = filling(model)
+    seen = []
+    decoded = decode(model, canvas, config, range(len(canvas.ids)), seen.append)
+    before, known = canvas.ids, ~canvas.open
+    for step in seen:  # all of them were made before any is looked at: each holds its own copy
+        assert step.written.any() and not (step.written & known).any()
+        assert torch.equal(step.canvas[~step.written], before[~step.written])
+        assert torch.equal(step.confidence > 0, step.written) and (step.confidence <= 1).all()
+        before, known = step.canvas, known | step.written
+        assert torch.equal(before == MASK, ~known)
+    assert torch.equal(decoded.canvas[known], before[known]) and (decoded.canvas[~known] == EOS).all()
+    assert torch.equal(decoded.canvas[~canvas.open], canvas.ids[~canvas.open])
+    for row, new in enumerate(decoded.new):
+        filled = decoded.canvas[row, canvas.open[row]].tolist()
+        assert new == (filled[: filled.index(EOS) + 1] if EOS in filled else filled) and MASK not in filled
+        assert decoded.ended[row] == (EOS in filled)
+    assert filling is continuing or (known.all() and not any(decoded.ended))
+    assert [s.num_forward_passes for s in seen] == sorted({s.num_forward_passes for s in seen})
+    assert seen[-1].num_forward_passes == decoded.num_forward_passes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_passes_counted_are_the_calls_of_the_network(name, ending_model, monkeypatch):
+    config = CONFIGS[name]
+    model = ending_model(1.0, attention="causal" if isinstance(config, SamplingConfig) else "full")
+    calls = spied(model, monkeypatch)
+    decoded = decode(model, continuing(model), config, range(5))
+    assert decoded.num_forward_passes == len(calls)
+    if not isinstance(config, SamplingConfig):  # rows that are finished are no longer computed
+        assert sum(len(ids) for ids in calls) == sum(decoded.row_passes)
+
+
+# -- the interface -----------------------------------------------------------------------------------------------------
+
+
+def test_decoding_in_bfloat16_reports_probabilities_in_float32(tiny_model):
+    for config, kind in ((AR_HOT, "causal"), (replace(HOT, gen_cfg_scale=0.5), "full")):
+        model, seen = tiny_model(attention=kind), []
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            decode(model, continuing(model), config, range(5), seen.append)
+        assert {step.confidence.dtype for step in seen} == {torch.float32}
+
+
+def test_decoders_refuse_the_other_kind_and_what_does_not_fit(tiny_model):
+    causal, full = tiny_model(), tiny_model(attention="full")
     with pytest.raises(ValueError, match="eval_diffusion"):
-        decode_autoregressive(tiny_model(attention="full"), prompt[:, :2], GREEDY)
+        decode(full, continuing(full), AR_GREEDY, range(5))
     with pytest.raises(ValueError, match="eval_minimind"):
-        decode_diffusion(tiny_model(), prompt[:, :2], GREEDY, DenoisingConfig())
+        decode(causal, continuing(causal), GREEDY, range(5))
     with pytest.raises(ValueError, match="at most 64"):
-        decode_autoregressive(tiny_model(), prompt, GREEDY)
+        Canvas.continuing([[1] * 60], 5, causal.config)
     with pytest.raises(ValueError, match="at most 64"):
-        decode_diffusion(tiny_model(attention="full"), prompt, GREEDY, DenoisingConfig())
+        Canvas.infilling([[1] * 60 + [None] * 5], causal.config)
+    with pytest.raises(ValueError, match="infilling needs one of diffusion"):
+        decode(causal, infilling(causal), AR_GREEDY, range(3))
+    with pytest.raises(ValueError, match="BOS"):
+        decode(causal, Canvas.continuing([[1], []], 3, causal.config), AR_GREEDY, range(2))
+    with pytest.raises(ValueError, match="5 rows need as many seeds, not 1"):
+        next(autoregress(causal, continuing(causal), AR_GREEDY, [0]))
+    with pytest.raises(ValueError, match="among the given"):
+        Canvas.continuing([[1, MASK]], 3, causal.config)
+
+
+def test_a_text_without_blanks_is_done(tiny_model):
+    model = tiny_model(attention="full")
+    canvas = Canvas.infilling([[1, 5, 2], [1, None, 2]], model.config)
+    decoded = decode(model, canvas, GREEDY, range(2))
+    assert decoded.new[0] == [] and decoded.row_passes == [0, 1] and len(decoded.new[1]) == 1
+
+
+@pytest.mark.parametrize(
+    "make, word",
+    [
+        (lambda: ContinuationConfig(max_new_tokens=0), "--max-new-tokens must be at least 1, not 0"),
+        (lambda: SamplingConfig(ar_temperature=-0.1), "--ar-temperature must not be negative"),
+        (lambda: SamplingConfig(ar_top_p=1.2), r"--ar-top-p must be in \(0, 1\], not 1.2"),
+        (lambda: DenoisingConfig(gen_temp=-1), "--gen-temp must not be negative"),
+        (lambda: DenoisingConfig(gen_confidence_threshold=1.5), r"--gen-confidence-threshold must be in \(0, 1\]"),
+        (lambda: DenoisingConfig(gen_cap_end_ratio=0), r"--gen-cap-end-ratio must be in \(0, 1\]"),
+        (lambda: DenoisingConfig(gen_repeat_window=0), "--gen-repeat-window must be at least 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_named(make, word):
+    with pytest.raises(ValueError, match=word):
+        make()

@@ -4,7 +4,7 @@ import pytest
 
 from dataset.pretrain import PretrainData
 from model.config import ModelConfig
-from model.decode import DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine import cli
 from scripts.engine.evaluation import CheckpointConfig
@@ -13,14 +13,15 @@ from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trainer import TrainerConfig
 from scripts.engine.windows import DataEvalConfig
-from scripts.eval import eval_diffusion
+from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS, TRAINS
 
 ZERO_MEANS_SOMETHING = {
     *("dropout", "weight_decay", "warmup_steps", "lr_stable_ratio", "min_lr_ratio", "grad_clip", "ema_decay", "seed"),
     *("early_stop_patience", "early_stop_min_delta", "variable_length_prob", "repeat_penalty_weight", "val_fraction"),
-    *("repeat_penalty_delay_steps", "repeat_penalty_warmup_steps", "temperature", "top_k", "gen_block_size"),
+    *("repeat_penalty_delay_steps", "repeat_penalty_warmup_steps", "gen_temp", "gen_top_k", "gen_block_size"),
+    *("gen_repeat_penalty", "gen_cfg_scale", "ar_temperature", "ar_top_k", "ar_repeat_penalty"),
     *("rms_norm_eps", "gen_seed"),
 }
 
@@ -36,11 +37,11 @@ def numeric(*groups) -> list[tuple[str, type]]:
 
 
 TRAINING_NUMBERS = numeric(
-    PretrainData, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig, MaskedDiffusion, SamplingConfig,
-    DenoisingConfig, diffusion.DiffusionRun,
+    PretrainData, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig, MaskedDiffusion, DenoisingConfig,
+    ContinuationConfig, diffusion.DiffusionRun,
 )  # fmt: skip
 EVALUATION_NUMBERS = numeric(
-    CheckpointConfig, DataEvalConfig, RuntimeConfig, SamplingConfig, DenoisingConfig, eval_diffusion.Request
+    CheckpointConfig, DataEvalConfig, RuntimeConfig, ContinuationConfig, DenoisingConfig, eval_diffusion.Request
 )
 
 
@@ -74,6 +75,13 @@ def test_an_evaluation_refuses_an_impossible_number(name, value, eval_argv, refu
     more = {"val_fraction": ["--eval-split", "validation"], "cond_ll_nmc": ["--cond-ll-response", "b"]}.get(name, [])
     said = refused(eval_diffusion, [*eval_argv["eval_diffusion"], "--prompt", "a", *more, f"{flag}={value}"])
     assert name.replace("_", "-") in said, said
+
+
+@pytest.mark.parametrize("name, value", bad_numbers(numeric(SamplingConfig)))
+def test_autoregressive_sampling_refuses_an_impossible_number(name, value, eval_argv, refused):
+    flag = "--" + name.replace("_", "-")
+    said = refused(eval_minimind, [*eval_argv["eval_minimind"], "--prompt", "a", f"{flag}={value}"])
+    assert flag in said, said
 
 
 @pytest.mark.parametrize("module, covered", [(diffusion, TRAINING_NUMBERS), (eval_diffusion, EVALUATION_NUMBERS)])

@@ -51,8 +51,8 @@ def test_a_flag_without_effect_is_refused(module, flags, word, train_argv, refus
     "name, flags, word",
     [
         ("eval_minimind", ["--max-new-tokens", "3"], "without --prompt"),
-        ("eval_minimind", ["--gen-temp", "0.5"], "without --prompt"),
-        ("eval_minimind", ["--gen-top-k", "5"], "without --prompt"),
+        ("eval_minimind", ["--ar-temperature", "0.5"], "without --prompt"),
+        ("eval_minimind", ["--ar-top-k", "5"], "without --prompt"),
         ("eval_minimind", ["--gen-seed", "3"], "without --prompt"),
         ("eval_minimind", ["--nmc", "3"], "without a diffusion model"),
         ("eval_minimind", ["--val-fraction", "0.5"], "without --eval-split validation"),

@@ -177,7 +177,11 @@ def test_the_final_decay_ratio_is_the_rest_of_the_stable_ratio():
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "weights of the other kind": ("sft_ar", "--load-from pretrained/dm_state_dict.pt", "dm_state_dict.pt was trained by"),
+    "weights of the other kind": (
+        "sft_ar",
+        "--load-from pretrained/dm_state_dict.pt",
+        "dm_state_dict.pt was trained by",
+    ),
     "moments without a run": ("sft_ar", "--resume-optimizer-state", "weights only"),
     "moments of another optimizer": (
         "sft_dm",

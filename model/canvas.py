@@ -1,0 +1,138 @@
+"""A canvas: rows of given tokens and of open positions, and what decoding writes into these.
+
+Shapes: B rows, L positions of the longest row. A position is given, open or padding; open ones are written once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where decoding starts: rows of given tokens and of [MASK]s to be filled, each row padded to the right."""
+
+    ids: Tensor  # (B, L) int64: given tokens, [MASK] where open, padding
+    open: Tensor  # (B, L) bool: to be filled
+    lengths: Tensor  # (B,) int64: tokens of the row, padding not counted
+    may_end: bool = True  # whether EOS may be written; a text around blanks goes on behind them
+
+    @classmethod
+    def continuing(
+        cls, prompts: list[list[int]], num_new: int, config: ModelConfig, device: torch.device | str = "cpu"
+    ) -> "Canvas":
+        """Each prompt followed by `num_new` open positions; ValueError if that is more than the model accepts."""
+        return cls._of([[*prompt, *[None] * num_new] for prompt in prompts], config, device, may_end=True)
+
+    @classmethod
+    def infilling(
+        cls, rows: list[list[int | None]], config: ModelConfig, device: torch.device | str = "cpu"
+    ) -> "Canvas":
+        """None = a blank of one token; no blank is filled with EOS. ValueError if a row is too long for the model."""
+        return cls._of(rows, config, device, may_end=False)
+
+    @classmethod
+    def _of(
+        cls, rows: list[list[int | None]], config: ModelConfig, device: torch.device | str, may_end: bool
+    ) -> "Canvas":
+        if any(config.mask_token_id in row for row in rows):
+            raise ValueError(f"token {config.mask_token_id}, [MASK], is among the given tokens; use None for a blank")
+        lengths = [len(row) for row in rows]
+        config.require_length(max(lengths), "prompt and continuation" if may_end else "the text with its blanks")
+        ids = torch.full((len(rows), max(lengths)), config.pad_token_id)
+        blank = torch.zeros_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor([config.mask_token_id if token is None else token for token in row])
+            blank[i, : len(row)] = torch.tensor([token is None for token in row])
+        return cls(ids.to(device), blank.to(device), torch.tensor(lengths, device=device), may_end)
+
+    @property
+    def given(self) -> Tensor:
+        """(B, L) bool: neither open nor padding."""
+        columns = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (columns < self.lengths[:, None]) & ~self.open
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """What one step wrote. Its tensors are its own copies."""
+
+    canvas: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
+    written: Tensor  # (B, L) bool, written in this step
+    confidence: Tensor  # (B, L) float32, the model's probability of what was written; 0 elsewhere
+    num_forward_passes: int  # network calls so far
+
+
+@dataclass(frozen=True)
+class Decoded:
+    canvas: Tensor  # (B, L) final; what a row that ended had left open is EOS
+    new: list[list[int]]  # per row the filled tokens, in order, up to and including the first EOS
+    ended: list[bool]  # EOS was produced
+    num_forward_passes: int  # network calls of the whole batch
+    row_passes: list[int]  # per row, those made while it was unfinished: what it would have cost alone
+
+
+class Draft:
+    """A canvas while it is being filled, with one random generator and one pass count per row.
+
+    A row is unfinished until all of it is written, or an EOS and everything open to the left of it: what would follow
+    belongs to no text. Rows draw from generators of their own, so no row's text depends on its neighbours.
+    """
+
+    def __init__(self, canvas: Canvas, config: ModelConfig, seeds: Sequence[int]):
+        if len(seeds) != len(canvas.ids):
+            raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
+        device = canvas.ids.device
+        self.eos_token_id, self.open = config.eos_token_id, canvas.open
+        self.ids, self.masked = canvas.ids.clone(), canvas.open.clone()
+        self.rows = canvas.open.any(dim=1).nonzero()[:, 0].tolist()  # unfinished
+        self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
+        # float64 is drawn, which MPS does not have.
+        self.generators = [torch.Generator("cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
+
+    @property
+    def written(self) -> Tensor:
+        """(B, L) bool: open at first, written since."""
+        return self.open & ~self.masked
+
+    def spent(self, num_forward_passes: int) -> None:
+        """Note the network calls made in all, the latest of them for the rows unfinished now."""
+        for row in self.rows:
+            self.row_passes[row] += num_forward_passes - self.num_forward_passes
+        self.num_forward_passes = num_forward_passes
+
+    def uniform(self, counts: list[int], *shape: int) -> Tensor:
+        """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th unfinished row's generator."""
+        draws = [
+            torch.rand(count, *shape, generator=generator, dtype=torch.float64, device=generator.device)
+            for count, generator in zip(counts, (self.generators[row] for row in self.rows), strict=True)
+        ]
+        return torch.cat(draws)
+
+    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor) -> DecodingStep:
+        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it leaves `rows`."""
+        written, probability = torch.zeros_like(self.masked), torch.zeros(self.ids.shape, device=self.ids.device)
+        written[rows, columns], probability[rows, columns] = True, confidence
+        self.ids[rows, columns] = tokens
+        self.masked &= ~written
+        ends = self.written & (self.ids == self.eos_token_id) & (self.masked.cumsum(dim=1) == 0)
+        finished = (ends.any(dim=1) | ~self.masked.any(dim=1)).tolist()
+        self.rows = [row for row in self.rows if not finished[row]]
+        return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes)
+
+    def finish(self) -> Decoded:
+        """The result; ValueError while a row is unfinished."""
+        if self.rows:
+            raise ValueError(f"{len(self.rows)} rows are unfinished")
+        canvas = self.ids.masked_fill(self.masked, self.eos_token_id)
+        new = [ids[blank].tolist() for ids, blank in zip(canvas, self.open, strict=True)]
+        ended = [self.eos_token_id in tokens for tokens in new]
+        new = [
+            tokens[: tokens.index(self.eos_token_id) + 1] if end else tokens
+            for tokens, end in zip(new, ended, strict=True)
+        ]
+        return Decoded(canvas, new, ended, self.num_forward_passes, list(self.row_passes))

@@ -1,0 +1,29 @@
+"""Canvases and settings of the decoders' tests."""
+
+from model.decode import Canvas, DenoisingConfig
+
+EOS, MASK, PAD = 2, 3, 0
+GREEDY = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0)
+HOT = DenoisingConfig(gen_temp=1.0, gen_top_k=0, gen_repeat_penalty=0.5, gen_repeat_window=2)
+PROMPTS = [[1, 7, 8], [1], [1, 9, 10, 11, 12, 13], [1, 5, 6, 2, 7], [1, 20, 21]]
+
+
+def continuing(model, prompts=PROMPTS, num_new=8):
+    return Canvas.continuing(prompts, num_new, model.config)
+
+
+def infilling(model):
+    rows = [[1, None, None, 8, None, 2], [1, 5, None, 2], [1, None, None, 6, 7, None, None, None, 9, None, 2]]
+    return Canvas.infilling(rows, model.config)
+
+
+def spied(model, monkeypatch):
+    """The inputs of every network call from now on."""
+    calls, forward = [], model.forward
+
+    def spy(ids, **more):
+        calls.append(ids.clone())
+        return forward(ids, **more)
+
+    monkeypatch.setattr(model, "forward", spy)
+    return calls

@@ -1,0 +1,136 @@
+import random
+from fractions import Fraction
+from math import ceil
+
+import pytest
+import torch
+
+from model.denoiser import DenoisingConfig
+from model.remasking import POLICIES, Step, commit, transfer_schedule
+
+
+def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, logits=None):
+    """A Step from lists of confidences, one per row, of any lengths."""
+    width, numbers = max(map(len, rows)), torch.tensor([len(row) for row in rows])
+    masked = torch.arange(width) < numbers[:, None]
+    held_back = torch.zeros_like(masked)
+    for row, column in held or ():
+        held_back[row, column] = True
+    return Step(
+        confidence=torch.tensor([row + [0.0] * (width - len(row)) for row in rows]),
+        masked=masked,
+        held_back=held_back,
+        quota=torch.full((len(rows),), quota),
+        budget=torch.full((len(rows),), budget),
+        threshold=threshold,
+        factor=factor,
+        logits=torch.zeros(int(numbers.sum()), 5) if logits is None else logits,
+        noise=lambda: torch.rand(int(numbers.sum())),
+    )
+
+
+def kept(policy, step):
+    return [set(row.nonzero()[:, 0].tolist()) for row in commit(policy, step)]
+
+
+def some_rows(draw, digits=2):
+    return [[round(draw.random() ** 0.3, digits) for _ in range(draw.randint(1, 9))] for _ in range(4)]
+
+
+@pytest.mark.parametrize("n", range(0, 12))
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 20])
+def test_the_transfer_schedule_spreads_all_tokens_evenly(n, steps):
+    schedule = transfer_schedule(n, steps)
+    assert sum(schedule) == n and schedule == sorted(schedule, reverse=True)
+    assert not schedule or max(schedule) - min(schedule) <= 1 and min(schedule) >= 1
+    assert len(schedule) == min(n, steps)
+
+
+@pytest.mark.parametrize("policy", ["low_confidence", "margin", "entropy", "left_to_right", "threshold", "factor"])
+def test_ties_are_committed_from_the_left(policy):
+    step = step_of([[0.5] * 500, [0.5] * 2], quota=2, budget=2, threshold=0.5, factor=2.0)
+    assert kept(policy, step) == [{0, 1}, {0, 1}]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_padding_is_never_kept_and_what_is_held_back_comes_last(policy, number):
+    draw = random.Random(number)
+    for _ in range(50):
+        rows = some_rows(draw)
+        held = [(r, c) for r, row in enumerate(rows) for c in range(len(row)) if draw.random() < 0.4]
+        step = step_of(rows, number, number, 0.01, 100.0, held, torch.randn(sum(map(len, rows)), 5))
+        for r, (row, found) in enumerate(zip(rows, kept(policy, step), strict=True)):
+            assert len(found) == min(number, len(row)) and found <= set(range(len(row)))
+            free = set(range(len(row))) - {c for i, c in held if i == r}
+            assert found <= free or free <= found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_low_confidence_keeps_the_most_confident(seed):
+    draw = random.Random(seed)
+    rows = some_rows(draw)
+    for row, found in zip(rows, kept("low_confidence", step_of(rows, quota=3)), strict=True):
+        assert found == set(sorted(range(len(row)), key=lambda i: (-row[i], i))[:3])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("budget", [1, 2, 100])
+@pytest.mark.parametrize("bound", [0.3, 0.8, 0.97, 1.0])
+def test_the_threshold_keeps_what_reaches_it_within_the_budget_and_always_something(bound, budget, seed):
+    rows = some_rows(random.Random(seed))
+    for row, found in zip(rows, kept("threshold", step_of(rows, 3, budget, bound)), strict=True):
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        confident = [i for i in best if row[i] >= bound]
+        assert found == set((confident or best[:1])[:budget])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("budget", [2, 100])
+@pytest.mark.parametrize("f", [1e-6, 0.5, 1.0, 2.5])
+def test_factor_keeps_the_largest_n_whose_nth_best_is_confident_enough(f, budget, seed):
+    """Written as the definition says, over every n."""
+    rows = some_rows(random.Random(seed), digits=4)
+    for row, found in zip(rows, kept("factor", step_of(rows, 3, budget, factor=f)), strict=True):
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        n = max([n for n in range(1, len(row) + 1) if row[best[n - 1]] >= 1 - f / (n + 1)], default=1)
+        assert found == set(best[: min(n, budget)])
+
+
+def test_margin_and_entropy_look_at_the_whole_distribution():
+    """Three distributions whose most confident, clearest and least spread are three different ones."""
+    p = torch.tensor(
+        [
+            [0.52, 0.47, 0.01, 0.00, 0.00],  # least entropy
+            [0.50, 0.125, 0.125, 0.125, 0.125],  # largest margin
+            [0.53, 0.44, 0.01, 0.01, 0.01],  # most confident
+        ]
+    )
+    step = step_of([[0.52, 0.50, 0.53]], logits=p.clamp(min=1e-9).log())
+    assert [kept(name, step) for name in ("entropy", "margin", "low_confidence")] == [[{0}], [{1}], [{2}]]
+
+
+def test_random_order_is_uniform():
+    """Chi-squared of which two of four positions are kept, six pairs."""
+    counts, draws = {}, 6000
+    for found in kept("random", step_of([[0.9, 0.1, 0.2, 0.3]] * draws, quota=2)):
+        counts[tuple(sorted(found))] = counts.get(tuple(sorted(found)), 0) + 1
+    assert len(counts) == 6 and sum((n - 1000) ** 2 / 1000 for n in counts.values()) < 20.5  # 5 degrees, 0.1 %
+
+
+@pytest.mark.parametrize("most", [3, 32])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 64])
+@pytest.mark.parametrize("start, end", [("0.08", "0.5"), ("1", "0.25"), ("0.3", "0.3")])
+def test_the_budget_is_a_share_of_the_masked_that_goes_linearly_from_start_to_end(start, end, num_steps, most):
+    """In exact fractions, where 25 x 0.08 is 2; behind the last step the share stays."""
+    config = DenoisingConfig(
+        gen_cap_start_ratio=float(start), gen_cap_end_ratio=float(end), gen_max_decode_per_step=most
+    )
+    for step in range(num_steps + 5):
+        for masked in range(1, 80):
+            share = Fraction(start)
+            if step >= num_steps - 1 and step > 0:
+                share = Fraction(end)
+            elif num_steps > 1:
+                share += (Fraction(end) - Fraction(start)) * Fraction(step, num_steps - 1)
+            assert config.budget(masked, step, num_steps) == min(ceil(masked * share), most)
