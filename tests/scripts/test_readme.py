@@ -1,6 +1,7 @@
 """The commands of README.md, taken from its text, in its order, each run to its end in a tiny form."""
 
 import importlib
+import io
 import json
 import re
 import shlex
@@ -20,7 +21,13 @@ TINY = {
     "scripts.train.train_tokenizer": "--target-vocab-size 300",
     "scripts.eval.schedule_variance": "--batch-size 2 --num-draws 2 --dtype float32",
     "scripts.eval.likelihood": "--dtype float32",
+    "scripts.train.train_sft_minimind": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
+    "scripts.train.train_sft_diffusion": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
+    "scripts.eval.eval_sft_one_prompt": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
+    "scripts.eval.eval_sft": "--dtype float32 --max-new-tokens 32 --prompts-per-language 2 --steps 2,4",
+    "scripts.chat": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
 }
+TYPED = "你好\n/steps 2\nHow are you?\n/quit\n"  # into the chat
 TRAIN_DIFFUSION = "--max-iters 3 --batch-size 4 --log-interval 1 --max-new-tokens 8"
 
 
@@ -50,6 +57,16 @@ def workplace(tmp_path_factory):
     ]
     rows = "".join(json.dumps({"text": text * 4}, ensure_ascii=False) + "\n" for text in texts)
     (folder / "dataset" / "pretrain_hq.jsonl").write_text(rows, encoding="utf-8")
+    rows = "".join(
+        json.dumps(
+            {"conversations": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"第{i}天"}]}
+        )
+        + "\n"
+        for i in range(20)
+    )
+    (folder / "dataset" / "sft_mini_512.jsonl").write_text(rows, encoding="utf-8")
+    quiz = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
+    (folder / "dataset" / "quiz.jsonl").write_text(json.dumps(quiz) + "\n", encoding="utf-8")
     speech = "ROMEO:\nWhat light is this that breaks?\n\nJULIET:\nNone, sir; it is a test.\n\n"
     (folder / "dataset" / "tiny_shakespeare.txt").write_text(speech * 60, encoding="utf-8")
     return folder
@@ -58,8 +75,9 @@ def workplace(tmp_path_factory):
 def test_every_command_of_the_readme_runs_in_its_order(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     found = commands(ROOT / "README.md")
-    assert len(found) >= 12
+    assert len(found) >= 22
     for module, *argv in found:
+        monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
         with pytest.raises(SystemExit) as ended:
             run(importlib.import_module(module).main, tiny(module, argv))
         output = capsys.readouterr()
@@ -67,7 +85,7 @@ def test_every_command_of_the_readme_runs_in_its_order(workplace, monkeypatch, c
         assert output.out.strip(), f"{module} {shlex.join(argv)} printed nothing"
 
 
-def test_the_four_documented_stages_stand_in_the_readme_as_specified():
+def test_the_documented_stages_stand_in_the_readme_as_specified():
     """They are the project's public interface: changing one breaks somebody's notes."""
     text = re.sub(r"\s*\\\n\s*", " ", (ROOT / "README.md").read_text(encoding="utf-8"))
     for command in (
@@ -83,6 +101,15 @@ def test_the_four_documented_stages_stand_in_the_readme_as_specified():
         "--early-stop-patience 5 --early-stop-min-delta 0.001 --max-iters 40000 --batch-size 96",
         "uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_from_ar_eq3.pt --tokenizer-dir . "
         '--seq-len 256 --prompt "请介绍你自己。" --max-new-tokens 200',
+        "uv run python -m scripts.train.train_sft_minimind --data dataset/sft_mini_512.jsonl --tokenizer-dir . "
+        "--load-from weights/minimind_pretrain_state_dict.pt --run-name minimind_sft --max-seq-len 512 "
+        "--batch-size 96 --epochs 2",
+        "uv run python -m scripts.train.train_sft_diffusion --data dataset/sft_mini_512.jsonl --tokenizer-dir . "
+        "--load-from weights/diffusion_from_ar_eq3.pt --run-name diffusion_sft --max-seq-len 512 "
+        "--batch-size 96 --epochs 3",
+        'uv run python -m scripts.eval.eval_sft_one_prompt --prompt "你好,请介绍你自己。" --tokenizer-dir . '
+        "--minimind-checkpoint weights/minimind_sft_state_dict.pt "
+        "--diffusion-checkpoint weights/diffusion_sft_state_dict.pt --seq-len 512 --max-new-tokens 128",
     ):
         assert command in text
 
@@ -94,7 +121,7 @@ def test_the_readme_names_every_runnable_module_and_no_other():
         f"scripts.{folder}.{path.stem}"
         for folder in ("train", "eval")
         for path in (ROOT / "scripts" / folder).glob("[a-z]*.py")
-    }
+    } | {f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("[a-z]*.py")}
     assert named == runnable
     for line in re.findall(r"^  .*\.py.*$", text, flags=re.MULTILINE):  # the map of the tree names real files
         for name in re.findall(r"[a-z_]+\.py", line):
