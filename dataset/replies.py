@@ -111,8 +111,8 @@ class ReplyRows:
     """Items as rows. Asked for by visit number, epoch * len + row, since an item's fill is drawn anew in every epoch.
 
     eos_fill: behind a complete reply follow up to so many EOS, the empty end of the canvas on which a diffusion decoder
-    writes; 0 for none. Reply plus fill is log-uniform from the reply's own length to the longest allowed, so that the
-    canvas does not tell how long the reply is.
+    writes; 0 for none. Reply plus fill is log-uniform from the reply's own length to the longest allowed, lest the
+    canvas tell where the reply ends.
     """
 
     chats: Conversations
@@ -152,11 +152,10 @@ class ReplyRows:
     def fill(self, visits: np.ndarray) -> np.ndarray:
         """EOS behind the reply of each visit, (B,) int64."""
         rows = visits % len(self)
-        end = self.items.end[rows]
-        reply = end - self.items.middle[rows]
-        room = np.minimum(self.seq_len - self.items.lengths[rows], self.eos_fill)
-        room = np.where(self.chats.tokens[end - 1] == self.eos_id, room, 0)  # a reply that was cut has no end
-        return (reply * (1 + room / reply) ** _uniform(visits) + 1e-9).astype(np.int64) - reply
+        reply = self.items.end[rows] - self.items.middle[rows]
+        room = np.minimum(self.seq_len - self.items.lengths[rows], self.eos_fill)  # none behind a reply that was cut
+        length = (reply * (1 + (room + 1) / reply) ** _uniform(visits)).astype(np.int64)
+        return np.minimum(length - reply, room)
 
     def lengths(self, visits: np.ndarray) -> np.ndarray:
         """Tokens of each visit's row, fill included, (B,) int64."""
@@ -169,7 +168,7 @@ class ReplyRows:
         visits = np.asarray(visits, dtype=np.int64)
         fill, rows = self.fill(visits), visits % len(self)
         lengths, replies = self.items.lengths[rows] + fill, zip(*self._replies(rows), strict=True)
-        width = min(-(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, max(self.seq_len, int(lengths.max())))
+        width = min(-(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.seq_len)
         ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
         scored = np.zeros((len(rows), width), dtype=bool)
         for place, (row, (first, last)) in enumerate(zip(rows, replies, strict=True)):
@@ -178,7 +177,6 @@ class ReplyRows:
             ids[place, :length] = self.chats.tokens[begin:end]
             for reply in range(first, last):
                 scored[place, self.chats.reply_begins[reply] - begin : self.chats.reply_ends[reply] - begin] = True
-            scored[place, length:] = False  # of a reply that was cut
             ids[place, length : lengths[place]] = self.eos_id
             scored[place, length : lengths[place]] = True
         batch = {
@@ -201,19 +199,19 @@ class StreamedRows:
     def __init__(self, windows: Callable[[int], Iterator[ReplyRows]], rows_per_window: int, num_rows: int):
         self.windows, self.rows_per_window, self.num_rows = windows, rows_per_window, num_rows
         self._iterator, self._number = windows(0), 0
-        self._rows = next(self._iterator)
+        self.window = next(self._iterator)
 
     def __len__(self) -> int:
         return self.num_rows
 
     @property
     def seq_len(self) -> int:
-        return self._rows.seq_len
+        return self.window.seq_len
 
     @property
     def real_token_share(self) -> float:
         """That of the window at hand."""
-        return self._rows.real_token_share
+        return self.window.real_token_share
 
     def order(self, seed: int, rows_per_step: int) -> LengthOrder:
         return LengthOrder(
@@ -221,21 +219,21 @@ class StreamedRows:
         )
 
     def lengths(self, visits: np.ndarray) -> np.ndarray:
-        return self._window_of(visits).lengths(visits % self.rows_per_window)
+        return self._window_of(visits).lengths(visits)
 
     def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
-        return self._window_of(visits).batch(visits % self.rows_per_window)
+        return self._window_of(visits).batch(visits)
 
     def _window_of(self, visits: np.ndarray) -> ReplyRows:
         number = int(visits[0]) // self.rows_per_window
         if number < self._number:
             self._iterator, self._number = self.windows(number), number
-            self._rows = next(self._iterator)
+            self.window = next(self._iterator)
         elif number > self._number + 1:
             self._iterator, self._number = self.windows(number), number - 1
         while self._number < number:
-            self._rows, self._number = next(self._iterator), self._number + 1
-        return self._rows
+            self.window, self._number = next(self._iterator), self._number + 1
+        return self.window
 
 
 def _uniform(visits: np.ndarray) -> np.ndarray:

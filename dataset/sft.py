@@ -16,7 +16,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from dataset.disk_cache import cached_directory, source_key
-from dataset.jsonl import content_hash, open_text, read_rows, text_format
+from dataset.jsonl import JSON_TYPES, content_hash, open_text, read_rows, text_format
 from dataset.order import STEPS_PER_WINDOW
 from dataset.replies import (
     ARRAYS,
@@ -46,12 +46,18 @@ Messages = list[dict[str, str]]
 
 
 def _instruction(row: dict[str, Any]) -> Messages:
-    asked = [row["instruction"], row["input"]] if row.get("input") else [row["instruction"]]
-    return _exchange("\n".join(asked) if all(isinstance(text, str) for text in asked) else asked, row["output"])
+    asked, more = _text(row, "instruction"), "" if row.get("input") is None else _text(row, "input")
+    return _exchange(f"{asked}\n{more}" if more else asked, _text(row, "output"))
 
 
-def _exchange(prompt: Any, response: Any) -> Messages:
+def _exchange(prompt: str, response: str) -> Messages:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+
+
+def _text(row: dict[str, Any], name: str) -> str:
+    if not isinstance(row[name], str):
+        raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected a string')
+    return row[name]
 
 
 class RowFormat(NamedTuple):
@@ -63,7 +69,7 @@ FORMATS = {
     "conversations": RowFormat(("conversations",), lambda row: row["conversations"]),
     "messages": RowFormat(("messages",), lambda row: row["messages"]),
     "instruction": RowFormat(("instruction", "output"), _instruction),
-    "prompt": RowFormat(("prompt", "response"), lambda row: _exchange(row["prompt"], row["response"])),
+    "prompt": RowFormat(("prompt", "response"), lambda row: _exchange(_text(row, "prompt"), _text(row, "response"))),
 }
 
 
@@ -77,7 +83,7 @@ def messages_of(row: dict[str, Any]) -> Messages:
         known = ", ".join(" + ".join(row_format.fields) for row_format in FORMATS.values())
         raise ValueError(f"expected the fields of a conversation ({known}); fields present: {', '.join(row) or 'none'}")
     if not isinstance(messages, list):
-        raise ValueError(f"the conversation is {type(messages).__name__}; expected a list of messages")
+        raise ValueError(f"the conversation is {JSON_TYPES[type(messages)]}, expected an array of messages")
     if not any(role == "assistant" for role, _ in checked_messages(messages)):
         raise ValueError("the conversation has no assistant message, so nothing can be learnt from it")
     return messages
@@ -104,8 +110,8 @@ class SFTData:
             raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
         if self.streaming != (self.steps_per_epoch is not None):
             raise ValueError("--streaming and --steps-per-epoch need each other: how long a stream is, is not known")
-        if self.steps_per_epoch is not None and self.steps_per_epoch < 1:
-            raise ValueError(f"--steps-per-epoch {self.steps_per_epoch}: expected at least 1")
+        if self.steps_per_epoch is not None and not 1 <= self.steps_per_epoch <= 10**9:
+            raise ValueError(f"--steps-per-epoch {self.steps_per_epoch}: expected 1 to a billion")
         if self.data is not None and text_format(self.data) != ".jsonl":
             raise ValueError(f"--data {self.data}: expected JSONL rows, one conversation each")
 
@@ -115,13 +121,13 @@ class DiffusionSFTData(SFTData):
     """Where the conversations are and how they become rows."""
 
     eos_fill: Annotated[
-        int, "a reply is followed by a random number of EOS, up to so many: the empty end of the decoder's canvas"
+        int, "a reply's EOS is followed by a random number of others, up to so many: the empty end of the canvas"
     ] = 128
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.eos_fill < 0:
-            raise ValueError(f"--eos-fill {self.eos_fill}: expected no negative number")
+        if not 0 <= self.eos_fill <= 2**20:
+            raise ValueError(f"--eos-fill {self.eos_fill}: expected 0 to {2**20}")
 
 
 class SFTDataset:
@@ -137,6 +143,16 @@ class SFTDataset:
     ) -> None:
         if config.data is None:
             raise ValueError("--data is missing: expected a .jsonl file of conversations")
+        if tokenizer.pad_token_id == tokenizer.eos_token_id:
+            raise ValueError(
+                f"the tokenizer in {config.tokenizer_dir} pads with EOS, which is to be learnt; it needs both"
+            )
+        try:
+            encode_conversations(tokenizer, [[{"role": "user", "content": ""}]])
+        except ValueError as error:
+            raise ValueError(
+                f"the tokenizer in {config.tokenizer_dir} cannot spell the chat template: {error}"
+            ) from None
         self.config, self.tokenizer, self.all_replies = config, tokenizer, all_replies
         if config.streaming:
             self._open_stream(STEPS_PER_WINDOW * rows_per_step, config.steps_per_epoch * rows_per_step)
@@ -147,10 +163,12 @@ class SFTDataset:
         """Lines for people."""
         meta, train = self.meta, self.train
         if self.config.streaming:
-            return f"{self.config.data}: streamed; validation {len(self.validation):,} rows"
+            source, train = f"streamed, with an epoch of {len(train):,} rows; of the first window:", train.window
+        else:
+            source = f"{meta['conversations']:,} conversations, {meta['replies']:,} replies"
         left_out = f" ({meta['empty_replies']:,} empty replies left out)" if meta["empty_replies"] else ""
         return (
-            f"{self.config.data}: {meta['conversations']:,} conversations, {meta['replies']:,} replies{left_out}\n"
+            f"{self.config.data}: {source}{left_out}\n"
             f"train {len(train):,} rows of {train.real_token_share * train.seq_len:.0f} tokens on average; EOS is "
             f"{train.eos_share:.1%} of what is learnt; {meta['shortened']:,} shortened to {train.seq_len} "
             f"({meta['cut_prompts']:,} lost the beginning of the prompt, {meta['cut_replies']:,} the end of the reply)"
@@ -165,11 +183,10 @@ class SFTDataset:
         chats: Conversations,
         chosen: np.ndarray | None = None,
         by_length: bool = False,
-        together: bool = False,
     ) -> ReplyRows:
-        """Rows of the conversations `chosen` (C,) bool; together: each is one item already."""
+        """Rows of the conversations `chosen` (C,) bool, or of all."""
         seq_len = self.config.max_seq_len
-        items = one_per_conversation(chats, sys.maxsize) if together else self._items(chats)
+        items = self._items(chats)
         if chosen is not None:
             items = items[chosen[np.searchsorted(chats.starts, items.begin, side="right") - 1]]
         items = shortened(items, seq_len)
@@ -186,16 +203,9 @@ class SFTDataset:
             smallest = chats.hashes == chats.hashes.min()
             held_out = smallest & ~smallest.all()  # copies of it included, provided that others remain
         self.train, self.validation = self._rows(chats, ~held_out), self._rows(chats, held_out, by_length=True)
-        items = self.train.items
-        self.meta = meta | {
-            "train_rows": len(self.train),
-            "validation_rows": len(self.validation),
-            "cut_prompts": items.cut_prompts,
-            "cut_replies": items.cut_bodies,
-            "shortened": items.num_shortened,
-            "eos_share": self.train.eos_share if len(self.train) else 0.0,
-            "real_token_share": self.train.real_token_share,
-        }
+        self.meta = meta | self._counts(self.train)
+        if not meta["replies"]:
+            raise ValueError(f"{self.config.data} has nothing to train on: every reply is empty")
         if not len(self.train):
             raise ValueError(
                 f"{self.config.data} has nothing to train on: of {meta['replies']:,} replies that are not empty, all "
@@ -205,8 +215,8 @@ class SFTDataset:
     def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
         path, tokenizer, threshold = self.config.data, self.tokenizer, self.config.val_fraction * 2.0**64
         wanted, searched = STREAM_VALIDATION
-        head = islice(_conversations(path), searched)
-        held_out = [pair for pair in head if _hash(pair[1]) < threshold][:wanted]
+        head = islice(_conversations(path), searched if threshold else 0)
+        held_out = list(islice((pair for pair in head if _hash(pair[1]) < threshold), wanted))
         self.validation = self._rows(_encoded(path, tokenizer, held_out), by_length=True)
 
         def windows(first: int) -> Iterator[ReplyRows]:
@@ -214,10 +224,23 @@ class SFTDataset:
             for number in count():
                 window = list(islice(stream, rows_per_window))
                 if number >= first:
-                    yield self._rows(Conversations.of(window, [0] * len(window)), together=True)
+                    yield self._rows(Conversations.of(window, [0] * len(window)))
 
+        self.empty_replies = 0
         self.train = StreamedRows(windows, rows_per_window, num_rows)
-        self.meta = {"data_sha256": _sketch_of(path), "streaming": True}
+        self.meta = {"data_sha256": _sketch_of(path), "streaming": True, "empty_replies": self.empty_replies}
+        self.meta |= self._counts(self.train.window)
+
+    def _counts(self, train: ReplyRows) -> dict[str, Any]:
+        return {
+            "train_rows": len(train),
+            "validation_rows": len(self.validation),
+            "cut_prompts": train.items.cut_prompts,
+            "cut_replies": train.items.cut_bodies,
+            "shortened": train.items.num_shortened,
+            "eos_share": train.eos_share if len(train) else 0.0,
+            "real_token_share": train.real_token_share,
+        }
 
     def _stream(self, threshold: float) -> Iterator[ChatIds]:
         """The items of the training conversations, over and over again."""
@@ -226,6 +249,7 @@ class SFTDataset:
             kept = (pair for pair in _conversations(self.config.data) if _hash(pair[1]) >= threshold)
             for chunk in _chunks(kept):
                 chats = _encoded(self.config.data, self.tokenizer, chunk)
+                self.empty_replies += _num_replies(chunk) - len(chats.reply_begins)
                 for item in apart(chats, self._items(chats)):
                     empty = False
                     yield item
@@ -251,7 +275,7 @@ class _ChatCache:
         parts = []
         for chunk in _chunks(_conversations(self.path, digest.update)):
             parts.append(_encoded(self.path, self.tokenizer, chunk))
-            replies += sum(message["role"] == "assistant" for _, messages in chunk for message in messages)
+            replies += _num_replies(chunk)
         chats = _joined(parts)
         for name in ARRAYS:
             np.save(folder / f"{name}.npy", getattr(chats, name))
@@ -310,6 +334,10 @@ def _encoded(path: Path, tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[i
         raise
 
 
+def _num_replies(chunk: list[tuple[int, Messages]]) -> int:
+    return sum(message["role"] == "assistant" for _, messages in chunk for message in messages)
+
+
 def _hash(messages: Messages) -> int:
     return content_hash(render_chat(messages, add_generation_prompt=False))
 
@@ -328,6 +356,6 @@ def _joined(parts: list[Conversations]) -> Conversations:
 
 
 def _sketch_of(path: Path) -> str:
-    """What tells a stream from another without reading it all: its size and first megabyte."""
+    """What tells a stream from another without reading it all: its first megabyte. A later row may be corrected."""
     with open_text(path) as file:
-        return hashlib.sha256(str(Path(path).stat().st_size).encode() + file.read(1 << 20)).hexdigest()
+        return hashlib.sha256(file.read(1 << 20)).hexdigest()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Canvas:
     def _of(
         cls, rows: list[list[int | None]], config: ModelConfig, device: torch.device | str, may_end: bool
     ) -> "Canvas":
+        if not rows or any(all(token is None for token in row) for row in rows):
+            raise ValueError("a canvas needs rows, and each of them a given token: at least BOS")
         if any(config.mask_token_id in row for row in rows):
             raise ValueError(f"token {config.mask_token_id}, [MASK], is among the given tokens; use None for a blank")
         lengths = [len(row) for row in rows]
@@ -63,7 +66,9 @@ class DecodingStep:
 
     canvas: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
     written: Tensor  # (B, L) bool, written in this step
-    confidence: Tensor  # (B, L) float32, the model's probability of what was written; 0 elsewhere
+    # (B, L) float32, the probability of what was written in the distribution that it was drawn from: after guidance,
+    # repetition penalty and forbidden tokens, before temperature, top-k and top-p. 0 elsewhere.
+    confidence: Tensor
     num_forward_passes: int  # network calls so far
 
 
@@ -74,6 +79,12 @@ class Decoded:
     ended: list[bool]  # EOS was produced
     num_forward_passes: int  # network calls of the whole batch
     row_passes: list[int]  # per row, those made while it was unfinished: what it would have cost alone
+
+
+def require_context(model: Transformer) -> None:
+    """ValueError where the rotary frequencies would follow the longest row of a batch (YaRN without set_context)."""
+    if model.config.inference_rope_scaling and model.context_length is None:
+        raise ValueError("call model.set_context(length) first: a stretched rotary embedding depends on the context")
 
 
 class Draft:
@@ -87,7 +98,7 @@ class Draft:
         if len(seeds) != len(canvas.ids):
             raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
         device = canvas.ids.device
-        self.eos_token_id, self.open = config.eos_token_id, canvas.open
+        self.eos_token_id, self.mask_token_id, self.open = config.eos_token_id, config.mask_token_id, canvas.open
         self.ids, self.masked = canvas.ids.clone(), canvas.open.clone()
         self.rows = canvas.open.any(dim=1).nonzero()[:, 0].tolist()  # unfinished
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
@@ -114,7 +125,12 @@ class Draft:
         return torch.cat(draws)
 
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor) -> DecodingStep:
-        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it leaves `rows`."""
+        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it leaves `rows`.
+
+        ValueError for a position that is not masked, or a [MASK] to be written.
+        """
+        if not bool(self.masked[rows, columns].all()) or bool((tokens == self.mask_token_id).any()):
+            raise ValueError("only masked positions can be written, and only with tokens other than [MASK]")
         written, probability = torch.zeros_like(self.masked), torch.zeros(self.ids.shape, device=self.ids.device)
         written[rows, columns], probability[rows, columns] = True, confidence
         self.ids[rows, columns] = tokens

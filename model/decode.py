@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.attention_mask import block_causal_mask, document_mask
 from model.cache import KVCache
-from model.canvas import Canvas, Decoded, DecodingStep, Draft
+from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
 from model.denoiser import DenoisingConfig, denoise
 from model.losses import forbid
 from model.sampling import Draw, penalise_repeats, require_draw, sample_tokens
@@ -60,10 +60,11 @@ def autoregress(
 ) -> Generator[DecodingStep, None, Decoded]:
     """One token per row and step, from a key/value cache, until every row has produced EOS or is full.
 
-    ValueError unless each row's open positions are its last ones, with at least one token before them.
+    ValueError unless each row's open positions are its last ones.
     """
     if model.config.attention != "causal":
         raise ValueError("this checkpoint was trained by diffusion; decode it with scripts.eval.eval_diffusion")
+    require_context(model)
     start, draft, draw = _prompt_lengths(canvas), Draft(canvas, model.config, seeds), config.draw
     eos, longest = model.config.eos_token_id, int(start.max())
     cache = KVCache(model.config, len(start), longest + int((canvas.lengths - start).max()))
@@ -98,8 +99,6 @@ def _prompt_lengths(canvas: Canvas) -> Tensor:
     columns = torch.arange(canvas.ids.shape[1], device=start.device)
     if not torch.equal(canvas.given, columns < start[:, None]):
         raise ValueError("an autoregressive model writes at the end of a text only; infilling needs one of diffusion")
-    if int(start.min()) < 1:
-        raise ValueError("an autoregressive model needs a token to start from: give at least BOS")
     return start
 
 

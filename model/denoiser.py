@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.attention_mask import document_mask
-from model.canvas import Canvas, Decoded, DecodingStep, Draft
+from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
 from model.losses import forbid
 from model.remasking import POLICIES, Step, commit, transfer_schedule
 from model.sampling import Draw, guide, penalise_repeats, require_draw, sample_tokens
@@ -23,7 +23,11 @@ from model.transformer import Transformer
 class DenoisingConfig:
     """Diffusion sampling."""
 
-    gen_steps: Annotated[int, "denoising steps for the whole continuation; at most one per new token is of use"] = 64
+    gen_steps: Annotated[
+        int,
+        "denoising steps for the whole continuation, at least one per block, at most one per token; "
+        "threshold, factor: those over which the cap grows",
+    ] = 64
     gen_block_size: Annotated[
         int, "denoise blocks of so many tokens from left to right (0 = the whole continuation at once)"
     ] = 0
@@ -57,9 +61,9 @@ class DenoisingConfig:
         for name in ("gen_confidence_threshold", "gen_cap_start_ratio", "gen_cap_end_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(self, name)}")
-        if self.gen_factor <= 0:
+        if not 0 < self.gen_factor < math.inf:
             raise ValueError(f"--gen-factor must be positive, not {self.gen_factor}")
-        if self.gen_cfg_scale < 0:
+        if not 0 <= self.gen_cfg_scale < math.inf:
             raise ValueError(f"--gen-cfg-scale must not be negative, not {self.gen_cfg_scale}")
         require_draw(self.draw, "--gen-", "temp")
 
@@ -67,9 +71,9 @@ class DenoisingConfig:
     def draw(self) -> Draw:
         return Draw(self.gen_temp, self.gen_top_k, self.gen_top_p, self.gen_repeat_penalty, self.gen_repeat_window)
 
-    def steps_of(self, block: int, num_blocks: int) -> int:
-        """The steps are shared out as evenly as the blocks allow, at least one each."""
-        return max(1, self.gen_steps * (block + 1) // num_blocks - self.gen_steps * block // num_blocks)
+    def steps_of(self, first: int, last: int, num_open: int) -> int:
+        """Steps of the block from open position `first` to before `last`: its share by length, at least one."""
+        return max(1, self.gen_steps * last // num_open - self.gen_steps * first // num_open)
 
     def budget(self, num_masked: int, step: int, num_steps: int) -> int:
         """The most tokens to keep in `step` of a block (from 0), `num_masked` of whose tokens are still masked."""
@@ -103,7 +107,7 @@ class Candidates:
     rows: Tensor  # (N,) int64
     columns: Tensor  # (N,) int64
     tokens: Tensor  # (N,) int64
-    confidence: Tensor  # (N,) float32, the model's probability of each
+    confidence: Tensor  # (N,) float32, of each; see DecodingStep
     kept: Tensor  # (N,) bool, what the remasking policy writes; the rest stays [MASK]
 
 
@@ -123,13 +127,14 @@ class Denoiser:
     def __init__(self, model: Transformer, canvas: Canvas, config: DenoisingConfig, seeds: Sequence[int]):
         if model.config.attention != "full":
             raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")
+        require_context(model)
         self.model_config, self.config, self.canvas = model.config, config, canvas
         self.draft, self.forward = Draft(canvas, model.config, seeds), FullForward(model)
         self.lengths = canvas.lengths.tolist()
         num_open = canvas.open.sum(dim=1)
         size = torch.full_like(num_open, config.gen_block_size) if config.gen_block_size else num_open.clamp(min=1)
         self.block_of = (canvas.open.cumsum(dim=1) - 1) // size[:, None]  # (B, L), of the open positions
-        self.num_blocks = (-(-num_open // size)).tolist()
+        self.num_open, self.block_size = num_open.tolist(), size.tolist()
         # Per row: the active block, the steps made in it, and its transfer schedule.
         self.block, self.step = [-1] * len(seeds), [0] * len(seeds)
         self.schedule: list[list[int]] = [[] for _ in seeds]
@@ -140,7 +145,9 @@ class Denoiser:
 
     @torch.no_grad()
     def predict(self) -> Candidates:
-        """One forward pass, or two with guidance; changes nothing but the generators and the pass count."""
+        """One forward pass, or two with guidance; writes nothing. ValueError once every row is finished."""
+        if self.finished:
+            raise ValueError("every row is finished; call finish()")
         rows = torch.tensor(self.draft.rows, device=self.draft.ids.device)
         masked, block_of = self.draft.masked[rows], self.block_of[rows]
         block = block_of.masked_fill(~masked, block_of.shape[1]).amin(dim=1, keepdim=True)
@@ -174,7 +181,9 @@ class Denoiser:
         for row, block, count in zip(self.draft.rows, blocks, counts, strict=True):
             if self.block[row] != block:
                 self.block[row], self.step[row] = block, 0
-                self.schedule[row] = transfer_schedule(count, self.config.steps_of(block, self.num_blocks[row]))
+                size, total = self.block_size[row], self.num_open[row]
+                steps = self.config.steps_of(block * size, min((block + 1) * size, total), total)
+                self.schedule[row] = transfer_schedule(count, steps)
 
     def _logits(self, rows: Tensor, active: Tensor, place: Tensor, columns: Tensor) -> Tensor:
         """(N, V) float32 of the `active` positions of `rows`, at place, columns (N,), as they are drawn from."""
@@ -203,7 +212,7 @@ class Denoiser:
         for row, left in zip(self.draft.rows, counts, strict=True):
             step, schedule = self.step[row], self.schedule[row]
             quotas.append(schedule[step] if step < len(schedule) - 1 else left)
-            budgets.append(self.config.budget(left, step, self.config.steps_of(self.block[row], self.num_blocks[row])))
+            budgets.append(self.config.budget(left, step, len(schedule)))
         step = Step(
             confidence=torch.zeros(masked.shape, device=tokens.device),
             masked=masked,

@@ -43,7 +43,8 @@ def diffusion_bound(
     """E_k E_{|S| = k} (n / k) sum_{i in S} -log p(x_i | rest): the NELBO (LLaDA Eq. 6).
 
     k is systematic: the samples of a row fall into equal strata of {1..n}, and each k is marginally uniform. The
-    variance is the one that independent samples would have, an overestimate. A row's masks depend on `seed` and the
+    variance is the one that independent samples would have: too large where the loss rises or falls with k, as it
+    usually does. A row's masks depend on `seed` and the
     row's own number in `batch["row_ids"]` (default: its place), so results do not depend on how rows are batched, nor
     on how many samples (`samples_per_pass`, copies of the batch) go through the network together.
     """

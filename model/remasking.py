@@ -16,7 +16,7 @@ from torch import Tensor
 class Step:
     """Predictions at the masked positions of the active blocks of R rows, from left to right, padded to W."""
 
-    confidence: Tensor  # (R, W) float32, the model's probability of what it would write; 0 for an EOS held back
+    confidence: Tensor  # (R, W) float32, of what would be written; see DecodingStep; 0 for an EOS held back
     masked: Tensor  # (R, W) bool, False on padding; N are True
     held_back: Tensor  # (R, W) bool, an EOS that comes after every other candidate of its row
     quota: Tensor  # (R,) int64, tokens to keep by the transfer schedule
@@ -72,7 +72,7 @@ def factor(step: Step) -> Choice:
     """Fast-dLLM, Theorem 1: the n most confident stay, n the largest with c_(n) >= 1 - factor / (n + 1)."""
     ranked = step.confidence.masked_fill(~step.masked, -torch.inf).sort(dim=1, descending=True).values
     n = torch.arange(1, ranked.shape[1] + 1, device=ranked.device)
-    confident = (n * (ranked >= 1 - step.factor / (n + 1))).amax(dim=1)
+    confident = (ranked >= 1 - step.factor / (n + 1)).sum(dim=1)  # the bound rises while the ranked fall
     return step.confidence, confident.minimum(step.budget)
 
 

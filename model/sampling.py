@@ -22,7 +22,7 @@ def require_draw(draw: Draw, prefix: str, temperature: str) -> None:
     """ValueError for an impossible number; flags are `prefix` and the field, but for the name of the temperature."""
     values = {temperature: draw.temperature, "top-k": draw.top_k, "repeat-penalty": draw.repeat_penalty}
     for name, value in values.items():
-        if value < 0:
+        if not 0 <= value < math.inf:
             raise ValueError(f"{prefix}{name} must not be negative, not {value}")
     if not 0 < draw.top_p <= 1:
         raise ValueError(f"{prefix}top-p must be in (0, 1], not {draw.top_p}")
@@ -33,7 +33,7 @@ def require_draw(draw: Draw, prefix: str, temperature: str) -> None:
 def sample_tokens(
     logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, uniform: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """logits (N, V) -> tokens (N,) and the model's own probability of each (N,) float32.
+    """logits (N, V) -> tokens (N,) and the probability of each under these logits (N,) float32.
 
     temperature 0 is argmax; otherwise Gumbel-max with the float64 noise `uniform` (N, V) in [0, 1), over the `top_k`
     likeliest and of these the fewest that hold `top_p` of the tempered mass: lower precision truncates the tail of the
@@ -45,7 +45,8 @@ def sample_tokens(
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        scaled, size = logits.double() / temperature, logits.shape[-1]
+        size = logits.shape[-1]
+        scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature  # the largest is 0: no overflow
         if top_p < 1 or 0 < top_k < size:
             scaled, kept = scaled.topk(min(top_k or size, size), dim=-1)
             mass_before = F.pad(scaled.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset.jsonl import JSON_TYPES, language_of, read_rows
-from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch
+from dataset.tokenizer import PreTrainedTokenizerFast
 from model.transformer import Transformer
-from scripts.engine.evaluation import by_language, condition_ids, kind_of, window_nats
+from scripts.engine.evaluation import by_language, condition_and_responses, kind_of, window_nats
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig, Window, chosen_rows, seed_of
 
@@ -69,8 +69,11 @@ def evaluate_choices(
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
-    asked, windows, too_long = [], [], 0
+    asked, windows, too_long = [], list[Window](), 0
+    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     for question in chosen_rows(read_questions(config.eval_data), config, lambda q: "\n".join([q.text, *q.choices])):
+        if len(windows) >= enough:
+            break
         rows = _windows_of(tokenizer, question, len(asked), chat_wrap)
         if max(len(row.ids) for row in rows) > max_length:
             too_long += 1
@@ -137,20 +140,13 @@ def _answer_of(answer: Any, choices: list[str]) -> int:
 
 
 def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, chat_wrap: bool) -> list[Window]:
-    """One window per choice; the condition is the same for all. Without the template, the blanks between question and
-    choice belong to the choice, for a word's token begins with its blank: those that the question ends with, else one,
-    or none beside a Chinese or Japanese character."""
-    text = question.text if chat_wrap else question.text.rstrip()
-    condition = condition_ids(tokenizer, text, chat_wrap)
-    blanks = question.text[len(text) :]
-    joined = [
-        choice if chat_wrap or not text else (blanks or _glue(text[-1], choice[0])) + choice
-        for choice in question.choices
-    ]
-    return [
-        Window(number, condition + ids, seed_of(condition + ids), len(condition))
-        for ids in encode_batch(tokenizer, joined)
-    ]
+    """One window per choice; the condition is the same for all. Without the template a question that does not end with
+    a blank gets one before the choice, or none beside a Chinese or Japanese character."""
+    text, choices = question.text, question.choices
+    if text and not chat_wrap and not text[-1].isspace():
+        choices = [_glue(text[-1], choice[0]) + choice for choice in choices]
+    condition, responses = condition_and_responses(tokenizer, text, choices, chat_wrap)
+    return [Window(number, condition + ids, seed_of(condition + ids), len(condition)) for ids in responses]
 
 
 def _glue(before: str, after: str) -> str:

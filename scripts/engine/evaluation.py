@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 
 from dataset.jsonl import read_lines
-from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, fingerprint, load_tokenizer
+from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, encode_chat, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import masked_nats, row_nats
 from model.transformer import Transformer
@@ -102,7 +102,7 @@ class Likelihood:
     bytes: int
     nats_per_token: float
     standard_error: float  # over documents, of nats_per_token
-    mask_standard_error: float  # of that, at most what the drawn masks add; 0 where exact
+    mask_standard_error: float  # of that, about what the drawn masks add; 0 where exact
     perplexity: float
     bits_per_byte: float
     bits_per_byte_error: float
@@ -232,11 +232,11 @@ def response_likelihood(
     chat_wrap: bool = False,
 ) -> dict[str, float]:
     """log p(response | prompt) in nats, a lower bound for a diffusion model (LLaDA Eq. 6). The prompt is BOS and its
-    text, or with `chat_wrap` a user's turn and the opened assistant's; prompt and response are tokenised apart; EOS is
-    not scored. ValueError if the response is empty or both are together longer than `max_length` tokens."""
-    condition, answer = condition_ids(tokenizer, prompt, chat_wrap), encode(tokenizer, response)
-    if not answer:
+    text, or with `chat_wrap` a user's turn and the opened assistant's; see `condition_and_responses`; EOS is not
+    scored. ValueError if the response is empty or both are together longer than `max_length` tokens."""
+    if not response:
         raise ValueError("the response to be scored is empty")
+    condition, (answer,) = condition_and_responses(tokenizer, prompt, [response], chat_wrap)
     ids = condition + answer
     if len(ids) > max_length:
         raise ValueError(f"prompt and response are {len(ids)} tokens, more than --max-seq-len {max_length}")
@@ -251,11 +251,19 @@ def response_likelihood(
     }
 
 
-def condition_ids(tokenizer: PreTrainedTokenizerFast, prompt: str, chat_wrap: bool) -> list[int]:
-    """What a response is given: BOS and the prompt, or the prompt as a user's turn before the opened assistant's."""
+def condition_and_responses(
+    tokenizer: PreTrainedTokenizerFast, prompt: str, responses: list[str], chat_wrap: bool
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of what responses are given, and of each of them: BOS and the prompt, or the prompt as a user's turn before
+    the opened assistant's. Without the template the blanks that the prompt ends with belong to the responses, for a
+    word's token begins with its blank."""
     if chat_wrap:
-        return encode_chat(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
+        messages = [{"role": "user", "content": prompt}]
+        return encode_chat(tokenizer, messages, add_generation_prompt=True), encode_batch(tokenizer, responses)
+    text = prompt.rstrip()
+    blanks = prompt[len(text) :]
+    condition = [tokenizer.bos_token_id, *encode(tokenizer, text)]
+    return condition, encode_batch(tokenizer, [blanks + response for response in responses])
 
 
 def _summarise(kind: str, documents: list[Document]) -> Likelihood:

@@ -19,14 +19,14 @@ COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "p
 RESET = "\033[0m"
 # Where colours are lost.
 MARKS = {"masked": ("[", "]"), "scored": ("", ""), "context": ("(", ")"), "padding": (".", "")}
-TIMED_STEPS = 2
+TIMED_STEPS, SAMPLED_STEPS = 2, 50
 
 
 def dry_run(
     model: Transformer, objective: Any, rows: Rows, trainer: TrainerConfig, runtime: RuntimeConfig, total_steps: int
 ) -> None:
     """Print shapes, parameters, memory and hours; a copy of the model is timed forward and backward."""
-    batch = rows.batch(np.arange(trainer.batch_size) % len(rows))  # full-sized, or the time would be too short
+    widest, typical = _widest_and_typical(rows, trainer, runtime.seed, total_steps)
     for name, parameter in model.named_parameters():
         if not name.startswith("layers.") or name.startswith("layers.0."):
             print(f"  {name:<45} {tuple(parameter.shape)}")
@@ -34,7 +34,7 @@ def dry_run(
     device = runtime.torch_device
     network = copy.deepcopy(model).to(device).train()
     seconds = []
-    for step in range(TIMED_STEPS + 1):
+    for step, batch in enumerate([widest] + [typical] * TIMED_STEPS):
         started = time.perf_counter()
         with runtime.autocast():
             loss = objective(
@@ -44,8 +44,8 @@ def dry_run(
         float(loss.nats.detach().sum())  # wait for the device
         seconds.append(time.perf_counter() - started)
     seconds_per_step = min(seconds[1:]) * trainer.accumulation_steps
-    parameters, tokens = model.num_parameters(), batch["input_ids"].numel()
-    width, heads, length = model.config.hidden_size, model.config.num_attention_heads, batch["input_ids"].shape[1]
+    parameters, tokens = model.num_parameters(), widest["input_ids"].numel()
+    width, heads, length = model.config.hidden_size, model.config.num_attention_heads, widest["input_ids"].shape[1]
     element = runtime.torch_dtype.itemsize
     per_layer = (
         tokens * (10 * width + 3 * model.config.intermediate_size) * element + 2 * tokens * heads * length * element
@@ -64,6 +64,17 @@ def dry_run(
         f"{total_steps:,} steps, {seconds_per_step:.2f} s each without the optimizer (measured, {TIMED_STEPS} passes), "
         f"{total_steps * seconds_per_step / 3600:.2f} hours; nothing was trained"
     )
+
+
+def _widest_and_typical(
+    rows: Rows, trainer: TrainerConfig, seed: int, total_steps: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Of the first micro-batches of the first steps the widest, and the one nearest to their mean width."""
+    order, size = rows.order(seed, trainer.rows_per_step), trainer.rows_per_step
+    steps = range(min(total_steps, SAMPLED_STEPS))
+    batches = [rows.batch(order(step * size, size)[: trainer.batch_size]) for step in steps]
+    widths = np.array([batch["input_ids"].shape[1] for batch in batches])
+    return batches[widths.argmax()], batches[np.abs(widths - widths.mean()).argmin()]
 
 
 def show_batch(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import load_checkpoint, starting_weights
+from model.checkpoint import load_checkpoint, read_archive, starting_weights
 from model.config import ModelConfig
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
@@ -50,7 +50,7 @@ def train_stage(
     run = configs.run
     state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
     settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
-    _refuse_idle(configs, objective)
+    _refuse_idle(configs, objective, data)
     require_writable(run.state_path, "--save-dir")
     require_writable(run.exported_path, "--weights-path")
     notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
@@ -131,7 +131,7 @@ def _fit(
     trainer.fit()
 
 
-def _refuse_idle(configs: StageConfigs, objective: Any) -> None:
+def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
     """ValueError for typed flags that the others switch off."""
     penalty = getattr(objective, "repeat_penalty_weight", 0) > 0, "a positive --repeat-penalty-weight"
     wsd = configs.optim.lr_schedule == "wsd", "--lr-schedule wsd"
@@ -141,6 +141,7 @@ def _refuse_idle(configs: StageConfigs, objective: Any) -> None:
         configs.given,
         lr_stable_ratio=wsd,
         final_decay_ratio=wsd,
+        cache_dir=(not getattr(data, "streaming", False), "a cache: --streaming keeps none"),
         early_stop_min_delta=(configs.trainer.early_stop_patience > 0, "--early-stop-patience"),
         iid_mask_eps=(getattr(objective, "mask_schedule", "") == "iid_t", "--mask-schedule iid_t"),
         repeat_penalty_min_run=penalty,
@@ -190,8 +191,8 @@ def _starting_model(
 def _starting_moments(configs: StageConfigs) -> list[dict]:
     """The optimizer states in --load-from. ValueError if it has none, or those of another optimizer."""
     path = configs.run.load_from
-    payload = load_checkpoint(path)
-    if "optimizers" not in payload:
+    payload = read_archive(path)
+    if not isinstance(payload, dict) or "optimizers" not in payload or "settings" not in payload:
         raise ValueError(f"{path} holds weights only; --resume-optimizer-state needs the run's <run-name>.pt")
     if payload["settings"]["optimizer"] != configs.optim.optimizer:
         raise ValueError(

@@ -249,6 +249,8 @@ def write_trace(path: Path, traces: Sequence[Trace]) -> None:
     """Write .html, .gif or .json, as the name of `path` says; the file appears whole or not at all."""
     check_trace_path(path)
     path = Path(path)
+    if not traces:
+        raise ValueError(f"nothing was decoded that could be written to {path}")
     # Imported here: they import this module.
     if path.suffix == ".html":
         from scripts.engine.trace_page import page
@@ -288,7 +290,7 @@ def load_traces(path: Path) -> list[Trace]:
         raise ValueError(f"there is no trace {path}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a trace: it is not JSON ({error})") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise ValueError(f"{path} is not a trace: it does not say that its format is {FORMAT!r}")
@@ -296,7 +298,7 @@ def load_traces(path: Path) -> list[Trace]:
         raise ValueError(f"{path} is a trace of version {value.get('version')}; this code reads version {VERSION}")
     try:
         return [Trace._from_json(trace) for trace in value["traces"]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is a damaged trace: {type(error).__name__} {error}") from None
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -160,7 +161,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
         per_step, size = self.trainer.rows_per_step, self.trainer.batch_size
-        indices = self.order(self.step * per_step, per_step)
+        indices = self._rows_of_step(per_step)
         torch.manual_seed(self.runtime.seed * 1_000_003 + self.step)  # dropout
         nominal, count = None, torch.zeros((), device=self.device)
         for first in range(0, per_step, size):
@@ -172,11 +173,19 @@ class Trainer:
             for name, (total, number) in loss.averages.items():
                 self.meter.add(name, total, number)
             count += loss.count.sum()
-            # A constant near the true count, which the last micro-batch completes and _update puts in its place.
+            # A constant of about the size of the count, which the last micro-batch completes and _update puts in place.
             self.scaler.scale(loss.nats.sum() / nominal).backward()
         self._update(nominal / count.clamp(min=1))
         self.step += 1
         return learning_rate
+
+    def _rows_of_step(self, count: int) -> np.ndarray:
+        try:
+            return self.order(self.step * count, count)
+        except (ValueError, OSError):  # a stream has met a bad row: what was learnt before it is not lost
+            if self.step > self.saved_step:
+                self.save()
+            raise
 
     def _update(self, scale: torch.Tensor) -> None:
         for optimizer in self.optimizers:

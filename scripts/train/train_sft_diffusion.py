@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
     require_start(configs, "weights/diffusion_from_ar_eq3_state_dict.pt")
     if objective.variable_length_prob:
         raise ValueError("--variable-length-prob would cut replies off their prompts; leave it out in fine-tuning")
+    if objective.mask_schedule == "random":
+        raise ValueError("--mask-schedule random is fixed_count where every row counts the same; leave it out")
     tokenizer = load_tokenizer(data.tokenizer_dir)
     train_stage(
         "scripts.train.train_sft_diffusion",

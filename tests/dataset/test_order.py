@@ -50,6 +50,12 @@ def test_the_rows_of_a_step_are_alike_in_length_and_steps_come_in_random_order()
     assert abs(np.corrcoef(firsts, np.arange(STEPS_PER_WINDOW))[0, 1]) < 0.5, "sorted, not shuffled"
 
 
+def test_the_seed_orders_the_steps_of_a_stream_which_has_no_order_of_its_own():
+    orders = [LengthOrder(lambda start, n: np.arange(start, start + n), lambda v: v % 7, 2**62, s, 2) for s in (1, 2)]
+    first, second = (order(0, 100).tolist() for order in orders)
+    assert first != second and sorted(first) == sorted(second) == list(range(100))
+
+
 @pytest.mark.parametrize("other", [{"seed": 2}, {"start": 320}])
 def test_another_seed_and_another_epoch_group_the_rows_otherwise(other):
     lengths = np.random.default_rng(0).integers(1, 500, 320)

@@ -35,6 +35,9 @@ MULTI = [
 ]
 
 
+GOLDEN_IDS = [1, 360, 214, 32, 26, 32, 46, 2, 214, 1, 362, 214, 33, 236, 285, 2]
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer(ROOT)
@@ -79,10 +82,7 @@ def test_every_format_gives_the_golden_string(name, all_replies, dataset, tokeni
     batch = dataset([ROWS[name]], all_replies, **flags).train.batch(np.array([0]))
     assert shown(tokenizer, batch) == GOLDEN.replace("2 。<|im_end|>", "[2 。<|im_end|>]")
     ids = batch["input_ids"][0][batch["input_ids"][0] != tokenizer.pad_token_id].tolist()
-    assert [*ids, *encode_chat(tokenizer, messages_of(ROWS[name]), False)[-1:]] == encode_chat(
-        tokenizer, messages_of(ROWS[name]), False
-    )
-    assert ids == [1, *ids[1 : ids.index(2)], 2, *ids[ids.index(2) + 1 : -1], 2] and ids.count(1) == ids.count(2) == 2
+    assert ids == GOLDEN_IDS == encode_chat(tokenizer, messages_of(ROWS[name]), False)[:-1]
     assert batch["loss_mask"][0].sum() == batch["reply_tokens"][0]
 
 
@@ -165,6 +165,17 @@ def test_a_conversation_that_does_not_fit_is_learnt_reply_by_reply(dataset, toke
     )
 
 
+def test_rows_stay_in_the_order_of_the_file_and_one_that_just_fits_stays_whole(dataset, tokenizer):
+    long = [m | {"content": m["content"] + " word" * 9} for m in MULTI]
+    rows = [ROWS["prompt"], {"messages": long}, {"messages": MULTI}]
+    size = len(encode_chat(tokenizer, MULTI[:5], False)) - 1
+    for length, parts in ((size, [1, 2, 1]), (size - 1, [1, 2, 2])):
+        made = dataset(rows, True, max_seq_len=length).train
+        assert [*made.items.middle] == sorted(made.items.middle)
+        owners = np.searchsorted(made.chats.starts, made.items.begin, side="right") - 1
+        assert np.bincount(owners).tolist() == parts
+
+
 # -- the canvas ----------------------------------------------------------------------------------------------------
 
 
@@ -178,10 +189,18 @@ def test_the_fill_is_eos_learnt_and_of_every_length_up_to_the_allowed_one(datase
         assert rows.lengths(np.array([visit]))[0] == (batch["document_ids"] == 0).sum()
         fills.append(fill)
     reply = int(batch["reply_tokens"][0])
-    # Log-uniform: P(reply + fill < x) = log(x / reply) / log((reply + 6) / reply).
-    for fill in range(6):
-        expected = np.log((reply + fill + 1) / reply) / np.log((reply + 6) / reply)
+    assert set(fills) == set(range(7))
+    # Log-uniform: P(reply + fill < x) = log(x / reply) / log((reply + 7) / reply).
+    for fill in range(7):
+        expected = np.log((reply + fill + 1) / reply) / np.log((reply + 7) / reply)
         assert abs(np.mean(np.array(fills) <= fill) - expected) < 4 * np.sqrt(0.25 / 400)
+
+
+def test_the_fill_stays_within_the_row(dataset):
+    rows = dataset([ROWS["prompt"]], False, eos_fill=1000, max_seq_len=22).train
+    lengths = rows.lengths(np.arange(500))
+    assert lengths.max() == 22 and len(set(lengths.tolist())) > 2
+    assert set((dataset([ROWS["prompt"]], False, eos_fill=1).train.fill(np.arange(99))).tolist()) == {0, 1}
 
 
 def test_a_row_is_the_same_in_any_batch(dataset):
@@ -233,6 +252,10 @@ def test_a_conversation_is_held_out_by_its_content_whatever_its_format(dataset):
 def test_of_a_small_file_one_conversation_is_held_out_and_not_trained_on(dataset):
     made = dataset([{"prompt": f"q{i}", "response": "a"} for i in range(5)], True, val_fraction=1e-9)
     assert (len(made.train), len(made.validation)) == (4, 1)
+    copies = dataset([{"prompt": f"q{i % 3}", "response": "a"} for i in range(6)], True, "c.jsonl", val_fraction=1e-9)
+    assert (len(copies.train), len(copies.validation)) == (4, 2), "a copy of the held-out row is trained on"
+    with pytest.raises(ValueError, match="nothing to train on: every reply is empty"):
+        dataset([{"prompt": "a", "response": ""}], True, "d.jsonl")
     with pytest.raises(ValueError, match="nothing to train on.*--val-fraction"):
         dataset([ROWS["prompt"], {"prompt": "b", "response": "c"}], True, "b.jsonl", val_fraction=1 - 1e-9)
 
@@ -256,8 +279,32 @@ def test_a_stream_brings_the_rows_of_the_file_in_its_order_over_and_over(all_rep
     assert texts(stream, range(100)) == expected[:100]
     assert texts(stream, range(100, 300)) == expected[100:300]
     assert texts(stream, [250, 30]) == [expected[250], expected[30]], "going back reads the file again"
+    fresh = dataset(rows, all_replies, "s.jsonl", streaming=True, steps_per_epoch=50, **flags)
+    assert texts(fresh.train, [250]) == [expected[250]], "as after a resume"
+    whole = dataset(rows, all_replies, "s.jsonl", **flags).validation
+    assert texts(fresh.validation, range(len(whole))) == texts(whole, range(len(whole)))
     order = stream.order(1, 2)
     assert sorted(order(0, 100)) == list(range(100)) and order(100, 2).min() >= 100
+
+
+def test_a_stream_draws_its_fill_anew_and_says_what_it_cut_and_left_out(dataset):
+    rows = [ROWS["prompt"], {"prompt": "a", "response": ""}, {"prompt": "a", "response": "word " * 80}]
+    flags = {"streaming": True, "steps_per_epoch": 50, "max_seq_len": 40, "eos_fill": 20}
+    made = dataset(rows, False, "f.jsonl", **flags)
+    assert "50 shortened to 40 (0 lost the beginning of the prompt, 50 the end of the reply)" in made.describe()
+    assert "empty replies left out" in made.describe() and made.meta["empty_replies"] == 50
+    windows = [made.train.lengths(np.arange(first, first + 100, 2)) for first in (0, 100, 200)]
+    assert not np.array_equal(windows[0], windows[1]) and not np.array_equal(windows[1], windows[2])
+
+
+def test_a_tokenizer_that_pads_with_eos_is_refused(dataset, tokenizer):
+    pad = tokenizer.pad_token
+    tokenizer.pad_token = tokenizer.eos_token
+    try:
+        with pytest.raises(ValueError, match="pads with EOS"):
+            dataset([ROWS["prompt"]], True)
+    finally:
+        tokenizer.pad_token = pad
 
 
 def test_a_stream_and_its_length_need_each_other():
@@ -271,13 +318,14 @@ def test_a_stream_and_its_length_need_each_other():
 BAD = {
     "no format": ({"question": "a"}, "fields present: question"),
     "half a format": ({"instruction": "a"}, "instruction + output"),
-    "no list": ({"conversations": "a"}, "expected a list of messages"),
+    "no list": ({"conversations": "a"}, "expected an array of messages"),
     "no message": ({"messages": []}, "at least one message"),
     "no reply": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
     "role": ({"messages": [{"role": "gpt", "content": "a"}]}, "'gpt'"),
     "content": ({"messages": [{"role": "assistant", "content": 3}]}, "expected a string"),
-    "output": ({"instruction": "a", "output": None}, "expected a string"),
-    "input": ({"instruction": "a", "input": 7, "output": "b"}, "expected a string"),
+    "output": ({"instruction": "a", "output": None}, 'field "output" is null, expected a string'),
+    "instruction": ({"instruction": None, "output": "a"}, 'field "instruction" is null, expected a string'),
+    "input": ({"instruction": "a", "input": 0, "output": "b"}, 'field "input" is a number, expected a string'),
     "prompt": ({"prompt": ["a"], "response": "b"}, "expected a string"),
 }
 

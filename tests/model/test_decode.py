@@ -38,7 +38,8 @@ def reference_denoiser(model, prompt, new, config):
     blocks = math.ceil(new / block)
     for b in range(blocks):
         low, high = len(prompt) + b * block, min(len(prompt) + (b + 1) * block, len(prompt) + new)
-        share = max(1, steps * (b + 1) // blocks - steps * b // blocks)
+        first, last = low - len(prompt), high - len(prompt)
+        share = max(1, steps * last // new - steps * first // new)
         share = min(share, high - low)
         for j in range(share):
             quota = (high - low) // share + (j < (high - low) % share)

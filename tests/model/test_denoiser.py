@@ -20,7 +20,12 @@ class Conditionals:
     """A network that is right: the exact conditionals of a joint of three tokens, each 4 or 5."""
 
     config = SimpleNamespace(
-        attention="full", eos_token_id=EOS, mask_token_id=MASK, pad_token_id=PAD, require_length=lambda *_: None
+        attention="full",
+        inference_rope_scaling=False,
+        eos_token_id=EOS,
+        mask_token_id=MASK,
+        pad_token_id=PAD,
+        require_length=lambda *_: None,
     )
 
     def __init__(self, joint):
@@ -118,8 +123,9 @@ def test_threshold_and_factor_keep_the_most_confident_within_the_cap(cap, steps,
         for row, group in candidates_by_row(denoiser, candidates).items():
             b = (group[0][0] - len(PROMPTS[row])) // size
             step[row] = step[row] + 1 if before.get(row) == b else 0
-            before[row], blocks = b, math.ceil(new / size)
-            share = max(1, steps * (b + 1) // blocks - steps * b // blocks)
+            before[row] = b
+            first, last = b * size, min((b + 1) * size, new)
+            share = min(max(1, steps * last // new - steps * first // new), last - first)
             ratio = cap[0] + (cap[1] - cap[0]) * min(1, step[row] / max(1, share - 1))
             most = min(math.ceil(len(group) * ratio - 1e-9), cap[2])
             best = sorted(group, key=lambda c: (-c[2], c[0]))

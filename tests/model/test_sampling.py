@@ -82,6 +82,19 @@ def test_top_p_is_exact_where_a_set_holds_just_the_mass():
         assert set(tokens.tolist()) == set(range(size))
 
 
+def test_top_p_takes_no_token_more_than_it_needs():
+    """Two of four equal tokens hold exactly half the mass."""
+    tokens, _ = sample_tokens(torch.zeros(4000, 4), 1.0, 0, 0.5, noise(4000, 4))
+    assert len(set(tokens.tolist())) == 2
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-6, 1e6, 1e300])
+def test_an_extreme_temperature_draws_the_likeliest_or_any_token(temperature):
+    logits = torch.tensor([1.0, 3.0, -math.inf, 2.0]).expand(3000, 4)
+    tokens = set(sample_tokens(logits, temperature, 0, 1.0, noise(3000, 4))[0].tolist())
+    assert tokens == ({1} if temperature < 1 else {0, 1, 3})
+
+
 def test_forbidden_tokens_are_never_drawn():
     logits = torch.randn(5000, 6)
     logits[:, 3] = -math.inf

@@ -209,6 +209,15 @@ def test_an_infilling_that_cannot_be_is_refused(flags, word, prompting, refused)
     refused(eval_diffusion, [*prompting["eval_diffusion"], *flags], word)
 
 
+def test_a_text_with_blanks_may_fill_the_context_and_no_more(eval_argv, tokenizer):
+    model = load_model(Path("weights/dm_state_dict.pt"))
+    length = len(text_with_blanks(tokenizer, "a___b", 5)[0])
+    more = ContinuationConfig(), DenoisingConfig(gen_steps=1), RUNTIME
+    assert infill(model, tokenizer, "a___b", 5, None, *more, length).num_tokens == 5
+    with pytest.raises(ValueError, match=f"{length} tokens long, more than --max-seq-len {length - 1}"):
+        infill(model, tokenizer, "a___b", 5, None, *more, length - 1)
+
+
 def test_an_autoregressive_model_fills_no_blanks(eval_argv, tokenizer):
     model = load_model(Path("weights/ar_state_dict.pt"))
     with pytest.raises(ValueError, match="infilling needs one of diffusion"):

@@ -74,7 +74,7 @@ def rows(sft_argv, tokenizer, workspace):
     return build
 
 
-SCHEDULES = ["iid_t", "fixed_count", "random"]
+SCHEDULES = ["iid_t", "fixed_count"]
 OBJECTIVES = {"sft_ar": NextToken(sequence_mean=True)} | {
     f"sft_dm-{name}": MaskedDiffusion(name, sequence_mean=True, variable_length_prob=0.0) for name in SCHEDULES
 }
@@ -131,6 +131,56 @@ def test_validation_counts_the_reply_and_one_eos_but_pays_for_the_fill(rows, wei
         other = objective(model, bare, StepNoise(0, 0, 8, width=40))
     assert torch.equal(made.count, batch["reply_tokens"].float()) and torch.equal(made.nats, other.nats)
     assert torch.equal(other.count, batch["loss_mask"].sum(dim=1).float()) and (other.count > made.count).any()
+
+
+def test_autoregressive_validation_is_a_ratio_of_sums(rows, weights_of_one_step):
+    model, batch = load_model(weights_of_one_step / "ar_state_dict.pt"), rows(True).batch(np.arange(6))
+    with torch.no_grad():
+        made = NextToken(sequence_mean=True).for_validation()(model, batch, StepNoise(0, 0, 6))
+    assert torch.equal(made.count, batch["loss_mask"].sum(dim=1).float())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_stage_minimises_the_mean_over_rows_on_rows_of_its_kind(name, sft_argv, command, monkeypatch, texts):
+    seen = {}
+    original = Trainer.__init__
+
+    def spying(self, model, objective, train_rows, *more, **named):
+        seen.update(objective=objective, rows=len(train_rows))
+        original(self, model, objective, train_rows, *more, **named)
+
+    monkeypatch.setattr(Trainer, "__init__", spying)
+    assert command(MODULES[name], [*sft_argv[name], "--val-fraction", "0", "--max-seq-len", "200"]).code == 0
+    assert seen["objective"].sequence_mean
+    two_exchanges = len(range(0, len(texts), 28))  # a seventh of the rows of the first format
+    assert seen["rows"] == len(texts) + (two_exchanges if name == "sft_dm" else 0)
+
+
+def test_a_bad_row_late_in_a_stream_loses_nothing_and_can_be_corrected(sft_argv, command, workspace, monkeypatch):
+    monkeypatch.setattr("dataset.sft.CHUNK_ROWS", 50)  # read ahead
+    good = "".join(f'{{"prompt": "q{i}", "response": "a{i}"}}\n' for i in range(500)) + " " * (1 << 20) + "\n"
+    late = workspace / "late.jsonl"
+    late.write_text(good + '{"prompt": "q"}\n')
+    argv = [
+        *sft_argv["sft_ar"],
+        "--data",
+        "late.jsonl",
+        "--streaming",
+        "--steps-per-epoch",
+        "9",
+        "--save-interval",
+        "999",
+    ]
+    argv += ["--eval-interval", "999", "--max-iters", "160", "--val-fraction", "0"]
+    result = command(train_sft_minimind, argv)
+    assert result.code == 2 and "late.jsonl, row 502: expected the fields" in result.err
+    # A window is 50 steps of 4 rows, so the third one met the bad row.
+    assert load_checkpoint(Path("weights/sft_ar.pt"))["step"] == 100
+    late.write_text(good + '{"prompt": "q", "response": "a"}\n')
+    assert command(train_sft_minimind, [*argv, "--resume", "must"]).code == 0
+    late.write_text("\n" + good)
+    result = command(train_sft_minimind, [*argv, "--resume", "must", "--max-iters", "170"])
+    assert result.code == 2 and "other contents" in result.err
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -193,6 +243,10 @@ REFUSED = {
     "text": ("sft_ar", "--data corpus.txt", "expected JSONL rows"),
     "fill": ("sft_dm", "--eos-fill -1", "--eos-fill"),
     "stream": ("sft_ar", "--streaming", "--steps-per-epoch"),
+    "cached stream": ("sft_ar", "--streaming --steps-per-epoch 3 --cache-dir here", "--cache-dir has no effect"),
+    "endless stream": ("sft_ar", "--streaming --steps-per-epoch 99999999999999999999", "--steps-per-epoch"),
+    "endless fill": ("sft_dm", "--eos-fill 99999999999999999999", "--eos-fill"),
+    "another name": ("sft_dm", "--mask-schedule random", "--mask-schedule random is fixed_count"),
     "decay": ("sft_ar", "--final-decay-ratio 1.5", "--final-decay-ratio"),
     "decay twice": ("sft_ar", "--final-decay-ratio 0.5 --lr-stable-ratio 0.5", "give one of them"),
     "idle decay": ("sft_ar", "--final-decay-ratio 0.5 --lr-schedule cosine", "has no effect without --lr-schedule wsd"),

@@ -203,6 +203,8 @@ def unusable(change):
         (unusable(lambda v: v["traces"][0]["steps"][0]["writes"][0].__setitem__(1, 99)), "damaged.*99"),
         (unusable(lambda v: v["traces"][0]["steps"][0]["writes"][0].__setitem__(2, 7)), "damaged.*confidence 7"),
         (unusable(lambda v: v["traces"][0]["open"].pop()), "damaged.*3 ids, but open has 2"),
+        (unusable(lambda v: v["traces"][0]["steps"][0].update(forward_passes=1e999)), "damaged.*infinity"),
+        (lambda path, tokenizer: path.write_text("[" * 100_000), "not JSON"),
         (unusable(lambda v: v["traces"][0]["tokens"]["1"].update(special="king")), "damaged.*king"),
         (unusable(lambda v: v.update(traces=[])), "holds 0 traces"),
     ],
