@@ -56,8 +56,8 @@ class DenoisingConfig:
         for name in ("gen_steps", "gen_max_decode_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.gen_block_size < 0:
-            raise ValueError(f"--gen-block-size must not be negative, not {self.gen_block_size}")
+        if not 0 <= self.gen_block_size < 2**31:
+            raise ValueError(f"--gen-block-size must be a length in tokens or 0, not {self.gen_block_size}")
         for name in ("gen_confidence_threshold", "gen_cap_start_ratio", "gen_cap_end_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(self, name)}")

@@ -26,7 +26,7 @@ def require_draw(draw: Draw, prefix: str, temperature: str) -> None:
             raise ValueError(f"{prefix}{name} must not be negative, not {value}")
     if not 0 < draw.top_p <= 1:
         raise ValueError(f"{prefix}top-p must be in (0, 1], not {draw.top_p}")
-    if draw.repeat_window < 1:
+    if not 1 <= draw.repeat_window < 2**31:
         raise ValueError(f"{prefix}repeat-window must be at least 1, not {draw.repeat_window}")
 
 

@@ -5,17 +5,23 @@
 Type /help for the commands. Lines may also come from a file or a pipe.
 """
 
+import contextlib
+import math
 import sys
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import CheckpointConfig, Loaded
 from scripts.engine.generation import (
+    BLANK,
+    Conversation,
     Generation,
     Prompt,
     PromptConfig,
@@ -23,22 +29,25 @@ from scripts.engine.generation import (
     idle_sampling_flags,
     infill,
     prompt_tokens,
+    text_with_blanks,
 )
+from scripts.engine.run import settings_of
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trace import Trace, check_trace_path, write_trace
+from scripts.engine.trace import SUFFIXES, Trace, check_trace_path, write_trace
 from scripts.engine.trace_terminal import LiveView
-from scripts.engine.watching import Typing, Watch
+from scripts.engine.watching import Typing, Watch, on_screen
 
 HELP = """\
 /help             this list and the settings
 /reset            forget the conversation
-/steps N          denoising steps of a reply
 /temp T           sampling temperature, 0 = the likeliest token
-/block N          tokens denoised together, from left to right; 0 = the whole reply at once
-/policy NAME      which predictions a denoising step keeps: {policies}
-/infill TEXT      fill the blanks (___) of TEXT; as a reply to the last message, if there is one
 /trace FILE       write the last reply, step by step, to FILE.html, .gif or .json
 /quit             leave (so does Ctrl-D; Ctrl-C stops a reply)"""
+DIFFUSION_HELP = """\
+/steps N          denoising steps of a reply
+/block N          tokens denoised together, from left to right; 0 = the whole reply at once
+/policy NAME      which predictions a denoising step keeps: {policies}
+/infill TEXT      fill the blanks (___) of TEXT; as a reply to the last message, if there is one; not remembered"""
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,6 @@ class Chat:
         self.live = sys.stdout.isatty() if chat.live is None else chat.live
         self.messages: list[dict[str, str]] = []
         self.trace: Trace | None = None
-        self.asked = ""  # what the last reply replies to
         self.replies = 0
 
     @property
@@ -85,134 +93,154 @@ class Chat:
 
     def answer(self, line: str) -> None:
         """ValueError, in one sentence, for what cannot be done; Leave on /quit."""
-        name, _, rest = line.strip().partition(" ")
-        if not name:
+        line = line.strip()
+        if not line.startswith("/"):
+            if line:
+                self._reply(line)
             return
-        if not name.startswith("/"):
-            self._reply(line.strip())
-        elif name in COMMANDS:
-            COMMANDS[name](self, rest.strip())
-        else:
+        name, rest = [*line.split(maxsplit=1), ""][:2]
+        if name not in COMMANDS:
             raise ValueError(f"{name} is no command; /help lists them")
+        COMMANDS[name](self, rest)
 
     # -- replies ---------------------------------------------------------------------------------------------------
 
     def _reply(self, text: str) -> None:
-        self.asked = text
         if not self.wraps:
-            self._show(generate, text)
+            self._show(generate, text, text)
             return
-        messages = self._within_reach([*self.messages, {"role": "user", "content": text}])
-        made = self._show(generate, messages)
+        asked = [*self.messages, {"role": "user", "content": text}]
+        messages = self._within_reach(asked, self.continuation.max_new_tokens)
+        made = self._show(generate, text, messages)
         self.messages = [*messages, {"role": "assistant", "content": made.text}]
 
-    def _within_reach(self, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-        """The conversation without as many of its oldest exchanges as must go to leave room for a reply."""
-        dropped = 0
-        while True:
-            try:
-                prompt_tokens(
-                    self.loaded.tokenizer, messages[dropped:], self.continuation.max_new_tokens, self.max_length
-                )
-            except ValueError:
-                if dropped + 2 >= len(messages):
-                    raise
-                dropped += 2
-                continue
-            if dropped:
-                print(f"({dropped // 2} of the oldest exchanges no longer fit and are forgotten)")
-            return messages[dropped:]
+    def _within_reach(self, messages: Conversation, room: int) -> Conversation:
+        """The conversation without as many of its oldest exchanges as must go to leave room for so many tokens."""
+        for dropped in range(0, len(messages), 2):
+            with contextlib.suppress(ValueError):
+                prompt_tokens(self.loaded.tokenizer, messages[dropped:], room, self.max_length)
+                if dropped == 2:
+                    print("(the oldest exchange no longer fits and is left out)")
+                elif dropped:
+                    print(f"(the {dropped // 2} oldest exchanges no longer fit and are left out)")
+                return messages[dropped:]
+        return messages[-1:]  # which is refused by whoever puts it to the model
 
-    def _show(self, make: Callable[..., Generation], *what: Prompt | str | int | None) -> Generation:
-        """Run `make` on `what`, showing and recording it; a reply that is interrupted leaves no trace."""
-        continuation = replace(self.continuation, gen_seed=(self._first_seed + self.replies) % 2**32)
-        made = make(
-            self.loaded.model,
-            self.loaded.tokenizer,
-            *what,
-            continuation,
-            self.config,
-            self.runtime,
-            self.max_length,
-            self._observe,
-        )
-        self.replies += 1
-        print(made.text if not self.live or self.is_diffusion else "")
+    def _show(
+        self, make: Callable[..., Generation], asked: str, *what: Prompt | int | None, start: int | None = None
+    ) -> Generation:
+        """Run `make` on `what`, showing the canvas from `start` on, or from its first open position, and keeping a
+        trace. If it is interrupted, all is as it was before."""
+        traces: list[Trace] = []
+
+        def observe(canvas: Canvas) -> Watch:
+            info = {"title": f"reply {self.replies + 1}", "prompt": asked, **asdict(self.config)}
+            traces.append(Trace(self.loaded.tokenizer, canvas.ids[0], canvas.open[0], info))
+            return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
+
+        first = self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
+        continuation = replace(self.continuation, gen_seed=(first + self.replies) % 2**32)
+        more = continuation, self.config, self.runtime, self.max_length, observe
+        made = make(self.loaded.model, self.loaded.tokenizer, *what, *more)
+        self.trace, self.replies = traces[0], self.replies + 1
+        if self.live:
+            print("" if not self.is_diffusion else on_screen(made.text))
+        else:
+            print(made.text)
+        said = "" if made.text.strip() else "an empty reply, "
+        cut = "" if made.ended else ", no end within --max-new-tokens"
         speed = made.num_tokens / made.seconds
-        print(f"[{made.num_tokens} tokens, {made.num_forward_passes} passes, {speed:.0f} tokens/s]")
+        print(f"[{said}{made.num_tokens} tokens, {made.num_forward_passes} passes, {speed:.0f} tokens/s{cut}]")
         return made
 
-    @property
-    def _first_seed(self) -> int:
-        return self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
-
-    def _observe(self, canvas: Canvas) -> Watch:
-        """Keep a trace, and show what is being written: a canvas that fills up, or a text that grows."""
-        self.trace = Trace(self.loaded.tokenizer, canvas.ids[0], canvas.open[0], {"prompt": self.asked})
+    def _watch(self, trace: Trace, start: int) -> Watch:
+        """A canvas that fills up, a text that grows, or nothing but the record."""
         if not self.live:
-            return self.trace.add
-        start = int(canvas.open[0].int().argmax())
+            return trace.add
         if self.is_diffusion:
-            return LiveView(self.trace, stream=sys.stdout, start=start)
-        return Typing(self.trace, start, sys.stdout)
+            return LiveView(trace, stream=sys.stdout, start=start)
+        return Typing(trace, start, sys.stdout)
 
     # -- commands --------------------------------------------------------------------------------------------------
 
-    def help(self, _: str) -> None:
-        print(HELP.format(policies=", ".join(get_args(_kind_of("gen_remasking")))))
-        settings = {f.name: getattr(self.config, f.name) for f in fields(self.config)}
-        print("  ".join(f"{name} {value}" for name, value in settings.items()))
+    def help(self, rest: str) -> None:
+        _refuse_more("/help", rest)
+        print(HELP)
+        if self.is_diffusion:
+            print(DIFFUSION_HELP.format(policies=", ".join(POLICY_NAMES)))
+        values = settings_of(self.config, self.continuation)
+        shown = [f"{_flag(name)} {value}" for name, value in values.items() if value is not None]
+        print(textwrap.fill(", ".join(shown), 110, break_on_hyphens=False))
 
-    def reset(self, _: str) -> None:
+    def reset(self, rest: str) -> None:
+        _refuse_more("/reset", rest)
         self.messages = []
         print("(the conversation is forgotten)")
 
     def steps(self, rest: str) -> None:
-        self._set("gen_steps", rest, int)
+        self._set("/steps", "gen_steps", _whole_number("/steps", rest))
 
     def block(self, rest: str) -> None:
-        self._set("gen_block_size", rest, int)
+        size = _whole_number("/block", rest)
+        if size > self.max_length:
+            raise ValueError(
+                f"/block {size} is more than --max-seq-len {self.max_length}; 0 is the whole reply at once"
+            )
+        self._set("/block", "gen_block_size", size)
 
     def policy(self, rest: str) -> None:
-        choices = get_args(_kind_of("gen_remasking"))
-        if self.is_diffusion and rest not in choices:
-            raise ValueError(f"/policy {rest}: expected one of {', '.join(choices)}")
-        self._set("gen_remasking", rest, str)
+        self._require_diffusion("/policy")
+        if rest not in POLICY_NAMES:
+            found = f"found {rest}" if rest else "found none"
+            raise ValueError(f"/policy takes one of {', '.join(POLICY_NAMES)}; {found}")
+        self._set("/policy", "gen_remasking", rest)
 
     def temperature(self, rest: str) -> None:
-        self._set("gen_temp" if self.is_diffusion else "ar_temperature", rest, float)
+        try:
+            value = float(rest)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"/temp takes a number such as 0.8; found {rest or 'none'}")
+        self._set("/temp", "gen_temp" if self.is_diffusion else "ar_temperature", value)
 
     def infill(self, rest: str) -> None:
-        self._require_diffusion()
-        replying = self.messages[:-1] if self.wraps and self.messages else None
-        self.asked = rest
-        self._show(infill, rest, self.chat.blank_tokens, replying)
+        self._require_diffusion("/infill")
+        if not BLANK.search(rest):
+            raise ValueError("/infill takes a text with a blank: write ___ (three or more underscores) where it lacks")
+        if self.wraps and self.messages:
+            row, _ = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens)
+            replying = self._within_reach(self.messages[:-1], len(row) - 1)
+        else:
+            replying = None
+        _, start = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, replying)
+        self._show(infill, rest, rest, self.chat.blank_tokens, replying, start=start)
 
     def write_trace(self, rest: str) -> None:
         if self.trace is None:
             raise ValueError("there is no reply yet that could be traced")
-        if not rest or rest == "terminal":
-            raise ValueError("/trace needs a file name ending in .html, .gif or .json")
+        if Path(rest).suffix not in SUFFIXES:
+            raise ValueError(f"/trace takes a file name ending in {', '.join(SUFFIXES)}; found {rest or 'none'}")
         check_trace_path(rest)
         write_trace(Path(rest), [self.trace])
         print(f"saved {rest}")
 
-    def quit(self, _: str) -> None:
+    def quit(self, rest: str) -> None:
+        _refuse_more("/quit", rest)
         raise Leave
 
-    def _require_diffusion(self) -> None:
+    def _require_diffusion(self, command: str) -> None:
         if not self.is_diffusion:
-            raise ValueError("this checkpoint is autoregressive; that command is for diffusion")
+            raise ValueError(f"{command} is for diffusion; this checkpoint is autoregressive")
 
-    def _set(self, name: str, text: str, kind: type) -> None:
+    def _set(self, command: str, name: str, value: Any) -> None:
         if name.startswith("gen_"):
-            self._require_diffusion()
+            self._require_diffusion(command)
         try:
-            value = kind(text)
-        except ValueError:
-            raise ValueError(f"expected a number, found {text!r}") from None
-        self.config = replace(self.config, **{name: value})
-        print(f"({name} {value})")
+            self.config = replace(self.config, **{name: value})
+        except ValueError as error:
+            raise ValueError(str(error).replace(_flag(name), command)) from None
+        print(f"({_flag(name)} {value})")
 
 
 COMMANDS = {
@@ -226,10 +254,23 @@ COMMANDS = {
     "/trace": Chat.write_trace,
     "/quit": Chat.quit,
 }
+POLICY_NAMES = get_args(get_type_hints(DenoisingConfig)["gen_remasking"])
 
 
-def _kind_of(field: str):
-    return get_type_hints(DenoisingConfig)[field]
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _refuse_more(command: str, rest: str) -> None:
+    if rest:
+        raise ValueError(f"{command} takes nothing more; found {rest}")
+
+
+def _whole_number(command: str, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"{command} takes a whole number such as 32; found {text or 'none'}") from None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -252,27 +293,45 @@ def main(argv: list[str] | None = None) -> None:
         (denoising, is_diffusion, "a diffusion"),
     ):
         refuse_idle(given, **dict.fromkeys((f.name for f in fields(group)), (used, f"{kind} checkpoint")))
-        refuse_idle(given, **idle_sampling_flags(group))
+        # What waits for another temperature or policy, the conversation may bring into effect.
+        idle = idle_sampling_flags(group)
+        refuse_idle(given, **{name: idle[name] for name in idle if name.endswith("repeat_window")})
     refuse_idle(given, blank_tokens=(is_diffusion, "a diffusion checkpoint"))
     config = denoising if is_diffusion else sampling
     talk = Chat(loaded, config, continuation, prompting, chat, runtime, checkpoint.max_seq_len)
     print(f"{checkpoint.checkpoint}, {'diffusion' if is_diffusion else 'autoregressive'}; /help lists the commands")
+    if note := note_on_template(checkpoint.checkpoint, loaded, talk.wraps):
+        print(f"({note})")
     if not talk.wraps:
-        print("(not fine-tuned on conversations: it goes on with your text, each line for itself)")
+        print("(outside the chat template: each line is continued for itself, and none is remembered)")
     converse(talk)
 
 
 def converse(talk: Chat) -> None:
     """Read lines until /quit or their end; a mistake is a sentence, and the conversation goes on."""
+    by_hand = sys.stdin.isatty()
+    if by_hand:
+        with contextlib.suppress(ImportError):  # with it, `input` lets a line be edited and earlier ones come back
+            import readline  # noqa: F401
+    elif hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
     while True:
+        line = None
         try:
-            talk.answer(input("> " if sys.stdin.isatty() else ""))
-        except ValueError as error:
-            print(f"error: {error}")
-        except KeyboardInterrupt:
-            print("\n(stopped; /quit leaves)")
-        except (EOFError, Leave):
+            line = input("> " if by_hand else "")
+            talk.answer(line)
+        except Leave:
             break
+        except EOFError:
+            print(end="\n" if by_hand else "")  # behind the prompt
+            break
+        except KeyboardInterrupt:
+            print("\n(/quit leaves)" if line is None else "\n(stopped; the conversation is as it was before)")
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError) as error:
+            print(f"error: {error}")
+        sys.stdout.flush()  # whoever writes to us through a pipe waits for it
 
 
 if __name__ == "__main__":

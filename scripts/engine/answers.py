@@ -1,10 +1,11 @@
-"""Answers to the prompts of a file, and what can be said of them without a judge: variety, loops, endings, cost."""
+"""Answers to prompts, and what can be said of them without a judge: variety, loops, endings, cost."""
 
+import itertools
 import math
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -14,10 +15,11 @@ from tqdm import tqdm
 from dataset.jsonl import content_hash, language_of, read_rows
 from dataset.sft import Messages, messages_of
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from scripts.engine.evaluation import Loaded
-from scripts.engine.generation import generate_batch
+from scripts.engine.generation import Prompt, generate_batch, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.watching import on_screen
 
 COLUMNS = (  # of the table
     "tokens",
@@ -31,6 +33,7 @@ COLUMNS = (  # of the table
     "tokens_per_second",
 )
 PREMATURE = 0.25  # of the reference's length; an answer that ends below it ended too early
+WARM_UP = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -55,36 +58,63 @@ class Answer:
 
 def questions_of(
     path: Path, tokenizer: PreTrainedTokenizerFast, per_language: int, max_new_tokens: int, max_length: int
-) -> list[Question]:
-    """Up to `per_language` questions in each language, chosen by content hash among those that fit.
+) -> tuple[list[Question], dict[str, int]]:
+    """Up to `per_language` questions in each language, chosen by content hash among those that fit, and how many rows
+    there are ("rows") and different ones that fit, per language. ValueError names file and row, or if none fits.
 
     A question fits if the prompt and `max_new_tokens` are within `max_length` and its reference, EOS included, within
-    `max_new_tokens`: no answer is cut that the reference shows to be short enough.
+    `max_new_tokens`: no answer is cut that the reference shows to be short enough. A reply that is empty or replies to
+    nothing is no reference.
     """
-    fitting: dict[str, list[tuple[int, Question]]] = {}
+    fitting: dict[str, dict[int, Question]] = {}
+    rows = 0
     for number, row in read_rows(path):
+        rows += 1
         try:
             messages = messages_of(row)
+            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+            prompt, reference = messages[:last], messages[last]["content"]
+            if not prompt or not reference.strip():
+                continue
+            size, reply = len(encode_chat(tokenizer, prompt, True)), len(encode(tokenizer, reference))
         except ValueError as error:
             raise ValueError(f"{path}, row {number}: {error}") from None
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        prompt, reference = messages[:last], messages[last]["content"]
-        size = len(encode_chat(tokenizer, prompt, add_generation_prompt=True)) if prompt else max_length
-        if size + max_new_tokens <= max_length and len(encode(tokenizer, reference)) < max_new_tokens:
-            order = content_hash(render_chat(messages, add_generation_prompt=False))
-            language = language_of(reference)
-            fitting.setdefault(language, []).append((order, Question(prompt, reference, language)))
-    chosen = [
-        question
-        for language in sorted(fitting, reverse=True)
-        for _, question in sorted(fitting[language], key=lambda pair: pair[0])[:per_language]
-    ]
-    if not chosen:
+        if size + max_new_tokens <= max_length and reply < max_new_tokens:
+            order, language = content_hash(render_chat(messages, False)), language_of(reference)
+            fitting.setdefault(language, {})[order] = Question(prompt, reference, language)
+    if not fitting:
         raise ValueError(
             f"{path}: no row has a prompt that leaves room for --max-new-tokens {max_new_tokens} within --max-seq-len "
             f"{max_length} and a reply that fits"
         )
-    return chosen
+    languages = sorted(fitting, reverse=True)
+    chosen = [fitting[language][order] for language in languages for order in sorted(fitting[language])[:per_language]]
+    return chosen, {"rows": rows, **{language: len(fitting[language]) for language in languages}}
+
+
+def note_on_template(path: Path, loaded: Loaded, wraps: bool) -> str | None:
+    """A sentence where a prompt means another thing to the checkpoint than one might think."""
+    if loaded.speaks_chat:
+        return None
+    effect = "the chat template is new to it" if wraps else "it goes on with the text that it is given"
+    return f"{path} was not trained on conversations: {effect}"
+
+
+def warm_up(
+    loaded: Loaded,
+    prompts: Sequence[Prompt],
+    continuation: ContinuationConfig,
+    config: SamplingConfig | DenoisingConfig,
+    runtime: RuntimeConfig,
+    max_length: int,
+) -> None:
+    """The first steps of an answer on the very canvas that will be timed: those of a new shape are slower."""
+    rows = [prompt_tokens(loaded.tokenizer, prompt, continuation.max_new_tokens, max_length) for prompt in prompts]
+    canvas = Canvas.continuing(rows, continuation.max_new_tokens, loaded.model.config, runtime.torch_device)
+    begin = denoise if isinstance(config, DenoisingConfig) else autoregress
+    with runtime.autocast():
+        for _ in itertools.islice(begin(loaded.model.eval(), canvas, config, [0] * len(rows)), WARM_UP):
+            pass
 
 
 def references(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> list[Answer]:
@@ -102,34 +132,42 @@ def answer_all(
     runtime: RuntimeConfig,
     max_length: int,
 ) -> list[Answer]:
-    """The answers of one sampler, in batches; the first batch is made twice, since the first time is slower."""
+    """The answers of one sampler, in batches. Question i is sampled with the seed plus i, whatever its batch."""
     answers: list[Answer] = []
-    batches = [questions[first : first + batch_size] for first in range(0, len(questions), batch_size)]
-    for number, batch in enumerate(tqdm([batches[0], *batches], desc=name, disable=not sys.stderr.isatty())):
-        made = generate_batch(
-            loaded.model,
-            loaded.tokenizer,
-            [question.messages for question in batch],
-            continuation,
-            config,
-            runtime,
-            max_length,
-        )
-        if number:
-            answers += [
-                Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made
-            ]
+    prompts = [question.messages for question in questions]
+    seed = runtime.seed if continuation.gen_seed is None else continuation.gen_seed
+    seed %= 2**32 - len(prompts)
+    warm_up(loaded, prompts[:batch_size], continuation, config, runtime, max_length)
+    for first in tqdm(range(0, len(prompts), batch_size), desc=name, disable=not sys.stderr.isatty()):
+        batch, seeded = prompts[first : first + batch_size], replace(continuation, gen_seed=seed + first)
+        made = generate_batch(loaded.model, loaded.tokenizer, batch, seeded, config, runtime, max_length)
+        answers += [Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made]
     return answers
+
+
+def figures_of(
+    tokenizer: PreTrainedTokenizerFast, answers: dict[str, list[Answer]], questions: Sequence[Question]
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """sampler -> language -> `describe` of its answers; the references are among the answers."""
+    figures: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, made in answers.items():
+        for language in dict.fromkeys(question.language for question in questions):
+            pairs = zip(made, answers["reference"], questions, strict=True)
+            chosen = [(answer, reference) for answer, reference, question in pairs if question.language == language]
+            figures.setdefault(name, {})[language] = describe(tokenizer, *zip(*chosen, strict=True))
+    return figures
 
 
 def describe(
     tokenizer: PreTrainedTokenizerFast, answers: Sequence[Answer], reference: Sequence[Answer]
 ) -> dict[str, Any]:
-    """Figures of a set of answers to questions with these references; means with their standard errors over answers.
+    """Figures of a set of answers to questions with these references; pairs are a mean over the answers and its
+    standard error.
 
-    distinct_n: distinct token n-grams / all n-grams, over all answers together. longest_repeat: length of the longest
-    token sequence that an answer contains twice, as a share of the answer. premature: ended below a quarter of the
-    reference's length. overrun: did not end. Tokens count up to EOS, that included.
+    distinct_n: distinct token n-grams / all n-grams, over all answers together; it falls as there are more of them.
+    longest_repeat: length of the longest token sequence that an answer contains twice, as a share of the answer.
+    premature: ended below a quarter of the reference's length. overrun: did not end. Tokens count up to EOS, that
+    included. What was not computed, as references, has no cost (None).
     """
     ids = [encode(tokenizer, answer.text) for answer in answers]
     seconds = sum(answer.seconds for answer in answers)
@@ -147,7 +185,7 @@ def describe(
             ]
         ),
         "overrun": mean_and_error([float(not answer.ended) for answer in answers]),
-        "forward_passes": mean_and_error([answer.num_forward_passes for answer in answers]),
+        "forward_passes": mean_and_error([answer.num_forward_passes for answer in answers]) if passes else None,
         "tokens_per_pass": tokens / passes if passes else None,
         "tokens_per_second": tokens / seconds if seconds else None,
     }
@@ -177,34 +215,37 @@ def longest_repeat(ids: Sequence[int]) -> int:
     return best
 
 
-def table(figures: dict[str, Any], languages: list[str]) -> list[str]:
+def table(figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     """One line per sampler and language."""
-    width = max(map(len, figures)) + 2
-    lines = [f"{'':<{width}}{'':<7}" + "".join(f"{name:>17}" for name in COLUMNS)]
+    rows = [["", "", *COLUMNS]]
     for name, groups in figures.items():
-        for language in languages:
-            cells = "".join(f"{cell(groups[language][column]):>17}" for column in COLUMNS)
-            lines.append(f"{name:<{width}}{language:<7}{cells}")
+        rows += [[name, language, *(cell(group[column]) for column in COLUMNS)] for language, group in groups.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(pairs))
+        for pairs in (zip(row, widths, strict=True) for row in rows)
+    ]
     return [*lines, "mean +- standard error over the answers; distinct n-grams are those of all answers together"]
 
 
 def cell(value: Any) -> str:
-    if value is None or value == (0.0, 0.0):
-        return "-" if value is None else "0"
+    if value is None:
+        return "-"
     if isinstance(value, tuple):
         mean, error = value
         return f"{mean:.2f}" + ("" if error is None else f" +- {error:.2f}")
-    return f"{value:.3f}" if value < 10 else f"{value:.0f}"
+    return f"{value:.3f}" if value < 10 else f"{value:.1f}"
 
 
-def samples(answers: dict[str, list[Answer]], questions: list[Question], languages: list[str], count: int) -> list[str]:
+def samples(answers: dict[str, list[Answer]], questions: list[Question], count: int) -> list[str]:
     """The first `count` questions of each language with every sampler's answer."""
     lines = []
-    for language in languages:
+    for language in dict.fromkeys(question.language for question in questions):
         chosen = [i for i, question in enumerate(questions) if question.language == language][:count]
         for i in chosen:
-            lines += ["", f"user: {questions[i].messages[-1]['content']}"]
+            lines += ["", f"user: {on_screen(questions[i].messages[-1]['content'])}"]
             lines += [
-                f"{name}: {made[i].text}" + ("" if made[i].ended else " [no EOS]") for name, made in answers.items()
+                f"{name}: {on_screen(made[i].text)}" + ("" if made[i].ended else " [no EOS]")
+                for name, made in answers.items()
             ]
     return lines

@@ -1,5 +1,6 @@
 """Watching a decoder at work: what --trace asks for, and the live view of a chat."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,11 @@ class Recorder:
             length = int(canvas.lengths[0])
             trace = Trace(self.tokenizer, canvas.ids[0, :length], canvas.open[0, :length], info)
             self.traces.append(trace)
-            return LiveView(trace) if self.target == "terminal" else trace.add
+            if self.target != "terminal":
+                return trace.add
+            if "title" in info:
+                print(info["title"], file=sys.stderr)
+            return LiveView(trace)
 
         return observe
 
@@ -66,6 +71,11 @@ class Typing:
         text = "".join(assemble(tokens))
         # A character may still lack bytes; what is typed cannot be taken back.
         text = text.rstrip(REPLACEMENT) if len(text.rstrip(REPLACEMENT)) >= len(self.typed) else self.typed
-        self.stream.write(printable(text[len(self.typed) :]).replace(NEWLINE + "\n", "\n"))
+        self.stream.write(on_screen(text[len(self.typed) :]))
         self.stream.flush()
         self.typed = text
+
+
+def on_screen(text: str) -> str:
+    """A text with its line breaks, but without anything else that would steer a terminal."""
+    return printable(text).replace(NEWLINE + "\n", "\n")

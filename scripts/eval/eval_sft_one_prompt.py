@@ -5,26 +5,27 @@
         --diffusion-checkpoint weights/diffusion_sft_state_dict.pt
 
 Both get the same full prompt. Each model is warmed up, then timed; a trace is recorded in a further, untimed run, which
-writes the same text.
+writes the same text. A prompt is put into the chat template if the checkpoints were trained on conversations.
 """
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, fields, replace
+import sys
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from scripts.engine.answers import note_on_template, warm_up
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import Loaded, circumstances, load_kind
-from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, prompt_tokens
+from scripts.engine.generation import Generation, Prompt, PromptConfig, generate, idle_sampling_flags, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trace_terminal import side_by_side
-from scripts.engine.watching import Recorder, TraceConfig
+from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
 KINDS = {"autoregressive": "causal", "diffusion": "full"}
-WARM_UP = 4  # tokens or steps
 
 
 @dataclass(frozen=True)
@@ -73,31 +74,53 @@ def main(argv: list[str] | None = None) -> None:
         kind: load_kind(path, KINDS[kind], tokenizer, request.max_seq_len, runtime)
         for kind, path in request.checkpoints.items()
     }
+    put = same_prompt(request, prompting, loaded)
+    ids = prompt_tokens(tokenizer, put, continuation.max_new_tokens, request.max_seq_len)  # refused before any work
     recorder, made = Recorder(tokenizer, tracing.trace), {}
     for kind, one in loaded.items():
-        put = prompting.put(request.prompt, one)
         more = continuation, configs[kind], runtime, request.max_seq_len
-        made[kind] = timed(one, put, *more)
+        warm_up(one, [put], *more)
+        made[kind] = generate(one.model, tokenizer, put, *more)
         info = {"title": f"{kind}: {request.checkpoints[kind]}", "prompt": request.prompt, **asdict(configs[kind])}
         if observe := recorder.observer(**info):
             generate(one.model, tokenizer, put, *more, observe)
     saved = recorder.write()
     if request.json:
-        settings = circumstances(runtime, tokenizer, None, request, prompting, continuation, *configs.values())
-        results = {kind: asdict(generation) for kind, generation in made.items()}
-        print(json.dumps({"prompt": request.prompt, "answers": results, **settings}, ensure_ascii=False))
+        used = [config for kind, config in configs.items() if kind in made]
+        result = {
+            "prompt": request.prompt,
+            "chat_wrap": not isinstance(put, str),
+            "prompt_tokens": len(ids),
+            "answers": {kind: asdict(answer) | rates(answer) for kind, answer in made.items()},
+            **circumstances(runtime, tokenizer, None, request, prompting, continuation, *used),
+        }
+        print(json.dumps(result, ensure_ascii=False))
+        for line in saved:
+            print(line, file=sys.stderr)
     else:
         print("\n".join([report(request, made), *saved]))
 
 
-def timed(
-    loaded: Loaded, put, continuation: ContinuationConfig, config, runtime: RuntimeConfig, max_length: int
-) -> Generation:
-    """The answer, after a short run that is not timed."""
-    prompt_tokens(loaded.tokenizer, put, continuation.max_new_tokens, max_length)  # refused before any work
-    short = replace(continuation, max_new_tokens=min(continuation.max_new_tokens, WARM_UP))
-    generate(loaded.model, loaded.tokenizer, put, short, config, runtime, max_length)
-    return generate(loaded.model, loaded.tokenizer, put, continuation, config, runtime, max_length)
+def same_prompt(request: Request, prompting: PromptConfig, loaded: dict[str, Loaded]) -> Prompt:
+    """The prompt as every model gets it; ValueError if by default they would get different ones."""
+    wraps = {kind: prompting.wraps(one) for kind, one in loaded.items()}
+    if len(set(wraps.values())) > 1:
+        plain = next(request.checkpoints[kind] for kind, wrap in wraps.items() if not wrap)
+        raise ValueError(
+            f"{plain} was not trained on conversations, the other checkpoint was; give --chat-wrap or --no-chat-wrap, "
+            "so that both get the same prompt"
+        )
+    for kind, one in loaded.items():
+        if note := note_on_template(request.checkpoints[kind], one, wraps[kind]):
+            print(note, file=sys.stderr)
+    return prompting.put(request.prompt, one)
+
+
+def rates(answer: Generation) -> dict[str, float]:
+    return {
+        "tokens_per_second": answer.num_tokens / answer.seconds,
+        "tokens_per_pass": answer.num_tokens / answer.num_forward_passes,
+    }
 
 
 def report(request: Request, made: dict[str, Generation]) -> str:
@@ -105,11 +128,11 @@ def report(request: Request, made: dict[str, Generation]) -> str:
     titles = [f"{kind} ({request.checkpoints[kind].name})" for kind in made]
     answers = [generation.text for generation in made.values()]
     columns = shutil.get_terminal_size((120, 24)).columns
-    lines = [request.prompt, "", *side_by_side(titles, answers, columns), ""]
+    lines = [on_screen(request.prompt), "", *side_by_side(titles, answers, columns), ""]
     header = f"{'':<16}{'tokens':>8}{'ended':>8}{'passes':>8}{'tokens/pass':>13}{'seconds':>9}{'tokens/s':>10}"
     rows = [
         f"{kind:<16}{g.num_tokens:>8}{'yes' if g.ended else 'no':>8}{g.num_forward_passes:>8}"
-        f"{g.num_tokens / g.num_forward_passes:>13.2f}{g.seconds:>9.3f}{g.num_tokens / g.seconds:>10.1f}"
+        f"{rates(g)['tokens_per_pass']:>13.2f}{g.seconds:>9.3f}{rates(g)['tokens_per_second']:>10.1f}"
         for kind, g in made.items()
     ]
     return "\n".join([*lines, header, *rows])
