@@ -73,11 +73,13 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     import matplotlib.pyplot as plt
 
     rows = read_log(log_path)
+    by_row = any("sft" in row.get("stage", "") for row in rows)
+    labels = {"train": "training (mean over rows)" if by_row else "training", "eval": "validation"}
     figure, axes = plt.subplots(figsize=(8, 5))
     for event, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("eval", {"marker": "o", "markersize": 3})):
         points = [(row["step"], row["loss"]) for row in rows if row["event"] == event and row["loss"] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label={"train": "training", "eval": "validation"}[event], **style)
+            axes.plot(*zip(*points, strict=True), label=labels[event], **style)
     for bin_index, label in ((0, "masked tokens, mask rate up to 10 %"), (-1, "masked tokens, mask rate above 90 %")):
         points = [
             (row["step"], row["loss_by_rate"][bin_index])
@@ -90,7 +92,7 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)", title=log_path.stem.removesuffix("_log"))
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend()
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=2, frameon=False)
     figure.tight_layout()
     temporary = image_path.with_name(image_path.stem + ".tmp.png")
     figure.savefig(temporary, dpi=150)
