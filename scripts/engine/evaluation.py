@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -73,6 +74,12 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
     payload = load_checkpoint(path, runtime.torch_device)
     model = model_of(payload, path, runtime.torch_device, fingerprint(tokenizer))
     model.set_context(max_length)
+    trained = payload.get("settings", {}).get("max_seq_len")
+    if trained and max_length > trained:
+        print(
+            f"note: {path} was trained on at most {trained} tokens; --max-seq-len {max_length} goes beyond",
+            file=sys.stderr,
+        )
     return Loaded(model, tokenizer, payload["stage"])
 
 

@@ -42,6 +42,11 @@ class Result:
     out: str
     err: str
 
+    @property
+    def complaints(self) -> str:
+        """Standard error, less the note that a tiny model is used beyond the length that it was trained on."""
+        return "".join(line for line in self.err.splitlines(keepends=True) if "was trained on at most" not in line)
+
 
 def run_command(module, argv) -> Result:
     """Run a command's main as the command line would; an exception that would be a traceback is raised."""

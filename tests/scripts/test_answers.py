@@ -253,7 +253,7 @@ def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
 def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv, command, tokenizer):
     grid = ["--policies", "low_confidence, threshold", "--steps", "2,3", "--gen-temp", "0.5", "--show", "1"]
     result = command(eval_sft, [*argv("ar", "dm"), *grid, "--batch-size", "3", "--json", "new/a.json"])
-    assert result.code == 0 and not result.err, result.err
+    assert result.code == 0 and not result.complaints, result.err
     found = json.loads(Path("new/a.json").read_text(encoding="utf-8"))
     names = ["AR", "low_confidence, 2 steps", "low_confidence, 3 steps", "threshold"]
     assert list(found["answers"]) == list(found["figures"]) == ["reference", *names]
@@ -294,7 +294,7 @@ def test_one_model_alone_is_compared_with_the_references(kind, name, argv, comma
 def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
     result = command(eval_sft, [*argv("ar", stage="pretrain"), "--prompts-per-language", "1"])
     assert result.code == 0
-    assert result.err.splitlines() == [
+    assert result.complaints.splitlines() == [
         f"{Path('weights/ar_state_dict.pt').resolve()} was not trained on conversations: the chat template is new to it"
     ]
 

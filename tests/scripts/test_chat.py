@@ -103,7 +103,7 @@ def talk(command, flags, monkeypatch):
     def run(kind, lines, *more, stage="sft"):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
         result = command(chat, [*flags(kind, stage), *more])
-        assert result.code == 0 and not result.err, result
+        assert result.code == 0 and not result.complaints, result
         return result.out
 
     return run

@@ -319,3 +319,10 @@ def test_a_single_document_has_no_error_to_show(model_of, tokenizer, data, runti
     assert "+-" not in result.line() and "nan" not in result.line()
     several = evaluate_file(model_of("causal"), tokenizer, data(["the cat.", "my old friend."]), 64, runtime)["all"]
     assert several.line().count("+-") == 2
+
+
+def test_a_context_longer_than_the_one_trained_on_is_noted(eval_argv, command):
+    for length, noted in (("32", False), ("33", True)):
+        result = command(eval_minimind, [*eval_argv["eval_minimind"], "--max-seq-len", length])
+        assert result.code == 0
+        assert ("was trained on at most 32 tokens; --max-seq-len 33" in result.err) == noted

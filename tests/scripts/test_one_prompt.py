@@ -46,7 +46,7 @@ def ask(command, argv):
     def run(kinds, *flags):
         result = command(one_prompt, [*argv(*kinds), "--json", *flags])
         assert result.code == 0, result.err
-        return json.loads(result.out), result.err
+        return json.loads(result.out), result.complaints
 
     return run
 
@@ -175,7 +175,7 @@ def test_the_texts_stand_side_by_side_whatever_their_width(monkeypatch):
 
 def test_a_text_report_names_prompt_files_and_costs(command, argv):
     result = command(one_prompt, argv())
-    assert result.code == 0 and not result.err
+    assert result.code == 0 and not result.complaints
     lines = result.out.splitlines()
     assert lines[0] == PROMPT and "ar_state_dict.pt" in result.out and "dm_state_dict.pt" in result.out
     assert [line.split()[0] for line in lines[-2:]] == ["autoregressive", "diffusion"]
