@@ -215,8 +215,16 @@ class SFTDataset:
     def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
         path, tokenizer, threshold = self.config.data, self.tokenizer, self.config.val_fraction * 2.0**64
         wanted, searched = STREAM_VALIDATION
-        head = islice(_conversations(path), searched if threshold else 0)
-        held_out = list(islice((pair for pair in head if _hash(pair[1]) < threshold), wanted))
+        head, found = [], 0
+        for pair in islice(_conversations(path), searched if threshold else 0):
+            head.append((_hash(pair[1]), pair))
+            found += head[-1][0] < threshold
+            if found == wanted:
+                break
+        hashes = {value for value, _ in head}
+        if not found and len(head) < searched and len(hashes) > 1:  # all was read: as of a small file in the cache
+            threshold = min(hashes) + 1
+        held_out = [pair for value, pair in head if value < threshold]
         self.validation = self._rows(_encoded(path, tokenizer, held_out), by_length=True)
 
         def windows(first: int) -> Iterator[ReplyRows]:

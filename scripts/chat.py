@@ -10,7 +10,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -27,6 +27,7 @@ from scripts.engine.generation import (
     PromptConfig,
     generate,
     idle_sampling_flags,
+    in_effect,
     infill,
     prompt_tokens,
     text_with_blanks,
@@ -134,7 +135,7 @@ class Chat:
         traces: list[Trace] = []
 
         def observe(canvas: Canvas) -> Watch:
-            info = {"title": f"reply {self.replies + 1}", "prompt": asked, **asdict(self.config)}
+            info = {"title": f"reply {self.replies + 1}", "prompt": asked, **in_effect(self.config)}
             traces.append(Trace(self.loaded.tokenizer, canvas.ids[0], canvas.open[0], info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 

@@ -225,7 +225,11 @@ def table(figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
         "  ".join(f"{text:<{width}}" if i < 2 else f"{text:>{width}}" for i, (text, width) in enumerate(pairs))
         for pairs in (zip(row, widths, strict=True) for row in rows)
     ]
-    return [*lines, "mean +- standard error over the answers; distinct n-grams are those of all answers together"]
+    return [
+        *lines,
+        "mean +- standard error over the answers; distinct_n: of all answers together; longest_repeat: share of an "
+        "answer; premature: ended below a quarter of the reference; overrun: no end; tokens count up to EOS",
+    ]
 
 
 def cell(value: Any) -> str:

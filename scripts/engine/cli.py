@@ -1,6 +1,7 @@
 """Command lines from config dataclasses, and the one place where a user's mistake becomes a sentence."""
 
 import argparse
+import difflib
 import math
 import os
 import re
@@ -11,7 +12,10 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        typed = re.match("unrecognized arguments: (--[^ =]+)", message)
+        near = difflib.get_close_matches(typed[1], self._option_string_actions, n=1) if typed else []
+        meant = f"did you mean {near[0]}? " if near else ""
+        self.exit(2, f"error: {message} ({meant}--help lists the flags)\n")
 
 
 def parse_args(description: str, *groups: type, argv: list[str] | None = None, **defaults: Any) -> tuple:

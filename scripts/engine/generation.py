@@ -3,8 +3,8 @@
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import torch
 
@@ -56,8 +56,11 @@ class Generation:
     seconds: float  # of the whole batch
 
     def report(self) -> str:
+        between = (
+            "\n" if BLANK.search(self.prompt) else "\u2502"
+        )  # a text with blanks is not what the filled one goes on
         return (
-            f"{self.prompt}\u2502{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
+            f"{self.prompt}{between}{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
             f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
             f"{self.num_tokens / self.seconds:.1f} tokens/s, "
             f"{self.num_tokens / self.num_forward_passes:.2f} tokens per pass]"
@@ -81,6 +84,12 @@ def idle_sampling_flags(*configs: SamplingConfig | DenoisingConfig) -> dict[str,
     return needs
 
 
+def in_effect(config: SamplingConfig | DenoisingConfig) -> dict[str, Any]:
+    """The settings that have an effect beside each other, by name."""
+    idle = {name for name, (used, _) in idle_sampling_flags(config).items() if not used}
+    return {name: value for name, value in asdict(config).items() if name not in idle}
+
+
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int
 ) -> list[int]:
@@ -94,7 +103,8 @@ def prompt_tokens(
         ids = encode_chat(tokenizer, prompt, add_generation_prompt=True)
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(
-            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed --max-seq-len {max_length}"
+            f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed --max-seq-len {max_length}; "
+            "shorten the prompt, or lower --max-new-tokens"
         )
     return ids
 

@@ -54,7 +54,8 @@ class RunConfig:
         bool, "with --load-from <run>.pt: its optimizer's moments, too; steps, learning rate and data begin anew"
     ] = False
     resume: Annotated[
-        Literal["never", "auto", "must"], "continue <run-name>.pt: refuse to, if it exists, or fail without it"
+        Literal["never", "auto", "must"],
+        "where <run-name>.pt exists: never = refuse to run, auto and must = continue it; must fails where it does not",
     ] = "never"
     overwrite: Annotated[bool, "start anew although <run-name>.pt exists"] = False
     save_interval: Annotated[int, "steps between checkpoints; each validation saves one, too"] = 1000

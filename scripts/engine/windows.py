@@ -171,7 +171,7 @@ def reply_windows(
                 conversations.append(Document(language_of(joined), sum(len(t.encode("utf-8")) for t, _ in scored)))
     if not windows:
         raise ValueError(
-            f"{config.eval_data} has nothing to evaluate: of its replies {empty} are empty and {too_long} end behind "
+            f"{config.eval_data} has nothing to evaluate: of its replies {empty} are empty and {too_long} do not fit "
             f"--max-seq-len {max_length}"
         )
     return ReplyWindows(conversations, windows, too_long, empty, unfilled)

@@ -27,7 +27,7 @@ from scripts.engine.evaluation import (
     masked_cross_entropy,
     response_likelihood,
 )
-from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, infill
+from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, in_effect, infill
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> None:
         )
     elif request.generating:
         recorder = Recorder(tokenizer, tracing.trace)
-        observe = recorder.observer(prompt=request.infill or request.prompt, checkpoint=checkpoint.checkpoint)
+        info = {"prompt": request.infill or request.prompt, "checkpoint": checkpoint.checkpoint}
+        observe = recorder.observer(**info, **in_effect(denoising))
         more = continuation, denoising, runtime, checkpoint.max_seq_len, observe
         made = write(request, prompting, loaded, *more)
         result["generation"] = asdict(made)

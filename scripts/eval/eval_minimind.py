@@ -15,7 +15,7 @@ from typing import Annotated
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
-from scripts.engine.generation import PromptConfig, generate, idle_sampling_flags
+from scripts.engine.generation import PromptConfig, generate, idle_sampling_flags, in_effect
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if request.prompt is not None:
         prompt = prompting.put(request.prompt, loaded)
         recorder = Recorder(tokenizer, tracing.trace)
-        observe = recorder.observer(prompt=request.prompt, checkpoint=checkpoint.checkpoint)
+        info = {"prompt": request.prompt, "checkpoint": checkpoint.checkpoint, **in_effect(sampling)}
+        observe = recorder.observer(**info)
         made = generate(model, tokenizer, prompt, continuation, sampling, runtime, checkpoint.max_seq_len, observe)
         result["generation"] = asdict(made)
         saved = recorder.write()

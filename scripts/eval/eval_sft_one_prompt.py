@@ -20,7 +20,15 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template, warm_up
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import Loaded, circumstances, load_kind
-from scripts.engine.generation import Generation, Prompt, PromptConfig, generate, idle_sampling_flags, prompt_tokens
+from scripts.engine.generation import (
+    Generation,
+    Prompt,
+    PromptConfig,
+    generate,
+    idle_sampling_flags,
+    in_effect,
+    prompt_tokens,
+)
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trace_terminal import side_by_side
 from scripts.engine.watching import Recorder, TraceConfig, on_screen
@@ -40,7 +48,7 @@ class Request:
     json: Annotated[bool, "print one JSON object instead of text"] = False
 
     def __post_init__(self):
-        if self.prompt is None:
+        if not self.prompt:
             raise ValueError("--prompt is missing: give what the user says")
         if self.minimind_checkpoint is None and self.diffusion_checkpoint is None:
             raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both")
@@ -81,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         more = continuation, configs[kind], runtime, request.max_seq_len
         warm_up(one, [put], *more)
         made[kind] = generate(one.model, tokenizer, put, *more)
-        info = {"title": f"{kind}: {request.checkpoints[kind]}", "prompt": request.prompt, **asdict(configs[kind])}
+        info = {"title": f"{kind}: {request.checkpoints[kind]}", "prompt": request.prompt, **in_effect(configs[kind])}
         if observe := recorder.observer(**info):
             generate(one.model, tokenizer, put, *more, observe)
     saved = recorder.write()
@@ -126,7 +134,7 @@ def rates(answer: Generation) -> dict[str, float]:
 def report(request: Request, made: dict[str, Generation]) -> str:
     """The answers, side by side where there are two, and a table of costs."""
     titles = [f"{kind} ({request.checkpoints[kind].name})" for kind in made]
-    answers = [generation.text for generation in made.values()]
+    answers = [g.text if g.text.strip() else "(nothing before EOS)" for g in made.values()]
     columns = shutil.get_terminal_size((120, 24)).columns
     lines = [on_screen(request.prompt), "", *side_by_side(titles, answers, columns), ""]
     header = f"{'':<16}{'tokens':>8}{'ended':>8}{'passes':>8}{'tokens/pass':>13}{'seconds':>9}{'tokens/s':>10}"

@@ -123,7 +123,7 @@ def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: 
 def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig) -> tuple:
     found, replies = evaluate_replies(loaded.model, loaded.tokenizer, data, max_length, rows.canvas, runtime)
     counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
-    told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they end behind --max-seq-len"
+    told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len"
     told += f" {max_length}; {replies.empty:,} empty"
     if loaded.model.config.attention == "full":
         counts["unfilled"] = replies.unfilled

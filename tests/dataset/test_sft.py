@@ -346,3 +346,14 @@ def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
     after = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
     assert "is damaged" in capsys.readouterr().err
     assert torch.equal(before["input_ids"], after["input_ids"])
+
+
+def test_a_small_stream_holds_out_what_the_cached_file_would(dataset, tokenizer):
+    rows = [{"prompt": f"q{i % 4}", "response": "a"} for i in range(8)]
+    flags = {"val_fraction": 1e-9, "max_seq_len": 24}
+    stored = dataset(rows, True, **flags)
+    stream = dataset(rows, True, streaming=True, steps_per_epoch=3, **flags)
+    held = [[shown(tokenizer, r.batch(np.array([i]))) for i in range(2)] for r in (stored.validation, stream.validation)]
+    assert held[0] == held[1] and len(stored.validation) == len(stream.validation) == 2
+    trained = {shown(tokenizer, stream.train.batch(np.array([i]))) for i in range(60)}
+    assert len(trained) == 3 and not trained & set(held[1])

@@ -395,7 +395,7 @@ def test_a_bad_conversation_is_named_by_file_and_row(row, words, argv, file, ref
         ("full", "chats", ["--jsonl-field", "x"], "--jsonl-field has no effect without rows of text"),
         ("full", "questions", ["--eval-split", "validation"], "--eval-split has no effect without"),
         ("causal", "questions", ["--nmc", "3"], "--num-samples has no effect without a diffusion model"),
-        ("causal", "chats", ["--max-seq-len", "8"], "4 end behind --max-seq-len 8"),
+        ("causal", "chats", ["--max-seq-len", "8"], "4 do not fit --max-seq-len 8"),
     ],
 )
 def test_flags_without_effect_and_files_without_anything_to_score(kind, rows, flags, words, argv, chats, file, refused):
