@@ -353,7 +353,9 @@ def test_a_small_stream_holds_out_what_the_cached_file_would(dataset, tokenizer)
     flags = {"val_fraction": 1e-9, "max_seq_len": 24}
     stored = dataset(rows, True, **flags)
     stream = dataset(rows, True, streaming=True, steps_per_epoch=3, **flags)
-    held = [[shown(tokenizer, r.batch(np.array([i]))) for i in range(2)] for r in (stored.validation, stream.validation)]
+    held = [
+        [shown(tokenizer, r.batch(np.array([i]))) for i in range(2)] for r in (stored.validation, stream.validation)
+    ]
     assert held[0] == held[1] and len(stored.validation) == len(stream.validation) == 2
     trained = {shown(tokenizer, stream.train.batch(np.array([i]))) for i in range(60)}
     assert len(trained) == 3 and not trained & set(held[1])
