@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from torch import Tensor
 
+from dataset.bundled import bundled_file
 from dataset.jsonl import text_format
 from dataset.packing import PackedRows, TokenCache
 from dataset.tokenizer import PreTrainedTokenizerFast
@@ -16,7 +17,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast
 class PretrainData:
     """Where the corpus is and how it becomes rows; every field is a flag. ValueError on an impossible value."""
 
-    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz"] = None
+    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
     jsonl_sep: Annotated[
         str | None, r"text appended to each JSONL row (character mode only); \n and \t mean line break and tab"
@@ -40,6 +41,11 @@ class PretrainData:
                 raise ValueError(f"--jsonl-sep {self.jsonl_sep!r}: {self.data} has no JSONL rows; leave the flag out")
             if self.jsonl_field != "text":
                 raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.data} has no fields; leave the flag out")
+
+    @property
+    def source(self) -> Path:
+        """--data, or without it the bundled corpus, which is written into the cache first."""
+        return self.data or bundled_file("pretrain", self.cache_dir)
 
     @property
     def separator(self) -> str | None:
@@ -73,10 +79,9 @@ class PretrainDataset:
     """
 
     def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
-        if config.data is None:
-            raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
+        self.source = config.source
         cache = TokenCache.build_or_open(
-            config.data,
+            self.source,
             tokenizer,
             cache_dir=config.cache_dir,
             field=config.jsonl_field,
@@ -100,8 +105,9 @@ class PretrainDataset:
         text_tokens = meta["train_tokens"] + meta["validation_tokens"]
         text_tokens -= 2 * (meta["train_documents"] + meta["validation_documents"])  # without BOS and EOS
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
+        bundled = "" if self.config.data else "no --data, so the bundled corpus is used: "
         return (
-            f"{self.config.data}: {meta['rows']:,} rows{empty}, "
+            f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
             f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
@@ -109,7 +115,7 @@ class PretrainDataset:
         )
 
     def _why_empty(self) -> str:
-        path, meta = self.config.data, self.meta
+        path, meta = self.source, self.meta
         if meta["rows"] == meta["empty_rows"]:
             return f"{path} has nothing to train on: all {meta['rows']:,} rows are empty"
         return (

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
+from dataset.bundled import bundled_file
 from dataset.disk_cache import cached_directory, source_key
 from dataset.jsonl import JSON_TYPES, content_hash, open_text, read_rows, text_format
 from dataset.order import STEPS_PER_WINDOW
@@ -94,7 +95,9 @@ class SFTData:
     """Where the conversations are and how they become rows; every field is a flag. ValueError on impossible values."""
 
     data: Annotated[
-        Path | None, "conversations: JSONL, may be .gz; rows of conversations, messages, instruction or prompt"
+        Path | None,
+        "conversations: JSONL, may be .gz; rows of conversations, messages, instruction or prompt "
+        "(none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len"] = 512
@@ -114,6 +117,11 @@ class SFTData:
             raise ValueError(f"--steps-per-epoch {self.steps_per_epoch}: expected 1 to a billion")
         if self.data is not None and text_format(self.data) != ".jsonl":
             raise ValueError(f"--data {self.data}: expected JSONL rows, one conversation each")
+
+    @property
+    def source(self) -> Path:
+        """--data, or without it the bundled conversations, which are written into the cache first."""
+        return self.data or bundled_file("sft", self.cache_dir)
 
 
 @dataclass(frozen=True)
@@ -141,8 +149,6 @@ class SFTDataset:
     def __init__(
         self, config: SFTData, tokenizer: PreTrainedTokenizerFast, all_replies: bool, rows_per_step: int
     ) -> None:
-        if config.data is None:
-            raise ValueError("--data is missing: expected a .jsonl file of conversations")
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise ValueError(
                 f"the tokenizer in {config.tokenizer_dir} pads with EOS, which is to be learnt; it needs both"
@@ -153,7 +159,7 @@ class SFTDataset:
             raise ValueError(
                 f"the tokenizer in {config.tokenizer_dir} cannot spell the chat template: {error}"
             ) from None
-        self.config, self.tokenizer, self.all_replies = config, tokenizer, all_replies
+        self.config, self.tokenizer, self.all_replies, self.source = config, tokenizer, all_replies, config.source
         if config.streaming:
             self._open_stream(STEPS_PER_WINDOW * rows_per_step, config.steps_per_epoch * rows_per_step)
         else:
@@ -166,9 +172,10 @@ class SFTDataset:
             source, train = f"streamed, with an epoch of {len(train):,} rows; of the first window:", train.window
         else:
             source = f"{meta['conversations']:,} conversations, {meta['replies']:,} replies"
+        bundled = "" if self.config.data else "no --data, so the bundled conversations are used: "
         left_out = f" ({meta['empty_replies']:,} empty replies left out)" if meta["empty_replies"] else ""
         return (
-            f"{self.config.data}: {source}{left_out}\n"
+            f"{bundled}{self.source}: {source}{left_out}\n"
             f"train {len(train):,} rows of {train.real_token_share * train.seq_len:.0f} tokens on average; EOS is "
             f"{train.eos_share:.1%} of what is learnt; {meta['shortened']:,} shortened to {train.seq_len} "
             f"({meta['cut_prompts']:,} lost the beginning of the prompt, {meta['cut_replies']:,} the end of the reply)"
@@ -196,7 +203,7 @@ class SFTDataset:
         return ReplyRows(chats, items, seq_len, *ids, getattr(self.config, "eos_fill", 0), not self.all_replies)
 
     def _open_file(self) -> None:
-        cache = _ChatCache(self.config.data, self.tokenizer)
+        cache = _ChatCache(self.source, self.tokenizer)
         chats, meta = cache.open(self.config.cache_dir)
         held_out = chats.hashes < self.config.val_fraction * 2.0**64
         if self.config.val_fraction > 0 and not held_out.any():
@@ -205,15 +212,15 @@ class SFTDataset:
         self.train, self.validation = self._rows(chats, ~held_out), self._rows(chats, held_out, by_length=True)
         self.meta = meta | self._counts(self.train)
         if not meta["replies"]:
-            raise ValueError(f"{self.config.data} has nothing to train on: every reply is empty")
+            raise ValueError(f"{self.source} has nothing to train on: every reply is empty")
         if not len(self.train):
             raise ValueError(
-                f"{self.config.data} has nothing to train on: of {meta['replies']:,} replies that are not empty, all "
+                f"{self.source} has nothing to train on: of {meta['replies']:,} replies that are not empty, all "
                 f"are held out by --val-fraction {self.config.val_fraction}; lower it, or give more data"
             )
 
     def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
-        path, tokenizer, threshold = self.config.data, self.tokenizer, self.config.val_fraction * 2.0**64
+        path, tokenizer, threshold = self.source, self.tokenizer, self.config.val_fraction * 2.0**64
         wanted, searched = STREAM_VALIDATION
         head, found = [], 0
         for pair in islice(_conversations(path), searched if threshold else 0):
@@ -254,15 +261,15 @@ class SFTDataset:
         """The items of the training conversations, over and over again."""
         while True:
             empty = True
-            kept = (pair for pair in _conversations(self.config.data) if _hash(pair[1]) >= threshold)
+            kept = (pair for pair in _conversations(self.source) if _hash(pair[1]) >= threshold)
             for chunk in _chunks(kept):
-                chats = _encoded(self.config.data, self.tokenizer, chunk)
+                chats = _encoded(self.source, self.tokenizer, chunk)
                 self.empty_replies += _num_replies(chunk) - len(chats.reply_begins)
                 for item in apart(chats, self._items(chats)):
                     empty = False
                     yield item
             if empty:
-                raise ValueError(f"{self.config.data} has nothing to train on: no reply that is not empty is left")
+                raise ValueError(f"{self.source} has nothing to train on: no reply that is not empty is left")
 
 
 class _ChatCache:

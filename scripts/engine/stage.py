@@ -62,7 +62,7 @@ def train_stage(
         raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
         raise ValueError(
-            f"{run.state_path} was trained on other contents of {data.data}; "
+            f"{run.state_path} was trained on other contents of {data.source}; "
             "give the same file, or choose another --run-name"
         )
     print(_header(stage, model, dataset, configs, state), flush=True)

@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         written = {
             "spread": {k: asdict(v) for k, v in result.items()},
-            **circumstances(runtime, tokenizer, data.data, config, data),
+            **circumstances(runtime, tokenizer, data.source, config, data),
         }
         config.json.parent.mkdir(parents=True, exist_ok=True)
         config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")

@@ -127,9 +127,7 @@ def find_tokenizer(
                     f"{own} has a {name.replace('_', ' ')} of {found}; leave out --{name.replace('_', '-')}"
                 )
         return tokenizer, False
-    if data.data is None:
-        raise ValueError("--data is missing: expected a .jsonl or .txt corpus")
-    texts = read_documents(data.data, data.jsonl_field, data.separator)
+    texts = read_documents(data.source, data.jsonl_field, data.separator)
     if what.retrain_tokenizer:
         return train_bpe(texts, what.target_vocab_size, what.mask_token), True
     return train_characters(texts, what.mask_token), True
