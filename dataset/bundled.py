@@ -39,6 +39,8 @@ from dataset.disk_cache import cached_directory
 Row = dict[str, Any]
 LANGUAGES = ("en", "zh")
 ARITHMETIC = ("sum", "difference", "product")
+OPENINGS_OF = {"sum": 1, "difference": 1, "identity": 4, "product": 4}  # with how many a question is asked; others: 3
+IDENTITY_TURNS = 12  # conversations in which it comes up, for each phrasing
 PARTNERS = 2  # documents of two statements that begin with the same one
 QUESTIONS_PER_KIND = 20  # of `seen`, in each language
 NUM_CHOICES = 4
@@ -117,10 +119,12 @@ def conversations() -> list[Row]:
         for place, fact in enumerate(known):
             if fact.kind not in ARITHMETIC or place % 4 == 0:
                 made.append(_asked_in_turn(fact, known))
+        made += _about_itself(known)
         made += [list(fact.exchanges[0]) for fact in reading(lang) if not is_reading_test(fact)]
         made += [list(pair) for pair in GREETINGS[lang]]
         for name, story in stories(lang):
-            made.append([sentence(pick(STORY_REQUESTS[lang], story), lang, name=name), story])
+            if place_of(2, "asked for", story):
+                made.append([sentence(pick(STORY_REQUESTS[lang], story), lang, name=name), story])
     told = (turns for turns in made if not tells_held_out_sum("\n".join(turns)))
     return [{"conversations": _messages(turns)} for turns in _in_any_order(told)]
 
@@ -130,13 +134,24 @@ def is_reading_test(fact: Fact) -> bool:
 
 
 def _asked_alone(fact: Fact) -> Iterator[list[str]]:
-    """Every phrasing to learn from, with several openings; sums are many, and have one each."""
+    """Every phrasing to learn from, with some of the openings; sums are many, and have one each."""
     openings = OPENINGS[fact.lang]
-    number = 1 if fact.kind in ARITHMETIC else len(openings) - 1
+    number = OPENINGS_OF.get(fact.kind, 3)
     for question, reply in fact.seen:
         first = place_of(len(openings), "opening", question)
         for opening in range(first, first + number):
             yield [openings[opening % len(openings)].format(question), reply]
+
+
+def _about_itself(known: list[Fact]) -> Iterator[list[str]]:
+    """Who the assistant is, asked in the middle of a conversation."""
+    for fact in known:
+        if fact.kind == "identity":
+            for question, reply in fact.seen:
+                for turn in range(IDENTITY_TURNS):
+                    before = pick(known, "about itself", question, turn)
+                    if before.kind != "identity":
+                        yield [*pick(before.seen, question, turn), question, reply]
 
 
 def _asked_in_turn(fact: Fact, known: list[Fact]) -> list[str]:

@@ -35,7 +35,7 @@ from dataset.bundled_tables import (
 
 Item = TypeVar("Item")
 LARGEST = 20  # of sums, of what is subtracted from, of counting
-STORIES_PER_PLOT, READINGS_PER_TEXT, SUM_STORIES_PER_SUM = 400, 400, 3
+STORIES_PER_PLOT, READINGS_PER_TEXT, SUM_STORIES_PER_SUM = 400, 800, 3
 
 
 def place_of(count: int, *key: object) -> int:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from dataset.bundled import bundled_file
 from dataset.jsonl import language_of, open_text, read_documents, read_lines, text_format
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run
@@ -25,7 +26,7 @@ from scripts.engine.run import require_writable
 class TokenizerTraining:
     """What a tokenizer is trained on, and where it goes"""
 
-    data: Annotated[Path, "text to train on: .jsonl or .txt, also with .gz"] = Path("dataset/pretrain_hq.jsonl")
+    data: Annotated[Path | None, "text to train on: .jsonl or .txt, also with .gz (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a row that holds its text"] = "text"
     target_vocab_size: Annotated[int, "vocabulary entries in all: 16 control tokens, 256 bytes, merges"] = 6400
     mask_token: Annotated[str, "name of the token that stands for a masked one"] = MASK_TOKEN
@@ -38,6 +39,8 @@ class TokenizerTraining:
     def __post_init__(self):
         if bool(self.sources) != bool(self.keep_sources):
             raise ValueError("--sources and --keep-sources belong together: give both or neither")
+        if self.sources and not self.data:
+            raise ValueError("--sources labels the rows of --data, which is missing")
         self.weights()
 
     def weights(self) -> dict[str, int]:
@@ -53,7 +56,9 @@ class TokenizerTraining:
 
 def training_texts(config: TokenizerTraining) -> Iterator[str]:
     """The texts to count pairs in; a row of weight N comes N times."""
-    documents = read_documents(config.data, config.jsonl_field)
+    if config.data is None:
+        print("no --data, so the bundled corpus is used")
+    documents = read_documents(config.data or bundled_file("pretrain"), config.jsonl_field)
     if config.sources is None:
         yield from documents
         return

@@ -97,11 +97,6 @@ def test_nothing_to_train_on_is_refused_with_the_reason(tmp_path, tokenizer, tex
         dataset_of(tmp_path, tokenizer, texts=texts, val_fraction=fraction)
 
 
-def test_no_corpus_is_refused(tokenizer):
-    with pytest.raises(ValueError, match="--data"):
-        PretrainDataset(PretrainData(), tokenizer)
-
-
 @pytest.mark.parametrize(("typed", "meant"), [(None, None), ("", ""), (r"\n\t|", "\n\t|"), ("\n", "\n")])
 def test_escapes_in_the_separator_are_read(tmp_path, tokenizer, typed, meant):
     """A shell hands on \\n as a backslash and an n; training on those two characters would be nobody's wish."""
