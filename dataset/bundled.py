@@ -6,7 +6,7 @@ same bytes.
 
 Held out, and so in no training row: the sums of HELD_OUT_SUMS in any phrasing, language or order, the subtractions that
 undo them included; the capital after its country, for the countries of CAPITALS_ONE_WAY; and of every fact one
-phrasing of its question, which is asked about other facts.
+phrasing of its question, which is asked about other facts; who the assistant is, is asked with another opening.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from dataset.disk_cache import cached_directory
 Row = dict[str, Any]
 LANGUAGES = ("en", "zh")
 ARITHMETIC = ("sum", "difference", "product")
-OPENINGS_OF = {"sum": 1, "difference": 1, "identity": 4, "product": 4}  # with how many a question is asked; others: 3
+OPENINGS_OF = {"sum": 1, "difference": 1, "product": 4}  # with how many a question is asked; others: 3
 IDENTITY_TURNS = 12  # conversations in which it comes up, for each phrasing
 PARTNERS = 2  # documents of two statements that begin with the same one
 QUESTIONS_PER_KIND = 20  # of `seen`, in each language
@@ -135,12 +135,20 @@ def is_reading_test(fact: Fact) -> bool:
 
 def _asked_alone(fact: Fact) -> Iterator[list[str]]:
     """Every phrasing to learn from, with some of the openings; sums are many, and have one each."""
-    openings = OPENINGS[fact.lang]
     number = OPENINGS_OF.get(fact.kind, 3)
     for question, reply in fact.seen:
-        first = place_of(len(openings), "opening", question)
-        for opening in range(first, first + number):
-            yield [openings[opening % len(openings)].format(question), reply]
+        for opening in _openings(fact, question)[:number]:
+            yield [opening.format(question), reply]
+
+
+def _openings(fact: Fact, question: str) -> list[str]:
+    """All openings, in an order of the question's own; who the assistant is, is asked with the last in evaluation."""
+    forms = OPENINGS[fact.lang]
+    if fact.kind == "identity":  # the last is not the empty one, with which it is asked in the middle of conversations
+        first = 2 + place_of(len(forms) - 1, "opening", question)
+    else:
+        first = place_of(len(forms), "opening", question)
+    return [forms[(first + step) % len(forms)] for step in range(len(forms))]
 
 
 def _about_itself(known: list[Fact]) -> Iterator[list[str]]:
@@ -229,7 +237,7 @@ def _family(fact: Fact) -> tuple[str, ...]:
 def questions() -> list[Row]:
     """{"question", "answer", "lang", "kind", "split"}, split being seen, unseen_sums or reversed; see `is_correct`."""
     return [
-        {"question": fact.question(place), "answer": fact.answer, "lang": fact.lang, "kind": fact.kind, "split": split}
+        {"question": _put(fact, place), "answer": fact.answer, "lang": fact.lang, "kind": fact.kind, "split": split}
         for split, fact, place in _examined()
     ]
 
@@ -256,6 +264,11 @@ def choices() -> list[Row]:
     return rows
 
 
+def _put(fact: Fact, place: int) -> str:
+    question = fact.question(place)
+    return _openings(fact, question)[-1].format(question) if fact.kind == "identity" else question
+
+
 @cache
 def _examined() -> tuple[tuple[str, Fact, int], ...]:
     """(split, fact, place of the phrasing) of every question for evaluation."""
@@ -267,7 +280,11 @@ def _examined() -> tuple[tuple[str, Fact, int], ...]:
     asked = []
     for group in groups.values():
         group.sort(key=lambda fact: place_of(2**32, "asked", fact.lang, *fact.key))
-        asked += [("seen", fact, fact.held_out) for fact in group[:QUESTIONS_PER_KIND]]
+        for fact in group[:QUESTIONS_PER_KIND]:
+            if fact.kind == "identity":
+                asked += [("seen", fact, place) for place in range(len(fact.phrases.exchanges))]
+            else:
+                asked.append(("seen", fact, fact.held_out))
     asked += [("unseen_sums", fact, fact.held_out) for fact in sum_facts(held_out=True)]
     for fact in one_way_capitals():
         number = len(fact.phrases.exchanges)

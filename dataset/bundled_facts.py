@@ -79,8 +79,10 @@ class Fact(NamedTuple):
 
     @property
     def held_out(self) -> int:
-        """Which of the exchanges is kept for evaluation."""
-        return place_of(len(self.phrases.exchanges), "phrasing", self.lang, *self.key)
+        """Which of the exchanges is kept for evaluation; -1, none, where no other fact is asked for in the same words."""
+        return (
+            -1 if self.kind == "identity" else place_of(len(self.phrases.exchanges), "phrasing", self.lang, *self.key)
+        )
 
     @property
     def seen(self) -> list[tuple[str, str]]:

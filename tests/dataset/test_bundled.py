@@ -137,6 +137,15 @@ def test_no_question_is_asked_in_training(made):
         assert not any(opening.format(row["question"]) in known for opening in openings), row
 
 
+def test_who_it_is_is_asked_in_known_words_behind_another_opening(made):
+    alone = {row["conversations"][0]["content"] for row in made["sft"] if len(row["conversations"]) == 2}
+    asked = [row["question"] for row in made["questions"] if row["kind"] == "identity"]
+    assert len(asked) >= 30
+    for question in asked:
+        assert question not in alone
+        assert re.split("。|，|！|[.!] ", question, maxsplit=1)[1] in alone
+
+
 def test_every_answer_to_a_seen_question_is_taught(made):
     replies = {row["conversations"][-1]["content"] for row in made["sft"] if len(said(row)[-1]) < 80}
     answers = {row["answer"] for row in made["questions"] if row["split"] == "seen"}
