@@ -79,7 +79,7 @@ class Fact(NamedTuple):
 
     @property
     def held_out(self) -> int:
-        """Which of the exchanges is kept for evaluation; -1, none, where no other fact is asked for in the same words."""
+        """Which of the exchanges is kept for evaluation; -1, none, where no other fact is asked for so."""
         return (
             -1 if self.kind == "identity" else place_of(len(self.phrases.exchanges), "phrasing", self.lang, *self.key)
         )
