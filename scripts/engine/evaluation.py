@@ -83,6 +83,7 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
     return Loaded(model, tokenizer, payload["stage"])
 
 
+# attention of a checkpoint -> what it is called, and the flag that takes it
 KINDS = {"causal": ("autoregressive", "--minimind-checkpoint"), "full": ("diffusion", "--diffusion-checkpoint")}
 
 

@@ -19,7 +19,7 @@ from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template, warm_up
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import Loaded, circumstances, load_kind
+from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
 from scripts.engine.generation import (
     Generation,
     Prompt,
@@ -33,7 +33,7 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trace_terminal import side_by_side
 from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
-KINDS = {"autoregressive": "causal", "diffusion": "full"}
+ATTENTION = {name: attention for attention, (name, _) in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Request:
     @property
     def checkpoints(self) -> dict[str, Path]:
         """kind -> file"""
-        both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
+        both = zip(ATTENTION, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
         return {kind: path for kind, path in both if path is not None}
 
 
@@ -72,14 +72,14 @@ def main(argv: list[str] | None = None) -> None:
         RuntimeConfig,
         argv=argv,
     )
-    configs = dict(zip(KINDS, (sampling, denoising), strict=True))
-    for kind, flag in zip(KINDS, ("--minimind-checkpoint", "--diffusion-checkpoint"), strict=True):
+    configs = dict(zip(ATTENTION, (sampling, denoising), strict=True))
+    for kind, flag in KINDS.values():
         names = [f.name for f in fields(configs[kind])]
         refuse_idle(given, **dict.fromkeys(names, (kind in request.checkpoints, flag)))
         refuse_idle(given, **idle_sampling_flags(configs[kind]))
     tokenizer = load_tokenizer(request.tokenizer_dir)
     loaded = {
-        kind: load_kind(path, KINDS[kind], tokenizer, request.max_seq_len, runtime)
+        kind: load_kind(path, ATTENTION[kind], tokenizer, request.max_seq_len, runtime)
         for kind, path in request.checkpoints.items()
     }
     put = same_prompt(request, prompting, loaded)
