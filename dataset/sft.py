@@ -223,7 +223,7 @@ class SFTDataset:
         path, tokenizer, threshold = self.source, self.tokenizer, self.config.val_fraction * 2.0**64
         wanted, searched = STREAM_VALIDATION
         head, found = [], 0
-        for pair in islice(_conversations(path), searched if threshold else 0):
+        for pair in islice(read_conversations(path), searched if threshold else 0):
             head.append((_hash(pair[1]), pair))
             found += head[-1][0] < threshold
             if found == wanted:
@@ -261,7 +261,7 @@ class SFTDataset:
         """The items of the training conversations, over and over again."""
         while True:
             empty = True
-            kept = (pair for pair in _conversations(self.source) if _hash(pair[1]) >= threshold)
+            kept = (pair for pair in read_conversations(self.source) if _hash(pair[1]) >= threshold)
             for chunk in _chunks(kept):
                 chats = _encoded(self.source, self.tokenizer, chunk)
                 self.empty_replies += _num_replies(chunk) - len(chats.reply_begins)
@@ -288,7 +288,7 @@ class _ChatCache:
     def _build(self, folder: Path) -> None:
         began, digest, replies = time.monotonic(), hashlib.sha256(), 0
         parts = []
-        for chunk in _chunks(_conversations(self.path, digest.update)):
+        for chunk in _chunks(read_conversations(self.path, digest.update)):
             parts.append(_encoded(self.path, self.tokenizer, chunk))
             replies += _num_replies(chunk)
         chats = _joined(parts)
@@ -320,7 +320,7 @@ class _ChatCache:
             return f"unreadable: {error!r}"
 
 
-def _conversations(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
+def read_conversations(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
     """(row number from 1, conversation); ValueError names file and row."""
     for number, row in read_rows(path, observe):
         try:

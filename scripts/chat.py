@@ -150,8 +150,8 @@ class Chat:
             print(made.text)
         said = "" if made.text.strip() else "an empty reply, "
         cut = "" if made.ended else ", no end within --max-new-tokens"
-        speed = made.num_tokens / made.seconds
-        print(f"[{said}{made.num_tokens} tokens, {made.num_forward_passes} passes, {speed:.0f} tokens/s{cut}]")
+        speed = f"{made.tokens_per_second:.0f} tokens/s"
+        print(f"[{said}{made.num_tokens} tokens, {made.num_forward_passes} passes, {speed}{cut}]")
         return made
 
     def _watch(self, trace: Trace, start: int) -> Watch:

@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, language_of, read_rows
-from dataset.sft import Messages, messages_of
+from dataset.jsonl import content_hash, language_of
+from dataset.sft import Messages, read_conversations
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from scripts.engine.evaluation import Loaded
@@ -68,14 +68,13 @@ def questions_of(
     """
     fitting: dict[str, dict[int, Question]] = {}
     rows = 0
-    for number, row in read_rows(path):
+    for number, messages in read_conversations(path):
         rows += 1
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        prompt, reference = messages[:last], messages[last]["content"]
+        if not prompt or not reference.strip():
+            continue
         try:
-            messages = messages_of(row)
-            last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-            prompt, reference = messages[:last], messages[last]["content"]
-            if not prompt or not reference.strip():
-                continue
             size, reply = len(encode_chat(tokenizer, prompt, True)), len(encode(tokenizer, reference))
         except ValueError as error:
             raise ValueError(f"{path}, row {number}: {error}") from None

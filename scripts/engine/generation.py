@@ -19,7 +19,8 @@ BLANK = re.compile("_{3,}")
 
 Conversation = Sequence[dict[str, str]]
 Prompt = str | Conversation  # a text to go on with, or a conversation to answer
-Observe = Callable[[Canvas], Callable[[DecodingStep], None]]  # told the canvas, gives what sees every step of it
+Watch = Callable[[DecodingStep], None]
+Observe = Callable[[Canvas], Watch]  # told the canvas, gives what sees every step of it
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,14 @@ class Generation:
     num_forward_passes: int  # those that the row would take alone
     seconds: float  # of the whole batch
 
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def tokens_per_pass(self) -> float:
+        return self.num_tokens / self.num_forward_passes
+
     def report(self) -> str:
         between = (
             "\n" if BLANK.search(self.prompt) else "\u2502"
@@ -62,8 +71,8 @@ class Generation:
         return (
             f"{self.prompt}{between}{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
             f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
-            f"{self.num_tokens / self.seconds:.1f} tokens/s, "
-            f"{self.num_tokens / self.num_forward_passes:.2f} tokens per pass]"
+            f"{self.tokens_per_second:.1f} tokens/s, "
+            f"{self.tokens_per_pass:.2f} tokens per pass]"
         )
 
 

@@ -1,18 +1,15 @@
 """Watching a decoder at work: what --trace asks for, and the live view of a chat."""
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.canvas import Canvas, DecodingStep
+from scripts.engine.generation import Observe, Watch
 from scripts.engine.trace import REPLACEMENT, Trace, assemble, check_trace_path, write_trace
 from scripts.engine.trace_terminal import NEWLINE, LiveView, printable
-
-Watch = Callable[[DecodingStep], None]
-Observe = Callable[[Canvas], Watch]  # told the canvas, before the first step
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, is_validation, language_of, read_documents, read_rows, text_format
-from dataset.sft import messages_of
+from dataset.jsonl import content_hash, is_validation, language_of, read_documents, text_format
+from dataset.sft import read_conversations
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loader import to_device
 from scripts.engine.runtime import RuntimeConfig
@@ -150,7 +150,8 @@ def reply_windows(
     """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens or, where the context ends before it,
     of what is left; the rest of the canvas is EOS, too, scored and not counted. ValueError: nothing can be scored."""
     conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
-    chosen = chosen_rows(read_conversations(config.eval_data), config, lambda messages: render_chat(messages, False))
+    rows = (messages for _, messages in read_conversations(config.eval_data))
+    chosen = chosen_rows(rows, config, lambda messages: render_chat(messages, False))
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
         some = chosen[first : first + DOCUMENTS_AT_A_TIME]
@@ -175,15 +176,6 @@ def reply_windows(
             f"--max-seq-len {max_length}"
         )
     return ReplyWindows(conversations, windows, too_long, empty, unfilled)
-
-
-def read_conversations(path: Path) -> Iterator[list[dict[str, str]]]:
-    """The messages of every row. ValueError names file and row."""
-    for number, row in read_rows(path):
-        try:
-            yield messages_of(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
 
 
 def seed_of(ids: list[int]) -> int:

@@ -33,6 +33,7 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trace_terminal import side_by_side
 from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
+RATES = ("tokens_per_second", "tokens_per_pass")
 ATTENTION = {name: attention for attention, (name, _) in KINDS.items()}
 
 
@@ -99,7 +100,9 @@ def main(argv: list[str] | None = None) -> None:
             "prompt": request.prompt,
             "chat_wrap": not isinstance(put, str),
             "prompt_tokens": len(ids),
-            "answers": {kind: asdict(answer) | rates(answer) for kind, answer in made.items()},
+            "answers": {
+                kind: asdict(answer) | {rate: getattr(answer, rate) for rate in RATES} for kind, answer in made.items()
+            },
             **circumstances(runtime, tokenizer, None, request, prompting, continuation, *used),
         }
         print(json.dumps(result, ensure_ascii=False))
@@ -124,13 +127,6 @@ def same_prompt(request: Request, prompting: PromptConfig, loaded: dict[str, Loa
     return prompting.put(request.prompt, one)
 
 
-def rates(answer: Generation) -> dict[str, float]:
-    return {
-        "tokens_per_second": answer.num_tokens / answer.seconds,
-        "tokens_per_pass": answer.num_tokens / answer.num_forward_passes,
-    }
-
-
 def report(request: Request, made: dict[str, Generation]) -> str:
     """The answers, side by side where there are two, and a table of costs."""
     titles = [f"{kind} ({request.checkpoints[kind].name})" for kind in made]
@@ -140,7 +136,7 @@ def report(request: Request, made: dict[str, Generation]) -> str:
     header = f"{'':<16}{'tokens':>8}{'ended':>8}{'passes':>8}{'tokens/pass':>13}{'seconds':>9}{'tokens/s':>10}"
     rows = [
         f"{kind:<16}{g.num_tokens:>8}{'yes' if g.ended else 'no':>8}{g.num_forward_passes:>8}"
-        f"{rates(g)['tokens_per_pass']:>13.2f}{g.seconds:>9.3f}{rates(g)['tokens_per_second']:>10.1f}"
+        f"{g.tokens_per_pass:>13.2f}{g.seconds:>9.3f}{g.tokens_per_second:>10.1f}"
         for kind, g in made.items()
     ]
     return "\n".join([*lines, header, *rows])

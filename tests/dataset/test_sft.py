@@ -25,6 +25,7 @@ ROWS = {
     "instruction": {"instruction": "1+1?", "input": "", "output": "2 。"},
     "prompt": {"prompt": "1+1?", "response": "2 。"},
 }
+ASKED_TWICE = {"instruction": "1+1?", "input": "1+1?", "output": "2 。"}
 MULTI = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "你好"},
@@ -84,6 +85,13 @@ def test_every_format_gives_the_golden_string(name, all_replies, dataset, tokeni
     ids = batch["input_ids"][0][batch["input_ids"][0] != tokenizer.pad_token_id].tolist()
     assert ids == GOLDEN_IDS == encode_chat(tokenizer, messages_of(ROWS[name]), False)[:-1]
     assert batch["loss_mask"][0].sum() == batch["reply_tokens"][0]
+
+
+def test_an_instruction_with_input_and_the_fill_give_their_golden_string(dataset, tokenizer):
+    batch = dataset([ASKED_TWICE], False, eos_fill=2, max_seq_len=40).train.batch(np.arange(9))
+    golden = GOLDEN.replace("1+1?", "1+1?\n1+1?").replace("2 。<|im_end|>", "[2 。<|im_end|>FILL]")
+    seen = {shown(tokenizer, batch, row) for row in range(9)}
+    assert seen == {golden.replace("FILL", "<|im_end|>" * fill) for fill in range(3)}
 
 
 def test_an_instruction_with_input_asks_both_on_two_lines():

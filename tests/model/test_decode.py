@@ -24,6 +24,41 @@ def row_of(canvas, row):
 # -- one row, against decoders written with plain loops ----------------------------------------------------------------
 
 
+@torch.no_grad()
+def published(model, prompt, length, block, steps):
+    """LLaDA's released loop as it stands: equal blocks, steps / (length / block) steps each, idle ones included."""
+    canvas, states = prompt + [MASK] * length, []
+    per_block = steps // (length // block)
+    share, rest = divmod(block, per_block)
+    for low in range(len(prompt), len(prompt) + length, block):
+        for j in range(per_block):
+            logits = model(torch.tensor([canvas]))[0].clone()
+            logits[:, MASK] = -math.inf
+            masked = [i for i in range(low, low + block) if canvas[i] == MASK]
+            ranked = sorted((-logits[i].softmax(-1).max().item(), i, int(logits[i].argmax())) for i in masked)
+            for _, i, token in ranked[: share + (j < rest)]:
+                canvas[i] = token
+            if share + (j < rest):
+                states.append(list(canvas))
+    return states
+
+
+@pytest.mark.parametrize("length", [6, 8])
+def test_equal_blocks_are_the_published_sampler_step_for_step(length, tiny_model):
+    model = tiny_model(attention="full")
+    ending = torch.zeros(model.config.vocab_size).index_fill(0, torch.tensor(EOS), -50.0)
+    model.lm_head.register_forward_hook(lambda *call: call[-1] + ending)  # the loop knows no early stop
+    prompt, cases = [1, 9, 4, 4], 0
+    for block in (d for d in range(1, length + 1) if length % d == 0):
+        for per_block in range(1, block + 3):
+            steps, seen = per_block * (length // block), []
+            config = replace(GREEDY, gen_steps=steps, gen_block_size=block)
+            decode(model, Canvas.continuing([prompt], length, model.config), config, [0], seen.append)
+            assert [step.canvas[0].tolist() for step in seen] == published(model, prompt, length, block, steps)
+            cases += per_block > block
+    assert cases >= 8, "more steps than tokens, in every block size"
+
+
 def penalised(logits, canvas, written, position, config):
     for j in written:
         if abs(j - position) <= config.gen_repeat_window and canvas[j] != EOS:
