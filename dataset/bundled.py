@@ -1,8 +1,8 @@
 """The bundled corpus: Chinese and English rows that the project makes from its own tables, always the same.
 
-`pretraining_rows`, `conversations`, `preferences`, `questions` and `choices` are pure; `write` puts them into files and
-`bundled_file` into the cache. Choices are made by hashes, never by a random generator, so that every Python makes the
-same bytes.
+`pretraining_rows`, `conversations`, `words`, `preferences`, `questions` and `choices` are pure; `write` puts them into
+files and `bundled_file` into the cache. Choices are made by hashes, never by a random generator, so that every Python
+makes the same bytes.
 
 Held out, and so in no training row: the sums of HELD_OUT_SUMS in any phrasing, language or order, the subtractions that
 undo them included; the capital after its country, for the countries of CAPITALS_ONE_WAY; and of every fact one
@@ -16,7 +16,9 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from dataset.bundled_facts import (
@@ -32,14 +34,26 @@ from dataset.bundled_facts import (
     sum_facts,
     sum_stories,
 )
-from dataset.bundled_stories import GREETINGS, OPENINGS, STORY_REQUESTS, THANKS
+from dataset.bundled_phrases import PHRASES
+from dataset.bundled_stories import (
+    GREETINGS,
+    IDENTITY,
+    OPENINGS,
+    READING,
+    STATEMENT_REQUESTS,
+    STORIES,
+    STORY_REQUESTS,
+    SUM_STORIES,
+    THANKS,
+)
 from dataset.bundled_tables import NUMBER_WORDS, NUMERALS
 from dataset.disk_cache import cached_directory
 
 Row = dict[str, Any]
 LANGUAGES = ("en", "zh")
 ARITHMETIC = ("sum", "difference", "product")
-OPENINGS_OF = {"sum": 1, "difference": 1, "product": 4}  # with how many a question is asked; others: 3
+# With how many a question is asked: numbers are learnt last. Others: 2.
+OPENINGS_OF = {"sum": 3, "difference": 3, "product": 4, "numeral": 4, "next": 3, "previous": 3, "identity": 3}
 IDENTITY_TURNS = 12  # conversations in which it comes up, for each phrasing
 PARTNERS = 2  # documents of two statements that begin with the same one
 QUESTIONS_PER_KIND = 20  # of `seen`, in each language
@@ -110,12 +124,14 @@ def _documents(kind: list[Fact], blank: str) -> Iterator[str]:
 
 
 def conversations() -> list[Row]:
-    """{"conversations"}: questions alone, after a greeting or another question, requests for stories."""
+    """{"conversations"}: questions alone, after a greeting or another question, requests for statements and stories."""
     made: list[list[str]] = []
     for lang in LANGUAGES:
         known = [fact for fact in facts() if fact.lang == lang]
         for fact in known:
             made += _asked_alone(fact)
+            if fact.kind == "country":  # to be told in the order in which alone they are told
+                made += [[pick(STATEMENT_REQUESTS[lang], told), told] for told in fact.statements]
         for place, fact in enumerate(known):
             if fact.kind not in ARITHMETIC or place % 4 == 0:
                 made.append(_asked_in_turn(fact, known))
@@ -129,13 +145,38 @@ def conversations() -> list[Row]:
     return [{"conversations": _messages(turns)} for turns in _in_any_order(told)]
 
 
+def words() -> list[Row]:
+    """{"text"}: every name and word of the tables and every piece of a sentence between them, twice, to train a
+    tokenizer on. Never both together: a token that merges two of them would hold a fact, and whoever finds a text of
+    few tokens likely would know it without having learnt anything."""
+    found: list[str] = []
+    for lang in LANGUAGES:
+        told = [fact for fact in (*facts(), *one_way_capitals(), *reading(lang)) if fact.lang == lang]
+        named = {name for fact in told for name in fact.fields.values()}
+        found += [piece.rstrip(" ") for pattern in _patterns(lang) for piece, *_ in Formatter().parse(pattern)]
+        for name in sorted(named):
+            found += [name] if lang == "zh" else [name, f" {name}", name[0].upper() + name[1:]]
+    return [{"text": text} for text in found if text for _ in range(2)]
+
+
+def _patterns(lang: str) -> Iterator[str]:
+    """Everything that sentences are made of, names left out."""
+    for phrases in PHRASES[lang].values():
+        yield from (*phrases.statements, *chain(*phrases.exchanges))
+    for _, reply, asked in IDENTITY[lang].values():
+        yield from (reply, *asked)
+    for patterns in (STORIES, SUM_STORIES, STORY_REQUESTS, STATEMENT_REQUESTS, OPENINGS, THANKS):
+        yield from patterns[lang]
+    yield from chain(*READING[lang], *GREETINGS[lang])
+
+
 def is_reading_test(fact: Fact) -> bool:
     return place_of(READING_TESTS, "reading test", fact.lang, *fact.key) == 0
 
 
 def _asked_alone(fact: Fact) -> Iterator[list[str]]:
-    """Every phrasing to learn from, with some of the openings; sums are many, and have one each."""
-    number = OPENINGS_OF.get(fact.kind, 3)
+    """Every phrasing to learn from, with some of the openings."""
+    number = OPENINGS_OF.get(fact.kind, 2)
     for question, reply in fact.seen:
         for opening in _openings(fact, question)[:number]:
             yield [opening.format(question), reply]
@@ -303,6 +344,7 @@ def _in_any_order(items: Iterable[Any]) -> list[Any]:
 
 
 FILES = {
+    "words": words,
     "pretrain": pretraining_rows,
     "sft": conversations,
     "preferences": preferences,

@@ -66,6 +66,10 @@ GREETINGS = {
     "en": (("Hello!", "Hello! How can I help you?"), ("Good morning!", "Good morning! What would you like to know?")),
     "zh": (("你好！", "你好！有什么可以帮你的吗？"), ("早上好！", "早上好！你想知道什么？")),
 }
+STATEMENT_REQUESTS = {  # none says about what
+    "en": ("Tell me something.", "Tell me a fact.", "Say something that is true.", "Teach me something."),
+    "zh": ("跟我说点什么吧。", "告诉我一件事。", "说一句真话。", "教我一点知识吧。"),
+}
 THANKS = {"en": ("Thank you!", "You are welcome!"), "zh": ("谢谢你！", "不客气！")}
 
 STORIES = {

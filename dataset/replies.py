@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset.order import LengthOrder, RowOrder
 from dataset.tokenizer import ChatIds
 
-WIDTH_MULTIPLE = 32  # of a batch: few shapes, for compiled code
+WIDTH_MULTIPLE = 8  # of a batch, in tokens: what matrix units like
 ARRAYS = ("tokens", "starts", "reply_begins", "reply_ends", "reply_owners", "hashes")
 
 

@@ -40,7 +40,7 @@ WARM_UP = 4  # steps
 class Question:
     """A conversation up to its last reply, and that reply."""
 
-    messages: Messages
+    messages: Messages | str  # or, to a model of plain text, the text itself
     reference: str
     language: str
 
@@ -177,17 +177,16 @@ def describe(
         "tokens": mean_and_error([answer.num_tokens for answer in answers]),
         **{f"distinct_{n}": distinct(ids, n) for n in (1, 2, 3)},
         "longest_repeat": mean_and_error([longest_repeat(one) / max(len(one), 1) for one in ids]),
-        "premature": mean_and_error(
-            [
-                float(a.ended and a.num_tokens < PREMATURE * r.num_tokens)
-                for a, r in zip(answers, reference, strict=True)
-            ]
-        ),
+        "premature": mean_and_error([float(is_premature(a, r)) for a, r in zip(answers, reference, strict=True)]),
         "overrun": mean_and_error([float(not answer.ended) for answer in answers]),
         "forward_passes": mean_and_error([answer.num_forward_passes for answer in answers]) if passes else None,
         "tokens_per_pass": tokens / passes if passes else None,
         "tokens_per_second": tokens / seconds if seconds else None,
     }
+
+
+def is_premature(answer: Answer, reference: Answer) -> bool:
+    return answer.ended and answer.num_tokens < PREMATURE * reference.num_tokens
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -7,7 +7,7 @@ favours choices that look like whole sentences, and is not the question.
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,14 @@ class Question(NamedTuple):
     choices: list[str]
     answer: int  # place of the right choice
     language: str
+
+
+class ChoiceNats(NamedTuple):
+    """Of each choice of a question, (C,): nats, their variance over the masks drawn, and the tokens scored."""
+
+    nats: np.ndarray
+    variance: np.ndarray
+    tokens: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -69,24 +77,59 @@ def evaluate_choices(
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
-    asked, windows, too_long = [], list[Window](), 0
+    chosen = chosen_rows(read_questions(config.eval_data), config, content_of)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
-    for question in chosen_rows(read_questions(config.eval_data), config, lambda q: "\n".join([q.text, *q.choices])):
-        if len(windows) >= enough:
+    asked, too_long = questions_that_fit(tokenizer, chosen, max_length, [chat_wrap], enough)
+    if not asked:
+        raise ValueError(f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {max_length}")
+    scored = choice_nats(model, tokenizer, asked, chat_wrap, config, runtime)
+    outcomes = [outcome(question, one.nats) for question, one in zip(asked, scored, strict=True)]
+    groups = by_language(outcomes, [question.language for question in asked])
+    return {name: _accuracy(kind_of(model), members) for name, members in groups.items()}, too_long
+
+
+def content_of(question: Question) -> str:
+    """What questions are told apart by."""
+    return "\n".join([question.text, *question.choices])
+
+
+def questions_that_fit(
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Iterable[Question],
+    max_length: int,
+    wraps: Collection[bool],
+    enough: float = math.inf,
+) -> tuple[list[Question], int]:
+    """The questions whose choices all end within `max_length`, however of `wraps` they are asked, until their choices
+    are `enough`; and how many are too long."""
+    asked, choices, too_long = [], 0, 0
+    for question in questions:
+        if choices >= enough:
             break
-        rows = _windows_of(tokenizer, question, len(asked), chat_wrap)
+        rows = [row for wrap in wraps for row in _windows_of(tokenizer, question, 0, wrap)]
         if max(len(row.ids) for row in rows) > max_length:
             too_long += 1
         else:
             asked.append(question)
-            windows += rows
-    if not asked:
-        raise ValueError(f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {max_length}")
-    nats, _ = window_nats(model, tokenizer, windows, config, runtime)
-    ends = np.cumsum([len(question.choices) for question in asked])
-    outcomes = [_outcome(*pair) for pair in zip(asked, np.split(nats, ends[:-1]), strict=True)]
-    groups = by_language(outcomes, [question.language for question in asked])
-    return {name: _accuracy(kind_of(model), members) for name, members in groups.items()}, too_long
+            choices += len(question.choices)
+    return asked, too_long
+
+
+def choice_nats(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: list[Question],
+    chat_wrap: bool,
+    config: DataEvalConfig,
+    runtime: RuntimeConfig,
+) -> list[ChoiceNats]:
+    """Nats of every choice of every question."""
+    rows = [_windows_of(tokenizer, question, number, chat_wrap) for number, question in enumerate(questions)]
+    windows = [window for some in rows for window in some]
+    tokens = np.array([len(window.ids) - window.begin for window in windows])
+    ends = np.cumsum([len(some) for some in rows])[:-1]
+    parts = [np.split(a, ends) for a in (*window_nats(model, tokenizer, windows, config, runtime), tokens)]
+    return [ChoiceNats(*of_question) for of_question in zip(*parts, strict=True)]
 
 
 def read_questions(path: Path) -> Iterator[Question]:
@@ -153,7 +196,7 @@ def _glue(before: str, after: str) -> str:
     return "" if UNSPACED.match(before) or UNSPACED.match(after) or after.isspace() else " "
 
 
-def _outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
+def outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
     """(number of choices, right by nats, right by nats per byte)"""
     size = np.array([len(choice.encode("utf-8")) for choice in question.choices])
     return len(size), int(nats.argmin()) == question.answer, int((nats / size).argmin()) == question.answer
@@ -168,14 +211,14 @@ def _accuracy(kind: str, outcomes: list[tuple[int, bool, bool]]) -> Accuracy:
         chance=float((1 / number).mean()),
         acc=acc,
         acc_error=math.sqrt(acc * (1 - acc) / count),
-        acc_interval=_wilson(acc, count),
+        acc_interval=wilson(acc, count),
         acc_norm=acc_norm,
         acc_norm_error=math.sqrt(acc_norm * (1 - acc_norm) / count),
-        acc_norm_interval=_wilson(acc_norm, count),
+        acc_norm_interval=wilson(acc_norm, count),
     )
 
 
-def _wilson(share: float, count: int) -> tuple[float, float]:
+def wilson(share: float, count: int) -> tuple[float, float]:
     """Wilson's score interval of a binomial share (Wilson 1927)."""
     centre = share + Z**2 / (2 * count)
     reach = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))

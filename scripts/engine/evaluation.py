@@ -190,14 +190,26 @@ def _likelihoods(
     config: DataEvalConfig,
     runtime: RuntimeConfig,
 ) -> dict[str, Likelihood]:
+    add_nats(model, tokenizer, documents, windows, config, runtime)
+    groups = by_language(documents, [document.language for document in documents])
+    return {name: summarise(kind_of(model), members) for name, members in groups.items()}
+
+
+def add_nats(
+    model: Transformer,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: list[Document],
+    windows: list[Window],
+    config: DataEvalConfig,
+    runtime: RuntimeConfig,
+) -> None:
+    """To each document the nats, their variance and the tokens of its windows."""
     nats, variance = window_nats(model, tokenizer, windows, config, runtime)
     for window, cost, spread in zip(windows, nats.tolist(), variance.tolist(), strict=True):
         document = documents[window.document]
         document.nats += cost
         document.variance += spread
         document.tokens += len(window.ids) - window.begin - window.fill
-    groups = by_language(documents, [document.language for document in documents])
-    return {name: _summarise(kind_of(model), members) for name, members in groups.items()}
 
 
 def kind_of(model: Transformer) -> str:
@@ -274,7 +286,8 @@ def condition_and_responses(
     return condition, encode_batch(tokenizer, [blanks + response for response in responses])
 
 
-def _summarise(kind: str, documents: list[Document]) -> Likelihood:
+def summarise(kind: str, documents: list[Document]) -> Likelihood:
+    """The likelihood of documents whose nats are known."""
     nats = np.array([d.nats for d in documents])
     tokens = np.array([d.tokens for d in documents], dtype=float)
     size = np.array([d.bytes for d in documents], dtype=float)
@@ -286,15 +299,15 @@ def _summarise(kind: str, documents: list[Document]) -> Likelihood:
         tokens=int(tokens.sum()),
         bytes=int(size.sum()),
         nats_per_token=rate,
-        standard_error=_ratio_error(nats, tokens),
+        standard_error=ratio_error(nats, tokens),
         mask_standard_error=math.sqrt(sum(d.variance for d in documents)) / tokens.sum(),
         perplexity=math.exp(min(rate, 700)),
         bits_per_byte=bits.sum() / size.sum(),
-        bits_per_byte_error=_ratio_error(bits, size),
+        bits_per_byte_error=ratio_error(bits, size),
     )
 
 
-def _ratio_error(totals: np.ndarray, counts: np.ndarray) -> float:
+def ratio_error(totals: np.ndarray, counts: np.ndarray) -> float:
     """Standard error of totals.sum() / counts.sum() when documents are drawn independently (delta method)."""
     if len(totals) < 2:
         return math.nan
@@ -313,12 +326,17 @@ def circumstances(
     runtime: RuntimeConfig, tokenizer: PreTrainedTokenizerFast, data: Path | None, *configs: Any
 ) -> dict[str, Any]:
     """What a result depends on, for its file: settings, tokenizer, the unpacked data's SHA-256, code, versions."""
-    digest = hashlib.sha256()
-    for _, line in read_lines(data) if data else ():
-        digest.update(line)
     return {
         "settings": settings_of(*configs, runtime),
         "tokenizer": fingerprint(tokenizer),
-        "data_sha256": digest.hexdigest() if data else None,
+        "data_sha256": data_digest(data) if data else None,
         **provenance(runtime),
     }
+
+
+def data_digest(path: Path) -> str:
+    """SHA-256 of a file's lines, unpacked."""
+    digest = hashlib.sha256()
+    for _, line in read_lines(path):
+        digest.update(line)
+    return digest.hexdigest()

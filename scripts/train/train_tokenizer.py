@@ -58,7 +58,7 @@ def training_texts(config: TokenizerTraining) -> Iterator[str]:
     """The texts to count pairs in; a row of weight N comes N times."""
     if config.data is None:
         print("no --data, so the bundled corpus is used")
-    documents = read_documents(config.data or bundled_file("pretrain"), config.jsonl_field)
+    documents = read_documents(config.data or bundled_file("words"), config.jsonl_field)
     if config.sources is None:
         yield from documents
         return

@@ -15,7 +15,7 @@ from dataset.tokenizer import encode, encode_chat, fingerprint
 from model.checkpoint import save_checkpoint
 from scripts.engine.evaluation import (
     Likelihood,
-    _ratio_error,
+    ratio_error,
     evaluate_file,
     masked_cross_entropy,
     response_likelihood,
@@ -195,14 +195,14 @@ def test_the_ratio_error_is_what_a_bootstrap_finds():
     totals = counts * draw.normal(3, 0.5, 400) + draw.normal(0, 20, 400)
     samples = draw.integers(0, 400, (4000, 400))
     ratios = totals[samples].sum(axis=1) / counts[samples].sum(axis=1)
-    assert _ratio_error(totals, counts) == pytest.approx(ratios.std(), rel=0.05)
+    assert ratio_error(totals, counts) == pytest.approx(ratios.std(), rel=0.05)
 
 
 def test_the_ratio_error_of_equal_counts_is_the_textbook_one_and_of_one_document_unknown():
     totals = np.array([1.0, 4.0, 2.5, 7.0])
     expected = (totals / 3).std(ddof=1) / math.sqrt(4)
-    assert _ratio_error(totals, np.full(4, 3.0)) == pytest.approx(expected)
-    assert math.isnan(_ratio_error(np.array([1.0]), np.array([2.0])))
+    assert ratio_error(totals, np.full(4, 3.0)) == pytest.approx(expected)
+    assert math.isnan(ratio_error(np.array([1.0]), np.array([2.0])))
 
 
 def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenizer, runtime):

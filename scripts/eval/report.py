@@ -1,0 +1,150 @@
+"""Autoregressive and diffusion models on the same rows: likelihood, multiple choice, right answers, cost.
+
+    uv run python -m scripts.eval.report --minimind-checkpoint weights/minimind_sft_state_dict.pt \\
+        --diffusion-checkpoint weights/diffusion_sft_state_dict.pt --out weights/report
+    uv run python -m scripts.eval.report --from weights/report/report.json
+
+Writes report.json (every row's values), and report.md and pictures drawn from it. The rows of a file are one of
+
+    text        {"text"}
+    choices     {"question", "choices", "answer": index from 0, letter or text}
+    poems       {"prompt", "answer", "direction": "forward" or "backward", "question"}
+    open        {"question", "reference"}
+    questions   {"question", "answer"}; with "final", that string is to be found instead of the answer
+    chat        a conversation in any format of fine-tuning
+
+and may be told apart by "lang", "split" and "kind". Without --eval-data the bundled questions are asked.
+"""
+
+import hashlib
+import json
+import shlex
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from scripts.engine.answers import note_on_template
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
+from scripts.engine.generation import PromptConfig
+from scripts.engine.report_flags import check_flags
+from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
+from scripts.engine.report_items import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
+from scripts.engine.report_page import FORMAT, draw, read_report, write_whole
+from scripts.engine.report_results import AR, DIFFUSION, summary_of
+from scripts.engine.run import require_writable
+from scripts.engine.runtime import RuntimeConfig
+
+NAMES = {"causal": AR, "full": DIFFUSION}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do."""
+
+    minimind_checkpoint: Annotated[str | None, "autoregressive model, or several separated by commas"] = None
+    diffusion_checkpoint: Annotated[str | None, "diffusion model, or several"] = None
+    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
+    eval_data: Annotated[str | None, "files separated by commas: .jsonl or .txt, either may be .gz (none: bundled)"] = (
+        None
+    )
+    out: Annotated[Path | None, "folder of the report (none: weights/report; with --from, that of the file)"] = None
+    redraw: Annotated[Path | None, "draw the report again from this report.json; no model is needed", "--from"] = None
+    show: Annotated[int | None, "answers shown of each split and language (none: 3 of bundled questions)"] = None
+
+    def __post_init__(self):
+        if self.redraw is None and not self.checkpoints:
+            raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from")
+        if self.show is not None and self.show < 0:
+            raise ValueError(f"--show must not be negative, not {self.show}")
+        for path, count in Counter(path for _, path in self.checkpoints).items():
+            if count > 1:
+                raise ValueError(f"{path} is given twice; leave one out")
+
+    @property
+    def checkpoints(self) -> list[tuple[str, Path]]:
+        """(attention, file) of every model, autoregressive ones first."""
+        both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
+        return [(kind, Path(part.strip())) for kind, paths in both if paths is not None for part in paths.split(",")]
+
+    @property
+    def folder(self) -> Path:
+        return self.out or (self.redraw.parent if self.redraw else Path("weights/report"))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Make the report, and return its `summary_of`."""
+    groups = (Request, MeasureConfig, FrontierConfig, PromptConfig)
+    groups += (ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig)
+    *configs, given = parse_args(__doc__, *groups, argv=argv, max_new_tokens=64)
+    request = configs[0]
+    require_writable(request.folder / "report.json", "--out")
+    if request.redraw:
+        again = given - {"redraw", "out", "show"}
+        refuse_idle(again, **dict.fromkeys(again, (False, "measuring anew, which --from does not")))
+        report = read_report(request.redraw)
+    else:
+        report = measured(configs, given, sys.argv[1:] if argv is None else argv)
+        write_whole(
+            request.folder / "report.json", (json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        )
+    show = report["settings"]["show"] if request.show is None else request.show
+    for path in draw(report, request.folder, show):
+        print(path)
+    return summary_of(report)
+
+
+def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict[str, Any]:
+    """The content of report.json."""
+    request, measuring, frontier, prompting, continuation, sampling, denoising, runtime = configs
+    sources = sources_of(request.eval_data, measuring.eval_split) if request.eval_data else bundled_sources()
+    kinds, forms = {kind for kind, _ in request.checkpoints}, {(source.form, source.split) for source in sources}
+    check_flags(kinds, forms, request.eval_data is None, frontier, continuation, sampling, denoising, given)
+    require_readable(sources)
+    tokenizer = load_tokenizer(request.tokenizer_dir)
+    loaded = load_all(request, tokenizer, measuring.max_seq_len, runtime)
+    models = {name: one for name, (_, one) in loaded.items()}
+    for path, one in loaded.values() if {form for form, _ in forms} != {"text"} else ():
+        if note := note_on_template(path, one, prompting.wraps(one)):
+            print(note, file=sys.stderr)
+    setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising, runtime)
+    sections = [measure(setup, source) for source in sources]
+    chosen = choose(sections) if frontier.frontier_questions else None
+    return {
+        "report_format": FORMAT,
+        "command": shlex.join(["scripts.eval.report", *map(str, argv)]),
+        "models": [
+            {
+                "name": name,
+                "kind": NAMES[one.model.config.attention],
+                "checkpoint": str(path),
+                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "stage": one.stage,
+                "chat_wrap": prompting.wraps(one),
+            }
+            for name, (path, one) in loaded.items()
+        ],
+        **{k: v for k, v in circumstances(runtime, tokenizer, None, *configs[:-1]).items() if k != "data_sha256"},
+        "sources": sections,
+        "frontier": measure_frontier(setup, frontier, chosen) if chosen else None,
+    }
+
+
+def load_all(
+    request: Request, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
+) -> dict[str, tuple[Path, Loaded]]:
+    """name -> file and model; the name is kind and file name, with its folder where that is not enough."""
+    stems = [f"{NAMES[kind]} {path.stem.removesuffix('_state_dict')}" for kind, path in request.checkpoints]
+    loaded = {}
+    for stem, (kind, path) in zip(stems, request.checkpoints, strict=True):
+        name = stem if stems.count(stem) == 1 else f"{NAMES[kind]} {path}"
+        loaded[name] = path, load_kind(path, kind, tokenizer, max_length, runtime)
+    return loaded
+
+
+if __name__ == "__main__":
+    run(main)

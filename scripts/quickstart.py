@@ -1,0 +1,293 @@
+"""Everything at once: both kinds of model pretrained, fine-tuned and compared, on a CPU, in minutes, from nothing.
+
+    uv run python -m scripts.quickstart
+    uv run python -m scripts.quickstart --full
+
+Learns the bundled corpus; nothing is downloaded. Every stage is an ordinary command, printed before it runs: copy one,
+change it, run it alone. Give the command again, and finished stages are not repeated, an interrupted one goes on.
+--full is the recipe of README.md, 32M parameters on MiniMind's data, which is downloaded: hours on one large GPU.
+"""
+
+import importlib
+import json
+import os
+import shlex
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from dataset.bundled import bundled_file
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.run import Interrupted, require_writable
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.summary import summary
+from scripts.engine.trainer import can_compile
+
+
+class Stage(NamedTuple):
+    """One command. In its flags {out} stands for the folder that everything goes to."""
+
+    title: str
+    module: str
+    flags: str
+    makes: str  # a file in {out}
+    steps: int = 0  # of a training of the small recipe
+    seconds: int = 0  # that it took where README.md says
+
+
+STORY = "Tell me a short story about Anna."
+SMALL_MODEL = "--hidden-size 192 --num-hidden-layers 4 --num-attention-heads 6 --tie-embeddings"
+LEARNING = (
+    " --save-dir {out} --tokenizer-dir {out}/tokenizer --optimizer muon --batch-size 64 --lr-stable-ratio 0.6"
+    " --min-lr-ratio 0.05 --log-interval 100 --eval-interval 500 --eval-max-batches 2"
+)
+COMPARED = "--minimind-checkpoint {out}/ar_sft_state_dict.pt --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt"
+GREEDY = " --ar-temperature 0 --gen-temp 0 --ar-repeat-penalty 0 --gen-repeat-penalty 0"
+SMALL = (
+    Stage(
+        "tokenizer",
+        "scripts.train.train_tokenizer",
+        "--target-vocab-size 4096 --out {out}/tokenizer",
+        "tokenizer/tokenizer.json",
+        seconds=6,
+    ),
+    Stage(
+        "AR pretraining",
+        "scripts.train.train_pretrain",
+        f"--run-name ar {SMALL_MODEL} --max-seq-len 64 --learning-rate 3e-3{LEARNING}",
+        "ar_state_dict.pt",
+        steps=300,
+        seconds=60,
+    ),
+    Stage(
+        "AR fine-tuning",
+        "scripts.train.train_sft_minimind",
+        f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
+        "ar_sft_state_dict.pt",
+        steps=500,
+        seconds=60,
+    ),
+    Stage(
+        "diffusion pretraining, from AR",
+        "scripts.train.diffusion",
+        "--train --use-tokenizer --run-name diffusion --init-from-minimind {out}/ar_state_dict.pt --max-seq-len 64"
+        f" --learning-rate 3e-3 --variable-length-prob 0 --max-new-tokens 24{LEARNING}",
+        "diffusion_state_dict.pt",
+        steps=600,
+        seconds=90,
+    ),
+    Stage(
+        "diffusion fine-tuning",
+        "scripts.train.train_sft_diffusion",
+        "--run-name diffusion_sft --load-from {out}/diffusion_state_dict.pt --max-seq-len 80 --eos-fill 8"
+        f" --learning-rate 3e-3{LEARNING}",
+        "diffusion_sft_state_dict.pt",
+        steps=1500,
+        seconds=160,
+    ),
+    Stage(
+        "evaluation",
+        "scripts.eval.report",
+        f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --gen-steps 24"
+        f" --gen-block-size 4 --canvas 24 --num-samples 8 --frontier-questions 0{GREEDY}",
+        "report.json",
+        seconds=40,
+    ),
+    Stage(
+        "trace",
+        "scripts.eval.eval_sft_one_prompt",
+        f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
+        f" --trace {{out}}/trace.html --prompt '{STORY}'",
+        "trace.html",
+        seconds=6,
+    ),
+)
+DATASET = "gongjy/minimind_dataset"
+TEXTS, CHATS = "dataset/pretrain_hq.jsonl", "dataset/sft_mini_512.jsonl"
+FULL = (
+    Stage(
+        "AR pretraining",
+        "scripts.train.train_pretrain",
+        f"--data {TEXTS} --run-name ar --save-dir {{out}} --hidden-size 512 --num-hidden-layers 8"
+        " --num-attention-heads 8 --max-seq-len 256 --epochs 1 --batch-size 96",
+        "ar_state_dict.pt",
+    ),
+    Stage(
+        "AR fine-tuning",
+        "scripts.train.train_sft_minimind",
+        f"--data {CHATS} --load-from {{out}}/ar_state_dict.pt --run-name ar_sft --save-dir {{out}} --max-seq-len 512"
+        " --epochs 2 --batch-size 96",
+        "ar_sft_state_dict.pt",
+    ),
+    Stage(
+        "diffusion pretraining, from AR",
+        "scripts.train.diffusion",
+        f"--train --use-tokenizer --data {TEXTS} --init-from-minimind {{out}}/ar_state_dict.pt --run-name diffusion"
+        " --save-dir {out} --inference-rope-scaling --learning-rate 4e-4 --warmup-steps 2000 --min-lr-ratio 0.025"
+        " --mask-schedule iid_t --repeat-penalty-weight 0 --early-stop-patience 5 --early-stop-min-delta 0.001"
+        " --max-iters 40000 --batch-size 96",
+        "diffusion_state_dict.pt",
+    ),
+    Stage(
+        "diffusion fine-tuning",
+        "scripts.train.train_sft_diffusion",
+        f"--data {CHATS} --load-from {{out}}/diffusion_state_dict.pt --run-name diffusion_sft --save-dir {{out}}"
+        " --max-seq-len 512 --epochs 3 --batch-size 96",
+        "diffusion_sft_state_dict.pt",
+    ),
+    Stage(
+        "evaluation",
+        "scripts.eval.report",
+        f"{COMPARED} --out {{out}} --seq-len 512 --eval-data {TEXTS},{CHATS} --eval-split validation --max-rows 2000",
+        "report.json",
+    ),
+    Stage(
+        "trace",
+        "scripts.eval.eval_sft_one_prompt",
+        f"{COMPARED} --seq-len 512 --trace {{out}}/trace.html --prompt '{STORY}'",
+        "trace.html",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Quickstart:
+    """What to do."""
+
+    out: Annotated[Path, "folder of checkpoints, logs, report and trace"] = Path("weights/quickstart")
+    scale: Annotated[float, "multiplies the steps of every training: 0.1 for a first look"] = 1.0
+    full: Annotated[bool, "the recipe of README.md: 32M parameters, on MiniMind's data, which is downloaded"] = False
+    compile: Annotated[bool, "compile the layers; by default where a compiler is found"] = can_compile()
+    overwrite: Annotated[bool, "start anew although --out holds a quickstart"] = False
+
+    def __post_init__(self):
+        if not 0 < self.scale <= 100:
+            raise ValueError(f"--scale {self.scale}: expected more than 0 and at most 100")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return FULL if self.full else SMALL
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, runtime, given = parse_args(__doc__, Quickstart, RuntimeConfig, argv=argv)
+    small = not config.full, "the small recipe, that is, with --full"
+    refuse_idle(given, scale=small, compile=small)
+    require_writable(config.out / "quickstart.json", "--out")
+    done = open_record(config, runtime)
+    print(announcement(config, runtime, done), flush=True)
+    if config.full:
+        download()
+    for number, stage in enumerate(config.stages, start=1):
+        head = f"\n[{number}/{len(config.stages)}] {stage.title}"
+        if stage.title in done:
+            print(f"{head}: done before, in {done[stage.title]:.0f} s", flush=True)
+            continue
+        command = command_of(stage, config, runtime)
+        print(f"{head}\nuv run python -m {stage.module} {shlex.join(command)}", flush=True)
+        done[stage.title] = perform(stage.module, command)
+        write_record(config, runtime, done)
+    print("\n".join(["", *summary(config.out, done)]))
+
+
+def command_of(stage: Stage, config: Quickstart, runtime: RuntimeConfig) -> list[str]:
+    """The flags of a stage, as they are typed."""
+    flags = [flag.replace("{out}", str(config.out)) for flag in shlex.split(stage.flags)]
+    if stage.module == "scripts.train.train_tokenizer":
+        return [*flags, "--overwrite"] if (config.out / "tokenizer").exists() else flags
+    flags += ["--seed", str(runtime.seed), "--device", runtime.device, "--dtype", runtime.dtype]
+    if not stage.module.startswith("scripts.train."):
+        return flags
+    if stage.steps:
+        steps = max(round(stage.steps * config.scale), 2)
+        flags += ["--max-iters", str(steps), "--warmup-steps", str(min(30, steps // 4))]
+        flags += ["--compile"] if config.compile else []
+    return [*flags, *(["--overwrite"] if config.overwrite else ["--resume", "auto"])]
+
+
+def perform(module: str, command: list[str]) -> float:
+    """Run a command in this process; returns its seconds."""
+    began = time.monotonic()
+    try:
+        importlib.import_module(module).main(command)
+    except Interrupted:
+        print("give the command of the quickstart again, without --overwrite, and it goes on from here")
+        raise
+    return round(time.monotonic() - began, 1)
+
+
+def announcement(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> str:
+    """What will happen, and how long it takes."""
+    lines = [
+        "nano-llada quickstart: an autoregressive (AR) and a masked-diffusion language model learn the same text",
+        f"and are compared. Everything goes to {config.out}; device {runtime.describe()}.",
+    ]
+    for number, stage in enumerate(config.stages, start=1):
+        took = round(stage.seconds * config.scale if stage.steps else stage.seconds)
+        told = "done before" if stage.title in done else f"about {took} s" if took else "says itself how long it takes"
+        lines.append(f"  {number}  {stage.title:<32}{told}")
+    if not config.full:
+        lines.append("(as measured on two cores with bfloat16 units, AMD EPYC of 2024; a CPU without them is slower)")
+    return "\n".join(lines)
+
+
+# -- what was done before ----------------------------------------------------------------------------------------------
+
+
+def open_record(config: Quickstart, runtime: RuntimeConfig) -> dict[str, float]:
+    """Seconds of every finished stage whose file is there. ValueError if the folder holds another recipe's work."""
+    path, asked, done = config.out / "quickstart.json", recipe(config, runtime), {}
+    if path.exists() and not config.overwrite:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differ = [f"{k} was {found['recipe'].get(k)}, is {v}" for k, v in asked.items() if found["recipe"].get(k) != v]
+        if differ:
+            raise ValueError(
+                f"{config.out} holds a quickstart of another kind ({'; '.join(differ)}): "
+                "give --out another folder, or start anew with --overwrite"
+            )
+        done = found["done"]
+    for stage in config.stages:  # a stage counts as done only if all before it do
+        if stage.title not in done or not (config.out / stage.makes).exists():
+            done = {title: took for title, took in done.items() if title in titles_before(config, stage)}
+            break
+    write_record(config, runtime, done)
+    return done
+
+
+def titles_before(config: Quickstart, stage: Stage) -> list[str]:
+    return [one.title for one in config.stages[: config.stages.index(stage)]]
+
+
+def recipe(config: Quickstart, runtime: RuntimeConfig) -> dict[str, Any]:
+    """What the results depend on."""
+    return asdict(runtime) | {"scale": config.scale, "full": config.full, "corpus": bundled_file("sft").parent.name}
+
+
+def write_record(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> None:
+    path = config.out / "quickstart.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".tmp")
+    part.write_text(json.dumps({"recipe": recipe(config, runtime), "done": done}, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def download() -> None:
+    """The training files that are not there. OSError, with the remedy, where the hub cannot be reached."""
+    for path in map(Path, (TEXTS, CHATS)):
+        if path.exists():
+            continue
+        from modelscope.hub.file_download import dataset_file_download
+
+        print(f"\ndownloading {path.name} of {DATASET} from ModelScope", flush=True)
+        try:
+            dataset_file_download(DATASET, path.name, local_dir=str(path.parent))
+        except Exception as error:  # of requests, urllib3 or modelscope itself, as the version has it
+            raise OSError(
+                f"{path} cannot be downloaded ({type(error).__name__}: {error}); "
+                f"put it there yourself, from the dataset {DATASET} on ModelScope"
+            ) from None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,190 @@
+"""scripts.quickstart: it learns what it says, goes on where it was stopped, and says what it measured."""
+
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dataset.bundled import is_correct
+from model.checkpoint import load_checkpoint
+from scripts import quickstart
+from scripts.engine import run as run_module
+from scripts.engine.report_results import summary_of
+from tests.scripts.conftest import Result, run_command
+
+CHEAP = ["--scale", "0.001", "--no-compile", "--dtype", "float32"]
+FEW = " --questions 12 --max-rows 12"
+SMALL = tuple(
+    stage._replace(flags=stage.flags + FEW) if stage.title == "evaluation" else stage for stage in quickstart.SMALL
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder in which the small recipe is evaluated on a few rows."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(quickstart, "SMALL", SMALL)
+        yield folder
+
+
+@pytest.fixture
+def workspace(place):
+    return place
+
+
+def start(folder, *flags):
+    return run_command(quickstart, [*CHEAP, "--out", folder, *flags])
+
+
+class Finished(NamedTuple):
+    folder: Path
+    result: Result
+    ran: list[list[str]]  # commands
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A quickstart from nothing to its end."""
+    ran, perform = [], quickstart.perform
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart, "perform", lambda *command: ran.append(command) or perform(*command))
+        return Finished(place / "with blank", start(place / "with blank"), [[module, *flags] for module, flags in ran])
+
+
+def weights(folder):
+    files = sorted(folder.glob("*_state_dict.pt"))
+    return {file.name: load_checkpoint(file)["weights"] for file in files}
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, tensors in first.items():
+        for key, tensor in tensors.items():
+            assert torch.equal(tensor, second[name][key]), (name, key)
+
+
+def measured(folder):
+    """What a report says, less the time that it took."""
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    found = summary_of(report)
+    return {
+        (source, metric, group): value["models"]
+        for source, metrics in found.items()
+        for metric, groups in metrics.items()
+        for group, value in groups.items()
+        if metric != "seconds"
+    }
+
+
+def test_it_ends_with_answers_measures_and_files(finished):
+    assert finished.result.code == 0, finished.result.err
+    told = finished.result.out
+    for part in ("Answers", "Right answers", "Likelihood", "Speed", "report.md", "trace.html", "scripts.chat"):
+        assert part in told
+    for name in ("report.md", "report.json", "trace.html"):
+        assert (finished.folder / name).stat().st_size > 0
+    assert "Anna" in (finished.folder / "trace.html").read_text(encoding="utf-8")
+
+
+def test_what_it_says_is_what_was_written(finished):
+    """Shares of right answers, counted again from the answers."""
+    report = json.loads((finished.folder / "report.json").read_text(encoding="utf-8"))
+    section = next(section for section in report["sources"] if section["format"] == "questions")
+    chosen = [place for place, item in enumerate(section["items"]) if item["split"] == "seen"]
+    for model in report["models"]:
+        answers = section["results"][model["name"]]
+        right = sum(is_correct(answers[place]["text"], section["items"][place]["wanted"]) for place in chosen)
+        assert f"{model['kind']} {100 * right / len(chosen):.1f} % [" in finished.result.out
+    for number in re.findall(r"^  (\d+) facts told in training", finished.result.out, re.MULTILINE):
+        assert int(number) == len(chosen)
+
+
+def test_the_commands_that_it_prints_are_those_that_it_ran(finished):
+    """Each can be copied and run alone: what a shell makes of the line is what the stage was given."""
+    lines = finished.result.out.splitlines()
+    printed = [shlex.split(line)[4:] for line in lines if line.startswith("uv run python -m scripts.")]
+    assert printed == finished.ran
+    assert len(printed) == len(quickstart.SMALL)
+
+
+def test_finished_stages_are_not_repeated(finished, monkeypatch):
+    (finished.folder / "trace.html").unlink()
+    ran, perform = [], quickstart.perform
+    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or perform(*command))
+    again = start(finished.folder)
+    assert [module for module, _ in ran] == ["scripts.eval.eval_sft_one_prompt"]
+    assert again.out.count("done before") == 2 * (len(quickstart.SMALL) - 1)  # announced, then skipped
+    told = [re.search(r"Answers.*?\n\nSpeed", result.out, re.DOTALL)[0] for result in (finished.result, again)]
+    assert told[0] == told[1]
+
+
+def test_a_stage_whose_file_is_gone_is_repeated_with_all_after_it(finished, monkeypatch, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "copy")
+    (folder / "ar_state_dict.pt").unlink()
+    ran = []
+    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    assert start(folder).code == 0
+    assert [module for module, _ in ran] == [stage.module for stage in quickstart.SMALL[1:]]
+
+
+def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, monkeypatch):
+    broken = place / "broken"
+    enter, entered = run_module.StopSignals.__enter__, []
+
+    def asked_to_stop_at_first(self):
+        enter(self)
+        entered.append(self)
+        self.number = 2 if len(entered) % 2 else 0  # as after Ctrl-C, of every training once
+        return self
+
+    monkeypatch.setattr(run_module.StopSignals, "__enter__", asked_to_stop_at_first)
+    for _ in range(4):
+        result = start(broken)
+        assert result.code == 130 and "goes on from here" in result.out, result
+    assert start(broken).code == 0
+    assert len(entered) == 8
+    assert_same(weights(finished.folder), weights(broken))
+    assert measured(finished.folder) == measured(broken)
+
+
+def test_a_folder_of_another_recipe_is_refused_and_left_alone(finished, refused):
+    out = "--out", finished.folder
+    refused(quickstart, [*CHEAP, *out, "--seed", "2"], "seed was 1337, is 2", "--overwrite", "--out")
+    refused(quickstart, ["--no-compile", "--dtype", "float32", *out], "scale was 0.001, is 1.0")
+
+
+def test_overwrite_starts_anew(finished, monkeypatch, tmp_path):
+    folder = shutil.copytree(finished.folder, tmp_path / "copy")
+    ran = []
+    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    assert start(folder, "--overwrite").code == 0
+    assert len(ran) == len(quickstart.SMALL)
+    assert all("--overwrite" in flags for module, flags in ran if module.startswith("scripts.train"))
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "1000"])
+def test_an_impossible_scale_is_refused(refused, scale):
+    refused(quickstart, ["--scale", scale], "--scale", scale)
+
+
+def test_the_full_recipe_says_what_to_do_without_a_network(refused, workspace, monkeypatch):
+    from modelscope.hub import file_download
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(file_download, "dataset_file_download", unreachable)
+    (workspace / "dataset").mkdir(exist_ok=True)
+    result = quickstart.Quickstart(full=True)
+    assert result.stages is quickstart.FULL
+    with pytest.raises(OSError, match="put it there yourself") as raised:
+        quickstart.download()
+    assert "dataset/pretrain_hq.jsonl" in str(raised.value)
+    refused(quickstart, ["--full", "--scale", "0.5"], "--scale", "--full")
