@@ -15,9 +15,9 @@ from dataset.tokenizer import encode, encode_chat, fingerprint
 from model.checkpoint import save_checkpoint
 from scripts.engine.evaluation import (
     Likelihood,
-    ratio_error,
     evaluate_file,
     masked_cross_entropy,
+    ratio_error,
     response_likelihood,
 )
 from scripts.engine.runtime import RuntimeConfig
