@@ -22,7 +22,6 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.run import Interrupted, require_writable
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.summary import summary
-from scripts.engine.trainer import can_compile
 
 
 class Stage(NamedTuple):
@@ -57,16 +56,16 @@ SMALL = (
         "scripts.train.train_pretrain",
         f"--run-name ar {SMALL_MODEL} --max-seq-len 64 --learning-rate 3e-3{LEARNING}",
         "ar_state_dict.pt",
-        steps=300,
-        seconds=60,
+        steps=220,
+        seconds=55,
     ),
     Stage(
         "AR fine-tuning",
         "scripts.train.train_sft_minimind",
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
-        steps=500,
-        seconds=60,
+        steps=400,
+        seconds=45,
     ),
     Stage(
         "diffusion pretraining, from AR",
@@ -74,8 +73,8 @@ SMALL = (
         "--train --use-tokenizer --run-name diffusion --init-from-minimind {out}/ar_state_dict.pt --max-seq-len 64"
         f" --learning-rate 3e-3 --variable-length-prob 0 --max-new-tokens 24{LEARNING}",
         "diffusion_state_dict.pt",
-        steps=600,
-        seconds=90,
+        steps=500,
+        seconds=100,
     ),
     Stage(
         "diffusion fine-tuning",
@@ -84,7 +83,7 @@ SMALL = (
         f" --learning-rate 3e-3{LEARNING}",
         "diffusion_sft_state_dict.pt",
         steps=1500,
-        seconds=160,
+        seconds=190,
     ),
     Stage(
         "evaluation",
@@ -158,7 +157,6 @@ class Quickstart:
     out: Annotated[Path, "folder of checkpoints, logs, report and trace"] = Path("weights/quickstart")
     scale: Annotated[float, "multiplies the steps of every training: 0.1 for a first look"] = 1.0
     full: Annotated[bool, "the recipe of README.md: 32M parameters, on MiniMind's data, which is downloaded"] = False
-    compile: Annotated[bool, "compile the layers; by default where a compiler is found"] = can_compile()
     overwrite: Annotated[bool, "start anew although --out holds a quickstart"] = False
 
     def __post_init__(self):
@@ -172,8 +170,7 @@ class Quickstart:
 
 def main(argv: list[str] | None = None) -> None:
     config, runtime, given = parse_args(__doc__, Quickstart, RuntimeConfig, argv=argv)
-    small = not config.full, "the small recipe, that is, with --full"
-    refuse_idle(given, scale=small, compile=small)
+    refuse_idle(given, scale=(not config.full, "the small recipe, that is, with --full"))
     require_writable(config.out / "quickstart.json", "--out")
     done = open_record(config, runtime)
     print(announcement(config, runtime, done), flush=True)
@@ -202,7 +199,6 @@ def command_of(stage: Stage, config: Quickstart, runtime: RuntimeConfig) -> list
     if stage.steps:
         steps = max(round(stage.steps * config.scale), 2)
         flags += ["--max-iters", str(steps), "--warmup-steps", str(min(30, steps // 4))]
-        flags += ["--compile"] if config.compile else []
     return [*flags, *(["--overwrite"] if config.overwrite else ["--resume", "auto"])]
 
 

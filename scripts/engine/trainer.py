@@ -46,7 +46,7 @@ class TrainerConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
         if self.epochs is not None and self.max_iters is not None:
             raise ValueError("give --epochs or --max-iters, not both")
-        if self.compile and not can_compile():
+        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
             raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found")
         if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
             raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
@@ -57,11 +57,6 @@ class TrainerConfig:
 
     def total_steps(self, num_rows: int) -> int:
         return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))
-
-
-def can_compile() -> bool:
-    """Whether torch.compile finds what it needs."""
-    return torch.cuda.is_available() or any(map(shutil.which, CXX_COMPILERS))
 
 
 class Trainer:

@@ -17,7 +17,7 @@ from scripts.engine import run as run_module
 from scripts.engine.report_results import summary_of
 from tests.scripts.conftest import Result, run_command
 
-CHEAP = ["--scale", "0.001", "--no-compile", "--dtype", "float32"]
+CHEAP = ["--scale", "0.001", "--dtype", "float32"]
 FEW = " --questions 12 --max-rows 12"
 SMALL = tuple(
     stage._replace(flags=stage.flags + FEW) if stage.title == "evaluation" else stage for stage in quickstart.SMALL
@@ -157,7 +157,7 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, mo
 def test_a_folder_of_another_recipe_is_refused_and_left_alone(finished, refused):
     out = "--out", finished.folder
     refused(quickstart, [*CHEAP, *out, "--seed", "2"], "seed was 1337, is 2", "--overwrite", "--out")
-    refused(quickstart, ["--no-compile", "--dtype", "float32", *out], "scale was 0.001, is 1.0")
+    refused(quickstart, ["--dtype", "float32", *out], "scale was 0.001, is 1.0")
 
 
 def test_overwrite_starts_anew(finished, monkeypatch, tmp_path):
