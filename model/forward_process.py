@@ -70,6 +70,8 @@ class Noised:
 
 class MaskSettings(Protocol):
     iid_mask_eps: float
+    mask_rate_min: float
+    mask_rate_max: float
 
 
 def lowest(keys: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
@@ -78,14 +80,31 @@ def lowest(keys: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     return (rank < k[:, None]) & maskable
 
 
+def rate_range(config: MaskSettings) -> tuple[float, float]:
+    """What `iid_t` draws its rates from: the band, less eps at either end of [0, 1]."""
+    return max(config.mask_rate_min, config.iid_mask_eps), min(config.mask_rate_max, 1 - config.iid_mask_eps)
+
+
+def counts_in_band(total: Tensor, config: MaskSettings) -> tuple[Tensor, Tensor]:
+    """First and last (B,) int64 of the counts k of masks whose rate k / n_b is in the band, n_b = total (B,) int64.
+
+    At least one count, except in a row without tokens: where none lies in the band, the least above it.
+    """
+    slack = 1e-3  # of a token: in float32 50 x 0.3 is more than 15
+    first = (total * config.mask_rate_min - slack).ceil().long().clamp(min=1).minimum(total)
+    last = (total * config.mask_rate_max + slack).floor().long().minimum(total)
+    return first, last.maximum(first)
+
+
 def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 3: t ~ U(eps, 1 - eps) per row, each token masked with probability t, weight 1/t.
 
-    A row left without a mask is given one and takes its realised rate 1/n_b as weight, never 1/eps.
+    A row left without a mask is given one and takes the inverse of its realised rate, n_b, as weight, never 1/eps. Of
+    (eps, 1 - eps) only what lies in the band [mask_rate_min, mask_rate_max] is drawn.
     """
     total = maskable.sum(dim=1)
-    eps = config.iid_mask_eps
-    t = eps + (1 - 2 * eps) * noise.uniform("rate", len(maskable))[:, 0]
+    low, high = rate_range(config)
+    t = low + (high - low) * noise.uniform("rate", len(maskable))[:, 0]
     keys = noise.uniform("mask", *maskable.shape)
     scored = (keys < t[:, None]) & maskable
     empty = ~scored.any(dim=1)
@@ -97,9 +116,11 @@ def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tup
     """LLaDA Eq. 6 as a training loss: exactly k of n_b tokens masked, k ~ U{1..n_b} stratified, weight n_b / k.
 
     The expectation that `iid_t` has but for its eps and its empty rows, at less variance; the weight is at most n_b.
+    In a band, k is uniform over `counts_in_band`.
     """
     total = maskable.sum(dim=1)
-    k = (1 + (noise.stratified("rate", len(maskable)) * total).long()).minimum(total)
+    first, last = counts_in_band(total, config)
+    k = (first + (noise.stratified("rate", len(maskable)) * (last - first + 1)).long()).minimum(last)
     scored = lowest(noise.uniform("mask", *maskable.shape), maskable, k)
     return scored, total / k.clamp(min=1), total.float()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.forward_process import MASK_SCHEDULES, Noised, StepNoise, mask_tokens
+from model.forward_process import MASK_SCHEDULES, Noised, StepNoise, mask_tokens, rate_range
 from model.losses import forbid, run_lengths, sum_by_row, token_nats, unlikelihood
 from model.transformer import Transformer
 
@@ -63,7 +63,12 @@ class NextToken:
 
 @dataclass(frozen=True)
 class MaskedDiffusion:
-    """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5)."""
+    """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5).
+
+    Mask rates may be confined to a band [a, b]. The weights stay as they are, so with g(t) the cross-entropy of a
+    masked token at rate t the loss is then the mean of g over the band, (1 / (b - a)) times its integral from a to b,
+    and bounds no likelihood.
+    """
 
     attention = "full"
 
@@ -71,6 +76,10 @@ class MaskedDiffusion:
         "fixed_count"
     )
     iid_mask_eps: Annotated[float, "iid_t: rates are drawn from (eps, 1 - eps)"] = 1e-3
+    mask_rate_min: Annotated[
+        float, "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound"
+    ] = 0.0
+    mask_rate_max: Annotated[float, "largest mask rate in training; validation is over the full range"] = 1.0
     variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length"] = 0.01
     repeat_penalty_weight: Annotated[float, "unlikelihood of continuing a run of equal tokens (0 = off)"] = 0.0
     repeat_penalty_min_run: Annotated[int, "tokens in a run before its continuation is penalised"] = 2
@@ -81,6 +90,17 @@ class MaskedDiffusion:
     def __post_init__(self):
         if not 0 < self.iid_mask_eps < 0.5:
             raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
+        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
+                "the first below the second"
+            )
+        low, high = rate_range(self)
+        if self.mask_schedule == "iid_t" and low >= high:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} to --mask-rate-max {self.mask_rate_max} holds no rate between "
+                f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
+            )
         if not 0 <= self.variable_length_prob <= 1:
             raise ValueError(f"--variable-length-prob must be in [0, 1], not {self.variable_length_prob}")
         for name in ("weight", "delay_steps", "warmup_steps"):
@@ -92,7 +112,13 @@ class MaskedDiffusion:
     def for_validation(self) -> "MaskedDiffusion":
         """The full-range bound that every schedule is judged by, so that all validation losses are one quantity."""
         return replace(
-            self, mask_schedule="fixed_count", variable_length_prob=0.0, repeat_penalty_weight=0.0, sequence_mean=False
+            self,
+            mask_schedule="fixed_count",
+            mask_rate_min=0.0,
+            mask_rate_max=1.0,
+            variable_length_prob=0.0,
+            repeat_penalty_weight=0.0,
+            sequence_mean=False,
         )
 
     def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:

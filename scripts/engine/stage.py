@@ -11,6 +11,7 @@ import torch
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
 from model.checkpoint import load_checkpoint, read_archive, starting_weights
 from model.config import ModelConfig
+from model.forward_process import rate_range
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.optim import OptimConfig
@@ -148,6 +149,10 @@ def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
         repeat_penalty_delay_steps=penalty,
         repeat_penalty_warmup_steps=penalty,
     )
+    if "iid_mask_eps" in configs.given:
+        eps, used = objective.iid_mask_eps, rate_range(objective)
+        reached = used[0] == eps or used[1] == 1 - eps
+        refuse_idle(configs.given, iid_mask_eps=(reached, "a band of mask rates that reaches to within eps of 0 or 1"))
 
 
 def _check_continuation(

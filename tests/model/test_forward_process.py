@@ -10,12 +10,14 @@ from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
 @dataclass(frozen=True)
 class Settings:
     iid_mask_eps: float = 1e-3
+    mask_rate_min: float = 0.0
+    mask_rate_max: float = 1.0
 
 
-def masked(schedule, maskable, step=0, seed=0, total=None, first=0):
+def masked(schedule, maskable, step=0, seed=0, total=None, first=0, **settings):
     ids = torch.arange(maskable.numel()).view(maskable.shape) + 10
     noise = StepNoise(seed, step, total or len(maskable), first)
-    return ids, mask_tokens(ids, maskable, 3, schedule, noise, Settings())
+    return ids, mask_tokens(ids, maskable, 3, schedule, noise, Settings(**settings))
 
 
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)
@@ -101,3 +103,49 @@ def test_noise_of_a_row_depends_not_on_the_length_of_its_micro_batch():
     assert torch.equal(noise.uniform("mask", 4, 9), noise.uniform("mask", 4, 16)[:, :9])
     rows = torch.cat([StepNoise(0, 4, 6, first, width=16).uniform("mask", 1, 5 + first)[:, :5] for first in range(6)])
     assert len(rows.unique(dim=0)) == 6
+
+
+@pytest.mark.parametrize("eps", [1e-3, 0.01, 0.07, 0.3])
+def test_the_band_from_0_to_1_leaves_every_draw_as_it_is_without_a_band(eps):
+    """Bit for bit t = eps + (1 - 2 eps) u and k = 1 + floor(u n), rows without maskable tokens included."""
+    maskable = torch.rand(512, 12) < 0.4
+    maskable[:4] = False
+    noise, total = StepNoise(3, 5, 512), maskable.sum(dim=1)
+    _, noised = masked("iid_t", maskable, 5, 3, iid_mask_eps=eps)
+    t = eps + (1 - 2 * eps) * noise.uniform("rate", 512)[:, 0]
+    chosen = (noise.uniform("mask", 512, 12) < t[:, None]) & maskable
+    drawn = chosen.any(dim=1)
+    assert torch.equal(noised.scored[drawn], chosen[drawn])
+    assert torch.equal(noised.weight[drawn], (1 / t)[drawn, None] * maskable[drawn])
+    _, noised = masked("fixed_count", maskable, 5, 3, iid_mask_eps=eps)
+    assert torch.equal(noised.scored.sum(dim=1), (1 + (noise.stratified("rate", 512) * total).long()).minimum(total))
+
+
+@pytest.mark.parametrize("schedule", ["fixed_count", "random"])
+@pytest.mark.parametrize(
+    "length, low, high, counts", [(10, 0.0, 0.25, (1, 2)), (10, 0.55, 1.0, (6, 10)), (75, 0.36, 0.84, (27, 63))]
+)
+def test_in_a_band_every_count_whose_rate_lies_in_it_is_drawn_equally_often(schedule, length, low, high, counts):
+    """As many rows as counts, so one in each stratum. The edges belong to the band, though in float32 75 x 0.36 is more
+    than 27 and 75 x 0.84 less than 63."""
+    expected = list(range(counts[0], counts[1] + 1))
+    maskable = torch.ones(len(expected), length, dtype=torch.bool)
+    for step in range(5):
+        _, noised = masked(schedule, maskable, step, mask_rate_min=low, mask_rate_max=high)
+        assert sorted(noised.scored.sum(dim=1).tolist()) == expected
+
+
+@pytest.mark.parametrize("schedule", ["fixed_count", "random"])
+def test_a_row_too_short_for_the_band_masks_the_least_count_above_it(schedule):
+    """The band holds 2 of 4 and 3 of 5 to 6, but no whole number of 1 to 3 tokens; a row of none masks none."""
+    lengths = torch.arange(7)
+    maskable = torch.arange(6) < lengths[:, None]
+    _, noised = masked(schedule, maskable, mask_rate_min=0.49, mask_rate_max=0.6)
+    assert noised.scored.sum(dim=1).tolist() == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_iid_t_draws_its_rate_uniformly_from_the_band():
+    _, noised = masked("iid_t", torch.ones(4096, 64, dtype=torch.bool), mask_rate_min=0.3, mask_rate_max=0.8)
+    t = 1 / noised.weight[:, 0].double()
+    deviation = (t.sort().values - torch.linspace(0.3, 0.8, 4096, dtype=torch.float64)).abs().max() / 0.5
+    assert deviation < 1.63 / math.sqrt(4096)  # Kolmogorov-Smirnov, 1 %

@@ -108,6 +108,54 @@ def test_training_losses_estimate_the_enumerated_bound(schedule, tiny_model):
     assert loss.nats.mean().item() == pytest.approx(expected, abs=4 * error + 2e-3)
 
 
+def nats_by_count(model, ids):
+    """{k: mean over the sets S of k tokens of sum over S of -log p(x_i | x without S)}."""
+    n, mask_id, means = len(ids), model.config.mask_token_id, {}
+    for k in range(1, n + 1):
+        subsets = [list(subset) for subset in itertools.combinations(range(n), k)]
+        rows = ids.repeat(len(subsets), 1)
+        for row, subset in zip(rows, subsets, strict=True):
+            row[subset] = mask_id
+        logits = model(rows).double()
+        logits[..., mask_id] = -math.inf
+        means[k] = -sum(x.log_softmax(-1)[s, ids[s]].sum().item() for x, s in zip(logits, subsets, strict=True)) / len(
+            subsets
+        )
+    return means
+
+
+@pytest.mark.parametrize("schedule", ["iid_t", "fixed_count"])
+def test_in_a_band_the_training_loss_estimates_the_mean_over_the_band(schedule, tiny_model):
+    """(1 / (b - a)) integral from a to b of n g(t) dt, n t g(t) the expected nats at rate t; for fixed_count the mean
+    over the counts 2, 3, 4 of 5 of (n / k) nats, and iid_t gives a row left empty one mask of weight n."""
+    model, ids, n, (a, b) = tiny_model(vocab_size=4), torch.tensor([0, 2, 1, 0, 1]), 5, (0.3, 0.8)
+    band = replace(DIFFUSION, mask_schedule=schedule, mask_rate_min=a, mask_rate_max=b)
+    with torch.no_grad():
+        means = nats_by_count(model, ids)
+        loss = band(model, batch_of(ids.repeat(20_000, 1)), StepNoise(5, 0, 20_000))
+    if schedule == "fixed_count":
+        expected = sum(n / k * means[k] for k in (2, 3, 4)) / 3
+    else:
+        t = a + (b - a) * (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+        expected = sum(math.comb(n, k) * t ** (k - 1) * (1 - t) ** (n - k) * means[k] for k in means).mean().item()
+        expected += ((1 - t) ** n).mean().item() * n * means[1]
+    error = loss.nats.std().item() / math.sqrt(20_000)
+    assert loss.nats.mean().item() == pytest.approx(expected, abs=4 * error)
+    assert abs(expected - brute_force_bound(model, ids)[1]) > 8 * error  # and this is not the bound
+
+
+@pytest.mark.parametrize("low, high", [(-0.1, 1.0), (0.0, 1.1), (0.5, 0.5), (0.8, 0.3)])
+def test_a_band_that_is_empty_or_leaves_0_to_1_is_refused(low, high):
+    with pytest.raises(ValueError, match="--mask-rate-min .* and --mask-rate-max"):
+        MaskedDiffusion(mask_rate_min=low, mask_rate_max=high)
+
+
+def test_a_band_within_eps_of_0_holds_no_rate_for_iid_t():
+    MaskedDiffusion(mask_rate_max=0.01, iid_mask_eps=0.02)
+    with pytest.raises(ValueError, match="--iid-mask-eps 0.02"):
+        MaskedDiffusion(mask_schedule="iid_t", mask_rate_max=0.01, iid_mask_eps=0.02)
+
+
 def test_random_rate_is_the_plain_mean_over_masked_tokens_and_not_the_bound(tiny_model):
     model, batch = tiny_model(), batch_of(torch.randint(4, 24, (8, 12)))
     noise = StepNoise(0, 0, 8)
@@ -225,5 +273,5 @@ def replace_scored(noised, ids):
 
 def test_validation_is_the_same_full_range_bound_whatever_the_training_schedule():
     a = MaskedDiffusion(mask_schedule="random", variable_length_prob=0.3, repeat_penalty_weight=1.0).for_validation()
-    b = MaskedDiffusion(mask_schedule="iid_t").for_validation()
+    b = MaskedDiffusion(mask_schedule="iid_t", mask_rate_min=0.3, mask_rate_max=0.8).for_validation()
     assert a == b == MaskedDiffusion(mask_schedule="fixed_count", variable_length_prob=0.0)

@@ -1,0 +1,149 @@
+"""Experiments on a small scale, each one JSON and one figure with intervals.
+
+    uv run python -m scripts.eval.experiments --data dataset/pretrain_hq.jsonl --seeds 1,2,3 --out weights/experiments
+    uv run python -m scripts.eval.experiments --experiments reversal,frontier \\
+        --reports weights/quickstart/report.json,weights/quickstart_2/report.json
+    uv run python -m scripts.eval.experiments --draw weights/experiments
+
+schedules       1/t, fixed-count, uniform and banded diffusion training, by full-range bound and by generated texts
+initialisation  diffusion from AR weights and from scratch at equal total tokens
+repetition      AR and diffusion as one small corpus is seen again and again
+reversal        facts told in one direction, asked in the other; read off reports of scripts.eval.report
+frontier        quality against forward passes and seconds, per decoding policy; read off the same reports
+
+The first three train, by the ordinary commands, each of which is printed and recorded: what was stopped goes on where
+it was, and what is finished in --out is not run again.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.evaluation import circumstances
+from scripts.engine.experiment_figures import draw
+from scripts.engine.experiment_reports import READINGS, origin, read_reports
+from scripts.engine.experiment_runs import Recipe, write_json
+from scripts.engine.experiment_statistics import COMPARISONS, lines, summarise
+from scripts.engine.experiment_trainings import (
+    TRAININGS,
+    InitialisationConfig,
+    RepetitionConfig,
+    SchedulesConfig,
+    TrainingsConfig,
+    numbers,
+    prepare,
+)
+from scripts.engine.run import require_writable
+from scripts.engine.runtime import RuntimeConfig, provenance
+
+EXPERIMENTS = *TRAININGS, *READINGS
+
+
+@dataclass(frozen=True)
+class ExperimentsConfig:
+    """What to do."""
+
+    experiments: Annotated[str, "which ones, separated by commas"] = ",".join(TRAININGS)
+    out: Annotated[Path, "folder of <experiment>.json and .png, and in runs/ of all trainings"] = Path(
+        "weights/experiments"
+    )
+    reports: Annotated[str | None, "reversal, frontier: report.json of each seed, separated by commas"] = None
+    draw: Annotated[Path | None, "draw the figures of this folder's JSONs again; nothing else is done"] = None
+
+    def __post_init__(self):
+        unknown = [name for name in self.chosen if name not in EXPERIMENTS]
+        if unknown:
+            raise ValueError(f"--experiments: {unknown[0]!r} is none; expected some of {', '.join(EXPERIMENTS)}")
+        if self.reports is None and any(name in READINGS for name in self.chosen):
+            raise ValueError(f"--experiments {self.experiments}: reversal and frontier need --reports")
+
+    @property
+    def chosen(self) -> list[str]:
+        return self.experiments.split(",")
+
+
+def main(argv: list[str] | None = None) -> None:
+    what, trainings, recipe, *configs, runtime, given = parse_args(
+        __doc__,
+        ExperimentsConfig,
+        TrainingsConfig,
+        Recipe,
+        SchedulesConfig,
+        InitialisationConfig,
+        RepetitionConfig,
+        RuntimeConfig,
+        argv=argv,
+    )
+    refuse_unused(what, trainings, given)
+    if what.draw:
+        draw_again(what.draw)
+        return
+    require_writable(what.out / "runs" / "any", "--out")
+    reports = read_reports(what.reports) if what.reports else {}
+    about = {"reports": origin(reports), **provenance(runtime)}
+    for name in READINGS:
+        if name in what.chosen:
+            finish(what.out, {"experiment": name, **READINGS[name](reports), **about})
+    for result in train(what, trainings, recipe, dict(zip(TRAININGS, configs, strict=True)), runtime):
+        finish(what.out, result)
+
+
+def refuse_unused(what: ExperimentsConfig, trainings: TrainingsConfig, given: frozenset[str]) -> None:
+    """ValueError for typed flags that would be ignored."""
+    if what.draw:
+        refuse_idle(given, **dict.fromkeys(sorted(given - {"draw"}), (False, "experiments, that is, with --draw")))
+    own = {name: name.split("_")[0] for name in given if name.split("_")[0] in TRAININGS}
+    refuse_idle(given, **{name: (own[name] in what.chosen, f"{own[name]} among --experiments") for name in own})
+    if not set(what.chosen) & set(TRAININGS):
+        more = sorted(given - {"experiments", "out", "reports"})
+        refuse_idle(given, **dict.fromkeys(more, (False, "an experiment that trains")))
+    reads = bool(set(what.chosen) & set(READINGS))
+    ready_made = trainings.tokenizer_dir is not None
+    refuse_idle(given, reports=(reads, "reversal or frontier among --experiments"))
+    refuse_idle(given, target_vocab_size=(not ready_made, "a tokenizer trained here: --tokenizer-dir names one"))
+
+
+def train(
+    what: ExperimentsConfig,
+    trainings: TrainingsConfig,
+    recipe: Recipe,
+    configs: dict[str, Any],
+    runtime: RuntimeConfig,
+) -> Iterator[dict[str, Any]]:
+    """The results of the chosen experiments that train, one after the other."""
+    chosen = [name for name in TRAININGS if name in what.chosen]
+    bench = prepare(trainings, recipe, runtime, what.out / "runs") if chosen else None
+    common = bench.lab.commands[:] if bench else []
+    for name in chosen:
+        first = len(bench.lab.commands)
+        found = TRAININGS[name](bench, configs[name], numbers(trainings.seeds, "--seeds"))
+        more = trainings, recipe, configs[name]
+        yield {
+            "experiment": name,
+            "summary": summarise(found["runs"], COMPARISONS[name]),
+            **found,
+            "commands": common + bench.lab.commands[first:],
+            **circumstances(runtime, bench.tokenizer, bench.lab.source, *more),
+        }
+
+
+def finish(folder: Path, result: dict[str, Any]) -> None:
+    path = folder / f"{result['experiment']}.json"
+    write_json(path, result)
+    draw(result, path.with_suffix(".png"))
+    print("\n".join([*lines(result["summary"]), f"wrote {path} and {path.with_suffix('.png').name}"]), flush=True)
+
+
+def draw_again(folder: Path) -> None:
+    paths = sorted(folder.glob("*.json"))
+    if not paths:
+        raise ValueError(f"--draw {folder}: there is no JSON of an experiment")
+    for path in paths:
+        draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    run(main)
