@@ -49,23 +49,23 @@ SMALL = (
         "scripts.train.train_tokenizer",
         "--target-vocab-size 4096 --out {out}/tokenizer",
         "tokenizer/tokenizer.json",
-        seconds=6,
+        seconds=3,
     ),
     Stage(
         "AR pretraining",
         "scripts.train.train_pretrain",
         f"--run-name ar {SMALL_MODEL} --max-seq-len 64 --learning-rate 3e-3{LEARNING}",
         "ar_state_dict.pt",
-        steps=220,
-        seconds=55,
+        steps=260,
+        seconds=80,
     ),
     Stage(
         "AR fine-tuning",
         "scripts.train.train_sft_minimind",
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
-        steps=400,
-        seconds=45,
+        steps=550,
+        seconds=70,
     ),
     Stage(
         "diffusion pretraining, from AR",
@@ -83,7 +83,7 @@ SMALL = (
         f" --learning-rate 3e-3{LEARNING}",
         "diffusion_sft_state_dict.pt",
         steps=1500,
-        seconds=190,
+        seconds=175,
     ),
     Stage(
         "evaluation",
@@ -91,7 +91,7 @@ SMALL = (
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --gen-steps 24"
         f" --gen-block-size 4 --canvas 24 --num-samples 8 --frontier-questions 0{GREEDY}",
         "report.json",
-        seconds=40,
+        seconds=25,
     ),
     Stage(
         "trace",
@@ -99,7 +99,7 @@ SMALL = (
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
         f" --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
-        seconds=6,
+        seconds=2,
     ),
 )
 DATASET = "gongjy/minimind_dataset"

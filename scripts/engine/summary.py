@@ -28,7 +28,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
         if section["format"] == "questions":
             lines += [*answers(section, names), "", *right_answers(rows, names)]
             lines += ["", *speed(rows, names)]
-        elif section["format"] in ("text", "chat"):
+        elif section["format"] == "chat":  # documents are what the models before fine-tuning are for
             lines += ["", *likelihood(section, rows, names)]
     total = sum(seconds.values())
     return [*lines, "", f"{total / 60:.1f} minutes in all. Written to {folder}:", *files(folder)]
