@@ -61,7 +61,9 @@ def right_answers(rows: dict[tuple[str, str], Row], names: dict[str, str]) -> li
     """Share of right answers for each split, with intervals, and the difference of the two models."""
     lines = ["Right answers (95 % intervals):"]
     for split, told in SPLITS.items():
-        row = rows["exact match", split]
+        row = rows.get(("exact match", split))
+        if row is None:
+            continue
         shares = [f"{kind} {percent(row.values[name])}" for name, kind in names.items()]
         shares += [f"difference {percent(one, sign='+')}" for one in row.differences.values()]
         lines += [f"  {row.count} {told}", f"    {'   '.join(shares)}"]

@@ -143,6 +143,7 @@ def draw_again(folder: Path) -> None:
         raise ValueError(f"--draw {folder}: there is no JSON of an experiment")
     for path in paths:
         draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -9,8 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from dataset import sft
+from model import forward_process, objective, remasking
+from scripts import quickstart
+from scripts.engine import experiment_runs
 from scripts.engine.cli import run
+from tests.scripts.test_experiments import in_process
+from tests.scripts.test_quickstart import SMALL as FEW_QUESTIONS
 
 ROOT = Path(__file__).parents[2]
 # What makes a documented command tiny; a command gets those of its module, behind its own flags.
@@ -25,6 +32,12 @@ TINY = {
     "scripts.train.train_sft_diffusion": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
     "scripts.eval.eval_sft_one_prompt": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
     "scripts.eval.eval_sft": "--dtype float32 --max-new-tokens 32 --prompts-per-language 2 --steps 2,4",
+    "scripts.eval.report": "--dtype float32 --eval-batch-size 8",
+    "scripts.eval.experiments": (
+        "--experiments initialisation --initialisation-tokens 256 --initialisation-shares 0 --heldout-tokens 150 "
+        f"--nmc 2 --tokenizer-dir . {SHAPE} --max-seq-len 32 --batch-size 4 --val-fraction 0.3 --dtype float32"
+    ),
+    "scripts.quickstart": "--scale 0.001 --dtype float32",
     "scripts.chat": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
 }
 TYPED = "你好\n/steps 2\nHow are you?\n/quit\n"  # into the chat
@@ -39,6 +52,8 @@ def commands(path: Path) -> list[list[str]]:
 
 
 def tiny(module: str, argv: list[str]) -> list[str]:
+    if {"--from", "--draw"} & set(argv):  # drawn again: there is nothing to be made small
+        return argv
     more = TINY.get(module, "")
     if module == "scripts.train.diffusion" and "--train" in argv:
         more += f" {TRAIN_DIFFUSION}" + ("" if "--init-from-minimind" in argv else f" {SHAPE}")
@@ -74,8 +89,10 @@ def workplace(tmp_path_factory):
 
 def test_every_command_of_the_readme_runs_in_its_order(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
+    monkeypatch.setattr(quickstart, "SMALL", FEW_QUESTIONS)
+    monkeypatch.setattr(experiment_runs, "launch", in_process([]))
     found = commands(ROOT / "README.md")
-    assert len(found) >= 22
+    assert len(found) >= 27
     for module, *argv in found:
         monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
         with pytest.raises(SystemExit) as ended:
@@ -138,3 +155,42 @@ def test_both_readmes_have_the_same_commands_and_numbers():
     )
     assert sorted(numbers[0]) == sorted(numbers[1])
     assert sorted(names[0]) == sorted(names[1])
+
+
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_lines_that_add_something_add_it(monkeypatch):
+    """Each block of Python, put at the end of the file that it names."""
+    for block in python_blocks(ROOT / "README.md"):
+        module = importlib.import_module(re.match(r"# (\S+)\.py\n", block)[1].replace("/", "."))
+        for name in ("MASK_SCHEDULES", "POLICIES", "FORMATS"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, dict(getattr(module, name)))
+        exec(compile(block, module.__name__, "exec"), module.__dict__)
+    tokens, maskable = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
+    noise, settings = forward_process.StepNoise(0, 0, 2), objective.MaskedDiffusion()
+    noised = forward_process.mask_tokens(tokens, maskable, 99, "half", noise, settings)
+    assert 0 < noised.scored.sum() < 20 and noised.weight.unique().tolist() == [2.0]
+    step = remasking.Step(
+        *[torch.ones(1, 3)] * 1,
+        torch.ones(1, 3, dtype=torch.bool),
+        torch.zeros(1, 3, dtype=torch.bool),
+        torch.tensor([1]),
+        torch.tensor([3]),
+        0.9,
+        1.0,
+        torch.zeros(3, 5),
+        lambda: torch.rand(3),
+    )
+    assert remasking.commit("right_to_left", step).tolist() == [[False, False, True]]
+    assert [turn["content"] for turn in sft.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
+
+
+def test_both_readmes_have_the_same_lines_of_python_and_pictures():
+    english, chinese = ROOT / "README.md", ROOT / "README_cn.md"
+    assert python_blocks(english) == python_blocks(chinese) != []
+    pictures = [re.findall(r"\]\((\S+\.png)\)", path.read_text(encoding="utf-8")) for path in (english, chinese)]
+    assert pictures[0] == pictures[1]
+    assert all((ROOT / name).is_file() for name in pictures[0])

@@ -1,0 +1,76 @@
+"""The quickstart's claims, on a quarter of its world and a fifth of its steps: real training, looser thresholds."""
+
+import json
+
+import pytest
+
+from dataset import bundled
+from dataset.bundled_facts import facts
+from scripts import quickstart
+from scripts.engine.report_results import rows_of
+from tests.scripts.conftest import run_command
+
+KINDS = ("capital", "country", "colour", "sound")
+SCALE = "0.18"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def small_world(folder):
+    """The bundled documents, conversations and questions on facts of KINDS."""
+    known = [fact for fact in facts() if fact.kind in KINDS]
+    told = tuple(text for fact in known for text in fact.statements)
+    asked = tuple(question for fact in known for question, _ in fact.seen)
+
+    def is_kept(turns):
+        return len(turns) == 2 and (turns[0]["content"].endswith(asked) or turns[1]["content"] in told)
+
+    return (
+        write(folder / "texts.jsonl", [row for row in bundled.pretraining_rows() if row["text"].startswith(told)]),
+        write(folder / "chats.jsonl", [row for row in bundled.conversations() if is_kept(row["conversations"])]),
+        write(folder / "questions.jsonl", [row for row in bundled.questions() if row["kind"] in KINDS]),
+    )
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """(metric, group) -> what the report of such a quickstart says of its questions."""
+    folder = tmp_path_factory.mktemp("learning")
+    texts, chats, questions = small_world(folder)
+    more = {
+        "scripts.train.train_pretrain": f" --data {texts}",
+        "scripts.train.diffusion": f" --data {texts}",
+        "scripts.train.train_sft_minimind": f" --data {chats}",
+        "scripts.train.train_sft_diffusion": f" --data {chats}",
+        "scripts.eval.report": f" --eval-data {questions},{chats} --eval-split validation",
+    }
+    small = tuple(stage._replace(flags=stage.flags + more.get(stage.module, "")) for stage in quickstart.SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(quickstart, "SMALL", small)
+        result = run_command(quickstart, ["--scale", SCALE, "--out", folder / "out"])
+    assert result.code == 0, result.err
+    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    return {(row.metric.name, row.group): row for row in rows_of(report["sources"][0], report["models"])}
+
+
+def test_both_models_answer_questions_in_phrasings_that_they_never_saw(rows):
+    row = rows["exact match", "seen"]
+    assert row.count == 146
+    assert all(share.value > 0.75 for share in row.values.values()), row.values
+
+
+def test_diffusion_reverses_facts_and_an_autoregressive_model_does_not(rows):
+    """Told "Brussels is the capital of Belgium" alone, asked for the capital of Belgium."""
+    row = rows["exact match", "reversed"]
+    autoregressive, diffusion = (share.value for share in row.values.values())
+    assert autoregressive < 0.1 and diffusion > 0.2
+    (difference,) = row.differences.values()
+    assert difference.high < 0  # autoregressive less diffusion
+
+
+def test_answers_end(rows):
+    assert all(share.value < 0.05 for share in rows["overrun", "all"].values.values())
