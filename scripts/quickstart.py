@@ -8,11 +8,13 @@ change it, run it alone. Give the command again, and finished stages are not rep
 --full is the recipe of README.md, 32M parameters on MiniMind's data, which is downloaded: hours on one large GPU.
 """
 
+import hashlib
 import importlib
 import json
 import os
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -199,7 +201,7 @@ def command_of(stage: Stage, config: Quickstart, runtime: RuntimeConfig) -> list
     if stage.steps:
         steps = max(round(stage.steps * config.scale), 2)
         flags += ["--max-iters", str(steps), "--warmup-steps", str(min(30, steps // 4))]
-    return [*flags, *(["--overwrite"] if config.overwrite else ["--resume", "auto"])]
+    return [*flags, "--resume", "auto"]
 
 
 def perform(module: str, command: list[str]) -> float:
@@ -234,8 +236,10 @@ def announcement(config: Quickstart, runtime: RuntimeConfig, done: dict[str, flo
 def open_record(config: Quickstart, runtime: RuntimeConfig) -> dict[str, float]:
     """Seconds of every finished stage whose file is there. ValueError if the folder holds another recipe's work."""
     path, asked, done = config.out / "quickstart.json", recipe(config, runtime), {}
-    if path.exists() and not config.overwrite:
-        found = json.loads(path.read_text(encoding="utf-8"))
+    if config.overwrite:  # at once: interrupted, it must not go on from the old one
+        clear(config.stages, config.out)
+    elif path.exists():
+        found = read_record(path)
         differ = [f"{k} was {found['recipe'].get(k)}, is {v}" for k, v in asked.items() if found["recipe"].get(k) != v]
         if differ:
             raise ValueError(
@@ -245,19 +249,48 @@ def open_record(config: Quickstart, runtime: RuntimeConfig) -> dict[str, float]:
         done = found["done"]
     for stage in config.stages:  # a stage counts as done only if all before it do
         if stage.title not in done or not (config.out / stage.makes).exists():
-            done = {title: took for title, took in done.items() if title in titles_before(config, stage)}
+            left = config.stages[config.stages.index(stage) :]
+            done = {title: took for title, took in done.items() if title not in [one.title for one in left]}
+            # Weights without the run that made them are nothing to go on from.
+            clear([one for one in left if not state_of(one, config.out).exists()], config.out)
             break
     write_record(config, runtime, done)
     return done
 
 
-def titles_before(config: Quickstart, stage: Stage) -> list[str]:
-    return [one.title for one in config.stages[: config.stages.index(stage)]]
+def clear(stages: Sequence[Stage], folder: Path) -> None:
+    """Delete what the stages made."""
+    for stage in stages:
+        state = state_of(stage, folder)
+        for path in (folder / stage.makes, state.with_name(f"{state.stem}_best.pt"), state):
+            path.unlink(missing_ok=True)
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """ValueError if the file is no record of a quickstart."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found["recipe"], dict) and all(isinstance(took, float | int) for took in found["done"].values()):
+            return found
+    except (ValueError, TypeError, KeyError, AttributeError):
+        pass
+    raise ValueError(f"{path} is damaged; delete it and finished trainings are found again, or give --overwrite")
+
+
+def state_of(stage: Stage, folder: Path) -> Path:
+    """What a training is resumed from."""
+    return folder / stage.makes.replace("_state_dict.pt", ".pt")
 
 
 def recipe(config: Quickstart, runtime: RuntimeConfig) -> dict[str, Any]:
     """What the results depend on."""
-    return asdict(runtime) | {"scale": config.scale, "full": config.full, "corpus": bundled_file("sft").parent.name}
+    stages = repr([(stage.module, stage.flags, stage.steps) for stage in config.stages])
+    return asdict(runtime) | {
+        "scale": config.scale,
+        "full": config.full,
+        "corpus": bundled_file("sft").parent.name,
+        "stages": hashlib.sha256(stages.encode()).hexdigest()[:12],
+    }
 
 
 def write_record(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> None:

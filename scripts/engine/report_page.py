@@ -27,6 +27,11 @@ from scripts.engine.watching import on_screen
 
 Report = dict[str, Any]
 SAMPLES = 3  # answers shown of each split of the bundled questions
+PICTURES = {
+    "exact_match.png": "right answers",
+    "likelihood.png": "likelihood",
+    "frontier.png": "quality against cost",
+}
 FORMAT = 1  # of report.json
 ENOUGH = 20  # rows; the bootstrap of fewer is too sure of itself
 FACTS = ("commit", "device", "processor", "python", "torch", "transformers", "tokenizer")
@@ -68,6 +73,8 @@ def draw(report: Report, folder: Path, show: int | None) -> list[Path]:
         lines += _section(report, section, rows[section["name"]], show)
     lines += _frontier(report, frontier) + _glossary(report)
     written = {"report.md": ("\n".join(lines) + "\n").encode(), **pictures}
+    for name in PICTURES.keys() - pictures.keys():  # of an earlier report
+        (folder / name).unlink(missing_ok=True)
     for name, content in written.items():
         write_whole(folder / name, content)
     return [folder / name for name in written]
@@ -101,12 +108,7 @@ def _head(report: Report) -> list[str]:
 
 
 def _pictures(pictures: dict[str, bytes]) -> list[str]:
-    titles = {
-        "exact_match.png": "right answers",
-        "likelihood.png": "likelihood",
-        "frontier.png": "quality against cost",
-    }
-    return [f"![{titles[name]}]({name})" for name in pictures] + [""]
+    return [f"![{PICTURES[name]}]({name})" for name in pictures] + [""]
 
 
 def _section(report: Report, section: Section, rows: list[Row], show: int | None) -> list[str]:

@@ -1,6 +1,7 @@
 """What the report says, computed from report.json alone: estimates, their errors, and paired differences."""
 
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ GROUPS = (  # which labels rows are told apart by
     ("split", "lang"),
     ("kind",),
 )
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 AR, DIFFUSION = "AR", "diffusion"
 SECONDS = "seconds"
 KIND = "kind "  # begins the name of a group; there are many, so they are told of a file's first metric alone
@@ -76,10 +78,20 @@ def _premature(item: Item, result: Item) -> tuple[float, float]:
     return float(is_premature(answer_in(result), Answer("", item["reference_tokens"], True))), 1.0
 
 
+def is_right(item: Item, text: str) -> bool:
+    """Whether an answer is the wanted one. A number that ends a worked answer must be the last number written: sums on
+    the way to it hold many a number by chance."""
+    if item["wanted"] == item["reference"].strip() or not NUMBER.fullmatch(item["wanted"]):
+        return is_correct(text, item["wanted"])
+    numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+    return numbers[-1:] == [float(item["wanted"].replace(",", ""))]
+
+
 EXACT = Metric(
     "exact match",
-    lambda i, r: (float(is_correct(r["text"], i["wanted"])), 1.0),
-    "share of the answers that hold the wanted string as words of their own, whatever its case",
+    lambda i, r: (float(is_right(i, r["text"])), 1.0),
+    "share of the answers that hold the wanted string as words of their own, whatever its case; where a worked answer "
+    "ends with a number, share of those whose last number it is",
     share=True,
 )
 CHRF = Metric(

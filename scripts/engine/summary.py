@@ -1,10 +1,10 @@
 """What a quickstart ends with: answers side by side, right answers, likelihoods, speed, and where the files are."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dataset.bundled import is_correct
+from scripts.engine.report_page import read_report
 from scripts.engine.report_results import Estimate, Row, rows_of
 from scripts.engine.trace_terminal import width_of
 from scripts.engine.watching import on_screen
@@ -20,7 +20,7 @@ WIDTH = 44  # columns of an answer
 
 def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
     """Lines on <folder>/report.json and what else a quickstart has written there; seconds: of each stage."""
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = read_report(folder / "report.json")
     names = {model["name"]: model["kind"] for model in report["models"]}
     lines = []
     for section in report["sources"]:

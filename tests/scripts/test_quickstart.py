@@ -15,6 +15,7 @@ from model.checkpoint import load_checkpoint
 from scripts import quickstart
 from scripts.engine import run as run_module
 from scripts.engine.report_results import summary_of
+from scripts.engine.runtime import RuntimeConfig
 from tests.scripts.conftest import Result, run_command
 
 CHEAP = ["--scale", "0.001", "--dtype", "float32"]
@@ -164,9 +165,59 @@ def test_overwrite_starts_anew(finished, monkeypatch, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "copy")
     ran = []
     monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    monkeypatch.setattr(quickstart, "summary", lambda *a: [])
     assert start(folder, "--overwrite").code == 0
     assert len(ran) == len(quickstart.SMALL)
-    assert all("--overwrite" in flags for module, flags in ran if module.startswith("scripts.train"))
+    assert not list(folder.glob("*.pt")), "what was there before is not gone on from"
+
+
+def test_an_overwritten_quickstart_that_is_interrupted_goes_on_from_itself(finished, monkeypatch, tmp_path):
+    """The old trainings have another seed, and would be refused."""
+    folder, perform = shutil.copytree(finished.folder, tmp_path / "copy"), quickstart.perform
+
+    def stopped(module, command):
+        if module == "scripts.train.train_pretrain":
+            raise run_module.Interrupted(130)
+        return perform(module, command)
+
+    monkeypatch.setattr(quickstart, "perform", stopped)
+    assert start(folder, "--seed", "2", "--overwrite").code == 130
+    ran = []
+    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    monkeypatch.setattr(quickstart, "summary", lambda *a: [])
+    assert start(folder, "--seed", "2").code == 0
+    assert [module for module, _ in ran] == [stage.module for stage in SMALL[1:]]
+    assert not list(folder.glob("*.pt"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "null", '{"recipe": {}, "done": {"trace": null}}'])
+def test_a_damaged_record_is_named(finished, content, tmp_path):
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    (folder / "quickstart.json").write_text(content)
+    result = start(folder)
+    assert result.code == 2 and f"{folder}/quickstart.json is damaged" in result.err
+
+
+def test_an_older_recipe_is_not_gone_on_with(finished, monkeypatch):
+    other = tuple(stage._replace(steps=stage.steps + 1) for stage in SMALL)
+    monkeypatch.setattr(quickstart, "SMALL", other)
+    result = start(finished.folder)
+    assert result.code == 2 and "stages was" in result.err
+
+
+def test_scale_multiplies_the_steps_of_every_training():
+    config, runtime = quickstart.Quickstart(scale=0.5), RuntimeConfig()
+    for stage in quickstart.SMALL:
+        if stage.steps:
+            flags = quickstart.command_of(stage, config, runtime)
+            assert flags[flags.index("--max-iters") + 1] == str(round(stage.steps / 2))
+
+
+def test_the_corpus_is_part_of_the_recipe(monkeypatch):
+    before = quickstart.recipe(quickstart.Quickstart(), RuntimeConfig())
+    monkeypatch.setattr(quickstart, "bundled_file", lambda name: Path(f"another/{name}.jsonl"))
+    assert quickstart.recipe(quickstart.Quickstart(), RuntimeConfig()) != before
 
 
 @pytest.mark.parametrize("scale", ["0", "-1", "1000"])
