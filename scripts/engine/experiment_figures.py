@@ -26,11 +26,11 @@ def draw(result: dict[str, Any], path: Path) -> None:
     name = result.get("experiment")
     if name not in FIGURES:
         raise ValueError(f"{path.with_suffix('.json')} is not the result of one of {', '.join(FIGURES)}")
-    plt.rcParams.update({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True})
-    figure = FIGURES[name](result)
     temporary = path.with_name(path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150, metadata={"Software": None})
-    plt.close(figure)
+    with plt.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
+        figure = FIGURES[name](result)
+        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+        plt.close(figure)
     os.replace(temporary, path)
 
 

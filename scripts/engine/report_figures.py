@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from scripts.engine.report_results import AR, Estimate, Metric, Point, Row
+from scripts.engine.report_results import AR, KIND, Estimate, Metric, Point, Row
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 MARKERS = "osD^v<>Ph"
@@ -11,16 +11,17 @@ Z = 1.96
 
 
 def draw_quality(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes | None:
-    """Bars of the shares of right answers, with intervals, by group; a panel for each metric of each file."""
+    """Bars of the shares of right answers, with intervals, by group; a panel for each metric of each file. Kinds of
+    question are too many for it, and stand in the tables alone."""
     panels = [
-        (f"{name}: {metric}", [row for row in some if row.metric.name == metric])
+        (f"{name}: {metric}", [row for row in some if row.metric.name == metric and not row.group.startswith(KIND)])
         for name, some in rows.items()
         for metric in dict.fromkeys(row.metric.name for row in some if row.metric.share and not row.metric.cost)
         if metric != "acc_norm"
     ]
     if not panels:
         return None
-    names, plt = [model["name"] for model in report["models"]], _pyplot()
+    names, short, plt = [model["name"] for model in report["models"]], _short(report), _pyplot()
     columns = min(2, len(panels))
     heights = [max(len(some) for _, some in panels[i : i + 2]) + 3 for i in range(0, len(panels), columns)]
     figure, axes = plt.subplots(
@@ -44,7 +45,7 @@ def draw_quality(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes | 
                 xerr=_reach(values),
                 color=COLOURS[number % len(COLOURS)],
                 error_kw={"elinewidth": 0.8, "capsize": 1.5},
-                label=name,
+                label=short[name],
             )
         axis.set_yticks(range(len(some)), [f"{row.group} ({row.count:,})" for row in some], fontsize=7)
         axis.set(
@@ -64,7 +65,7 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
     }
     if not chosen["nats per token"]:
         return None
-    plt, models = _pyplot(), report["models"]
+    plt, models, short = _pyplot(), report["models"], _short(report)
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.25 * (len(models) + 1) * len(chosen["nats per token"])))
     for axis, (metric, some) in zip(axes, chosen.items(), strict=True):
         for number, model in enumerate(models):
@@ -79,7 +80,7 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
                 xerr=_reach(values),
                 color=COLOURS[number % len(COLOURS)],
                 error_kw={"elinewidth": 0.8, "capsize": 2},
-                label=model["name"] + bound,
+                label=short[model["name"]] + bound,
             )
         labels = [f"{name}\n{row.group} ({row.count:,})" for name, row in some] if axis is axes[0] else [""] * len(some)
         axis.set_yticks(range(len(some)), labels, fontsize=8)
@@ -96,7 +97,7 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
     if found is None:
         return None
     metric, points = found
-    plt = _pyplot()
+    plt, short = _pyplot(), _short(report)
     from matplotlib import ticker
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True)
@@ -109,7 +110,7 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
             if policy == AR
             else {"color": next(colours), "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
         )
-        label = f"{model}, key/value cache" if policy == AR else policy
+        label = f"{short[model]}, key/value cache" if policy == AR else policy
         for axis, cost in zip(axes, ("passes", "seconds"), strict=True):
             costs = [getattr(point, cost).value for point in some]
             quality = [point.quality for point in some]
@@ -124,14 +125,20 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
         axis.xaxis.set_minor_formatter(ticker.NullFormatter())
         axis.grid(alpha=0.3, which="both")
     frontier = report["frontier"]
-    diffusion = " and ".join(dict.fromkeys(point.model for point in points if point.policy != AR))
+    models = " and ".join(dict.fromkeys(short[point.model] for point in points))
     figure.suptitle(
-        f"{frontier['items']:,} rows of {frontier['source']}, {frontier['batch_size']} at a time; {diffusion}",
+        f"{models}: {frontier['items']:,} rows of {frontier['source']}, {frontier['batch_size']} at a time",
         fontsize=10,
     )
     axes[0].set_ylabel(f"{metric.name}, with 95 % intervals")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncol=3, fontsize=8, frameon=False)
     return _png(figure)
+
+
+def _short(report: dict[str, Any]) -> dict[str, str]:
+    """What a model is called in a picture: its kind, where it is the only one of it."""
+    kinds = [model["kind"] for model in report["models"]]
+    return {m["name"]: m["kind"] if kinds.count(m["kind"]) == 1 else m["name"] for m in report["models"]}
 
 
 def _reach(values: list[Estimate]) -> list[list[float]]:

@@ -1,14 +1,71 @@
-"""Which flags of the report have an effect, given its models and files."""
+"""What the report is asked for, and which of its flags have an effect, given its models and files."""
 
+import contextlib
+import tempfile
 from collections.abc import Collection
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated
 
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import refuse_idle
 from scripts.engine.evaluation import KINDS
 from scripts.engine.generation import idle_sampling_flags
 from scripts.engine.report_frontier import FrontierConfig, samplers
-from scripts.engine.report_items import ANSWERED
+from scripts.engine.report_items import ANSWERED, paths_in
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to do."""
+
+    minimind_checkpoint: Annotated[str | None, "autoregressive model, or several separated by commas"] = None
+    diffusion_checkpoint: Annotated[str | None, "diffusion model, or several"] = None
+    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
+    eval_data: Annotated[str | None, "files separated by commas: .jsonl or .txt, either may be .gz (none: bundled)"] = (
+        None
+    )
+    out: Annotated[Path | None, "folder of the report (none: weights/report; with --from, that of the file)"] = None
+    redraw: Annotated[Path | None, "draw the report again from this report.json; no model is needed", "--from"] = None
+    show: Annotated[int | None, "answers shown of each split and language (none: 3 of bundled questions)"] = None
+
+    def __post_init__(self):
+        if self.redraw is None and not self.checkpoints:
+            raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from")
+        if self.show is not None and self.show < 0:
+            raise ValueError(f"--show must not be negative, not {self.show}")
+        paths = [path for _, path in self.checkpoints]
+        for path in paths:
+            if [other.resolve() for other in paths].count(path.resolve()) > 1:
+                raise ValueError(f"{path} is given twice; leave one out")
+        if self.eval_data is not None:
+            paths_in(self.eval_data, "--eval-data")
+
+    @property
+    def checkpoints(self) -> list[tuple[str, Path]]:
+        """(attention, file) of every model, autoregressive ones first."""
+        both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
+        given = [(kind, names) for kind, names in both if names is not None]
+        return [(kind, path) for kind, names in given for path in paths_in(names, KINDS[kind][1])]
+
+    @property
+    def folder(self) -> Path:
+        return self.out or (self.redraw.parent if self.redraw else Path("weights/report"))
+
+
+def require_folder(folder: Path) -> None:
+    """ValueError if the report's folder takes no file, or cannot be made; found out by trying. Leaves nothing."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        for path in reversed(missing):
+            path.mkdir()
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"--out: {folder} cannot be written ({error.strerror}); choose another place") from None
+    finally:
+        for path in missing:
+            with contextlib.suppress(OSError):  # not made, or filled by another command
+                path.rmdir()
 
 
 def check_flags(

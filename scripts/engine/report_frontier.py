@@ -1,13 +1,17 @@
 """Quality against cost: every way of decoding on the same questions, for the report's frontier."""
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
+from tqdm import tqdm
+
 from model.decode import DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
-from scripts.engine.generation import in_effect
-from scripts.engine.report_items import ANSWERED, Section, Setup, answers_of
+from scripts.engine.answers import Answer, warm_up
+from scripts.engine.generation import generate_batch, in_effect
+from scripts.engine.report_items import ANSWERED, Section, Setup, recorded
 
 FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
 
@@ -16,7 +20,11 @@ FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # wh
 class FrontierConfig:
     """Quality against cost, of the first model of each kind."""
 
-    frontier_questions: Annotated[int, "questions answered with every policy and setting; 0 = none"] = 200
+    frontier_questions: Annotated[
+        int,
+        "answered with every policy and setting: the first of the first file with right and wrong answers (questions, "
+        "poems), else of the first one of open questions; 0 = none",
+    ] = 200
     frontier_steps: Annotated[
         str | None, "comma-separated step counts (none: an eighth, a quarter, half and all of --max-new-tokens)"
     ] = None
@@ -75,24 +83,46 @@ def choose(sections: list[Section]) -> Section | None:
 
 
 def measure_frontier(setup: Setup, config: FrontierConfig, section: Section) -> dict[str, Any]:
-    """Every sampler's answers to the first items of the section, a random sample of it."""
-    items, first = section["items"][: config.frontier_questions], {}
+    """Every sampler's answers to the first items of the section, a random sample of it. A question is answered by all
+    samplers before the next one is, so that what else the machine does slows down all of them alike."""
+    items, models = section["items"][: config.frontier_questions], {}
+    batch_size = setup.config.batch_size or 1
     for name, loaded in setup.models.items():
-        first.setdefault(loaded.model.config.attention, name)
+        models.setdefault(loaded.model.config.attention, name)
+    tried = {
+        name: list(samplers(config, setup.sampler(name), setup.continuation.max_new_tokens)) for name in models.values()
+    }
+    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in some] for name, some in tried.items()}
+    for first in tqdm(range(0, len(items), batch_size), desc="frontier", disable=not sys.stderr.isatty()):
+        for name in tried:
+            for all_of_them, made in zip(answers[name], _round(setup, name, items, first, tried[name]), strict=True):
+                all_of_them += made
     points = [
         {
             "model": name,
             "policy": sampler.policy,
             "setting": sampler.setting,
             "config": in_effect(sampler.config),
-            "results": answers_of(setup, name, items, sampler.config, setup.config.batch_size or 1),
+            "results": recorded(setup, made),
         }
-        for name in first.values()
-        for sampler in samplers(config, setup.sampler(name), setup.continuation.max_new_tokens)
+        for name, some in tried.items()
+        for sampler, made in zip(some, answers[name], strict=True)
     ]
-    return {
-        "source": section["name"],
-        "items": len(items),
-        "batch_size": setup.config.batch_size or 1,
-        "points": points,
-    }
+    return {"source": section["name"], "items": len(items), "batch_size": batch_size, "points": points}
+
+
+def _round(
+    setup: Setup, name: str, items: list[dict[str, Any]], first: int, tried: list[Sampler]
+) -> Iterator[list[Answer]]:
+    """Every sampler's answers to the batch that begins at item `first`; item i is sampled with the seed plus i."""
+    loaded, limit = setup.models[name], setup.config.max_seq_len
+    batch = items[first : first + (setup.config.batch_size or 1)]
+    prompts = [setup.prompting.put(item["question"], loaded) for item in batch]
+    seed = setup.runtime.seed if setup.continuation.gen_seed is None else setup.continuation.gen_seed
+    continuation = replace(setup.continuation, gen_seed=seed % (2**32 - len(items)) + first)
+    warm_up(loaded, prompts, continuation, tried[0].config, setup.runtime, limit)
+    for sampler in tried:
+        made = generate_batch(
+            loaded.model, loaded.tokenizer, prompts, continuation, sampler.config, setup.runtime, limit
+        )
+        yield [Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made]

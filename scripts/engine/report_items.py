@@ -115,6 +115,14 @@ class Setup:
         return self.sampling if self.models[name].model.config.attention == "causal" else self.denoising
 
 
+def paths_in(names: str, flag: str) -> list[Path]:
+    """The files of a comma-separated list. ValueError: a name is blank."""
+    parts = [name.strip() for name in names.split(",")]
+    if not all(parts):
+        raise ValueError(f"{flag} {names!r} names no file in one place; give a file, or leave the comma out")
+    return [Path(part) for part in parts]
+
+
 def bundled_sources() -> list[Source]:
     return [
         Source("bundled questions", bundled_file("questions"), "questions", bundled=True),
@@ -126,11 +134,11 @@ def bundled_sources() -> list[Source]:
 
 def sources_of(files: str, split: str) -> list[Source]:
     """The files of a comma-separated list. ValueError: a file given twice, or of no known format."""
-    paths = [Path(name.strip()) for name in files.split(",")]
+    paths = paths_in(files, "--eval-data")
     names = [path.name for path in paths]
     found = []
     for path in paths:
-        if paths.count(path) > 1:
+        if [other.resolve() for other in paths].count(path.resolve()) > 1:
             raise ValueError(f"--eval-data: {path} is given twice; leave one out")
         form = form_of(path)
         name = path.name if names.count(path.name) == 1 else str(path)
@@ -264,6 +272,7 @@ class Asked(NamedTuple):
     wanted: str | None  # what a right answer holds, as words of its own
     language: str
     labels: dict[str, str]
+    couplet: str | None = None  # of a poem's lines, the same in either direction
 
     @property
     def complete(self) -> bool:
@@ -275,7 +284,8 @@ def read_asked(path: Path, form: str) -> Iterator[Asked]:
     """The questions of a file of poems, questions or open questions. ValueError names file and row."""
     reference = "reference" if form == "open" else "answer"
     for number, row in read_rows(path):
-        for name in ("question", reference, *(["final"] if "final" in row else ())):
+        more = ["prompt"] if form == "poems" else []
+        for name in ("question", reference, *more, *(["final"] if "final" in row else ())):
             value = row.get(name)
             if not isinstance(value, str):
                 found = JSON_TYPES[type(value)] if name in row else "missing"
@@ -288,17 +298,21 @@ def read_asked(path: Path, form: str) -> Iterator[Asked]:
         if not isinstance(language, str):
             language = language_of(row["question"] + row[reference])
         wanted = None if form == "open" else row.get("final", row["answer"]).strip()
-        yield Asked(number, row["question"], row[reference], wanted, language, _labels(row))
+        couplet = _key("\n".join(sorted((row["prompt"], row["answer"])))) if form == "poems" else None
+        yield Asked(number, row["question"], row[reference], wanted, language, _labels(row), couplet)
 
 
 def _of_asked(setup: Setup, source: Source) -> Section:
     """Answers in words; of poems and open questions also the likelihood of the answer that is given."""
     limit = min(setup.config.questions, setup.config.max_rows or setup.config.questions)
     found = list(read_asked(source.path, source.form))
-    whole = [asked for asked in found if asked.complete]
-    rows = chosen_rows(whole, setup.config.choosing(source, limit), lambda asked: f"{asked.text}\n{asked.reference}")
+    whole = _whole_couplets(found, [asked for asked in found if asked.complete])
+    told_apart = setup.config.choosing(source, limit), lambda asked: asked.couplet or f"{asked.text}\n{asked.reference}"
+    rows = _whole_couplets(whole, chosen_rows(whole, *told_apart))
+    if whole and not rows:
+        raise ValueError(f"{source.path}: no couplet has as few as {limit} rows; raise --questions or --max-rows")
     rows.sort(key=_asked_key)  # a question's seed follows its place, which must not be that in the file
-    fitting = [asked for asked in rows if _fits(setup, source, asked)]
+    fitting = _whole_couplets(rows, [asked for asked in rows if _fits(setup, source, asked)])
     _require_some(source, setup, fitting)
     items = [_asked_item(setup.tokenizer, asked) for asked in fitting]
     batch_size = setup.config.batch_size or BATCH_SIZE
@@ -307,6 +321,13 @@ def _of_asked(setup: Setup, source: Source) -> Section:
         _add_reference_nats(setup, source, items, results)
     left_out = {"too_long": len(rows) - len(fitting), "empty": len(found) - len(whole)}
     return {"items": items, "results": results, "left_out": left_out, "batch_size": batch_size}
+
+
+def _whole_couplets(rows: list[Asked], kept: list[Asked]) -> list[Asked]:
+    """Of `kept` what is no poem, and the couplets of which all rows are kept: both directions or neither."""
+    numbers = {asked.row for asked in kept}
+    cut = {asked.couplet for asked in rows if asked.couplet and asked.row not in numbers}
+    return [asked for asked in kept if asked.couplet not in cut]
 
 
 def answers_of(
@@ -320,6 +341,10 @@ def answers_of(
     answers = answer_all(
         loaded, questions, name, batch_size, setup.continuation, config, setup.runtime, setup.config.max_seq_len
     )
+    return recorded(setup, answers)
+
+
+def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
     return [asdict(answer) | {"ids": encode(setup.tokenizer, answer.text)} for answer in answers]
 
 
@@ -344,6 +369,7 @@ def _asked_item(tokenizer: PreTrainedTokenizerFast, asked: Asked) -> dict[str, A
         "key": _asked_key(asked),
         "lang": asked.language,
         **asked.labels,
+        **({"couplet": asked.couplet} if asked.couplet else {}),
         "question": asked.text,
         "reference": asked.reference,
         **wanted,

@@ -4,11 +4,14 @@ import json
 import os
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NoReturn
 
+from model.decode import DenoisingConfig, SamplingConfig
+from scripts.engine.report_couplets import DIRECTIONS, reversals_of
 from scripts.engine.report_figures import draw_frontier, draw_likelihood, draw_quality
 from scripts.engine.report_items import ANSWERED, FORMS, Section
 from scripts.engine.report_results import (
+    AR,
     DIFFUSION,
     DISTINCT,
     METRICS,
@@ -22,6 +25,8 @@ from scripts.engine.report_results import (
     quality_of,
     rows_of,
 )
+from scripts.engine.report_sampling import cap_of, sampling_of
+from scripts.engine.report_schema import FACTS, check_schema
 from scripts.engine.report_statistics import RESAMPLES
 from scripts.engine.watching import on_screen
 
@@ -34,20 +39,30 @@ PICTURES = {
 }
 FORMAT = 1  # of report.json
 ENOUGH = 20  # rows; the bootstrap of fewer is too sure of itself
-FACTS = ("commit", "device", "processor", "python", "torch", "transformers", "tokenizer")
 
 
 def read_report(path: Path) -> Report:
-    """ValueError if the file is no report.json of this version."""
+    """ValueError if the file is no report.json of this version, or not a whole one."""
+    remedy = "give a report.json that this command wrote"
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path} does not exist; give a report.json that this command wrote") from None
-    except ValueError:
-        report = None
+        raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}; {remedy}") from None
+    except (ValueError, RecursionError):
+        raise ValueError(f"{path} is no JSON, or was cut; {remedy}") from None
     if not isinstance(report, dict) or report.get("report_format") != FORMAT:
-        raise ValueError(f"{path} is no report of this version; give a report.json that this command wrote")
+        raise ValueError(f"{path} is no report of this version; {remedy}")
+    try:
+        check_schema(report)
+    except ValueError as error:
+        raise ValueError(f"{path} is not as it was written: {error}; {remedy}") from None
     return report
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -94,13 +109,20 @@ def _head(report: Report) -> list[str]:
         f"| seed | {settings['seed']} |",
         f"| rows | the same for all models, within {settings['max_seq_len']} tokens |",
     ]
+    kinds = {model["kind"] for model in report["models"]}
+    if DIFFUSION in kinds:
+        lines.append(f"| diffusion likelihoods | {settings['num_samples']} masks drawn per row |")
+    if any(section["format"] in ANSWERED for section in report["sources"]):
+        for kind, config in ((AR, SamplingConfig), (DIFFUSION, DenoisingConfig)):
+            lines += [f"| {kind} answers | {sampling_of(report, config)} |"] if kind in kinds else []
     return [
         *lines,
         "",
         "Likelihoods are exact for an autoregressive (AR) model (chain rule). For a diffusion model they are an "
         "upper bound of its nats (LLaDA Eq. 6), marked <=, so that the model itself may be better than shown; "
         "where a bound is subtracted, so is its looseness. Shares have Wilson intervals, all else standard errors "
-        f"(+-), over rows; differences have intervals of a paired bootstrap over rows, {RESAMPLES:,} resamples. "
+        f"(+-), over rows; differences have intervals of a paired bootstrap over rows, {RESAMPLES:,} resamples, "
+        "and none where all resamples are equal, as those of answers that are all wrong. "
         f"Intervals are of 95 %. A difference is **bold** where its interval holds no 0, and rests on {ENOUGH} rows or "
         "more; of those that are nothing, one in twenty is bold by chance.",
         "",
@@ -121,6 +143,7 @@ def _section(report: Report, section: Section, rows: list[Row], show: int | None
         f"{FORMS[section['format']].told}." + (f" Left out: {left}." if left else "") + _chance(section),
         "",
         *_table(report, [row for row in rows if not row.metric.cost]),
+        *_reversals(report, section),
     ]
     if section["format"] in ANSWERED:
         lines += ["Endings, repetition and cost:", "", *_table(report, [row for row in rows if row.metric.cost])]
@@ -145,6 +168,22 @@ def _table(report: Report, rows: list[Row]) -> list[str]:
         cells += [_value(row.metric, row.values[name], kinds[name]) for name in names]
         cells += [_difference(row.metric, row.differences.get(second), row.count) for _, second in pairs]
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _reversals(report: Report, section: Section) -> list[str]:
+    """Each model's answers in one direction against those in the other."""
+    rows = reversals_of(section, report["models"])
+    if not rows:
+        return []
+    kinds = {model["name"]: model["kind"] for model in report["models"]}
+    header = ["metric", "model", "couplets", *DIRECTIONS, " - ".join(DIRECTIONS)]
+    lines = ["Forward against backward, paired by couplet, the couplets being drawn again:", ""]
+    lines += [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
+    for row in rows:
+        ways = (_value(row.metric, Estimate(value), kinds[row.model]) for value in (row.forward, row.backward))
+        cells = [row.metric.name, row.model, f"{row.count:,}", *ways]
+        lines.append(f"| {' | '.join([*cells, _difference(row.metric, row.difference, row.count)])} |")
     return [*lines, ""]
 
 
@@ -203,9 +242,8 @@ def _frontier(report: Report, found: tuple[Metric, list[Point]] | None) -> list[
     capped = (
         ""
         if len(points) <= 2
-        else " Policies without a schedule (threshold, factor) keep "
-        f"{settings['gen_cap_start_ratio']:g} to {settings['gen_cap_end_ratio']:g} of a block's masked tokens per step "
-        "at most (`--gen-cap-start-ratio`, `--gen-cap-end-ratio`)."
+        else f" Policies without a schedule (threshold, factor) keep {cap_of(settings)} (`--gen-cap-start-ratio`, "
+        "`--gen-cap-end-ratio`, `--gen-max-decode-per-step`)."
     )
     lines = [
         "## Quality against cost",

@@ -210,7 +210,7 @@ def rows_of(section: Section, models: Sequence[dict[str, Any]]) -> list[Row]:
     groups = groups_of(section["items"])
     rows = _rows([metric for metric in metrics if not metric.cost], groups, columns, models)
     if section["format"] in ANSWERED:
-        languages = {group: places for group, places in groups.items() if group in ("all", *LANGUAGES.values())}
+        languages = groups_of(section["items"], GROUPS[:1])
         rows += _rows([metric for metric in metrics if metric.cost], languages, columns, models)
         rows += _distinct(section, languages, names)
         if section["batch_size"] > 1:
@@ -230,16 +230,18 @@ def columns_of(metric: Metric, items: Iterable[Item], results: Iterable[Item]) -
     return np.array([metric.of(item, result) for item, result in zip(items, results, strict=True)], dtype=float)
 
 
-def groups_of(items: Sequence[Item]) -> dict[str, list[int]]:
-    """ "all", and each value or combination of values of the labels by which the items differ -> their places."""
+def groups_of(items: Sequence[Item], by: Sequence[tuple[str, ...]] = GROUPS) -> dict[str, list[int]]:
+    """ "all", and each value or combination of values of the labels by which the items differ -> their places. A value
+    that is called as an earlier group is has its label before it."""
     groups = {"all": list(range(len(items)))}
-    for labels in GROUPS:
+    for labels in by:
         if all(len({item.get(label) for item in items}) > 1 for label in labels):
             found: dict[str, list[int]] = {}
             for place, item in enumerate(items):
                 if all(label in item for label in labels):
                     found.setdefault(", ".join(_shown(label, item[label]) for label in labels), []).append(place)
-            groups |= dict(sorted(found.items()))
+            for name, places in sorted(found.items()):
+                groups[f"{' and '.join(labels)} {name}" if name in groups else name] = places
     return groups
 
 
@@ -307,11 +309,13 @@ def estimate(metric: Metric, columns: Columns) -> Estimate:
 
 
 def difference(metric: Metric, first: Columns, second: Columns, sums: np.ndarray | None) -> Estimate:
-    """First minus second, with the interval of a paired bootstrap whose sums (R, 4) are given."""
+    """First minus second, with the interval of a paired bootstrap whose sums (R, 4) are given. None where all
+    resamples are equal: items that never differ say nothing of how often others would."""
     values = [estimate(metric, columns).value for columns in (first, second)]
     interval = (None, None)
     if sums is not None:
         interval = interval_of(sums, lambda ratio: np.exp(np.minimum(ratio, 700)) if metric.exponential else ratio)
+        interval = (None, None) if math.isclose(*interval, rel_tol=1e-9, abs_tol=1e-12) else interval
     return Estimate(values[0] - values[1], None, *interval)
 
 

@@ -15,7 +15,7 @@ SPLITS = {  # of the bundled questions, and what they ask
     "unseen sums": "sums that were never told",
     "reversed": "facts told in one direction, asked in the other",
 }
-WIDTH = 44  # columns of an answer
+WIDTH = 38  # columns of an answer
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> list[str]:

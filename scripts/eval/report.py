@@ -20,18 +20,16 @@ import hashlib
 import json
 import shlex
 import sys
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
+from scripts.engine.evaluation import Loaded, circumstances, load_kind
 from scripts.engine.generation import PromptConfig
-from scripts.engine.report_flags import check_flags
+from scripts.engine.report_flags import Request, check_flags, require_folder
 from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report_items import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
 from scripts.engine.report_page import FORMAT, draw, read_report, write_whole
@@ -42,40 +40,6 @@ from scripts.engine.runtime import RuntimeConfig
 NAMES = {"causal": AR, "full": DIFFUSION}
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to do."""
-
-    minimind_checkpoint: Annotated[str | None, "autoregressive model, or several separated by commas"] = None
-    diffusion_checkpoint: Annotated[str | None, "diffusion model, or several"] = None
-    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    eval_data: Annotated[str | None, "files separated by commas: .jsonl or .txt, either may be .gz (none: bundled)"] = (
-        None
-    )
-    out: Annotated[Path | None, "folder of the report (none: weights/report; with --from, that of the file)"] = None
-    redraw: Annotated[Path | None, "draw the report again from this report.json; no model is needed", "--from"] = None
-    show: Annotated[int | None, "answers shown of each split and language (none: 3 of bundled questions)"] = None
-
-    def __post_init__(self):
-        if self.redraw is None and not self.checkpoints:
-            raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from")
-        if self.show is not None and self.show < 0:
-            raise ValueError(f"--show must not be negative, not {self.show}")
-        for path, count in Counter(path for _, path in self.checkpoints).items():
-            if count > 1:
-                raise ValueError(f"{path} is given twice; leave one out")
-
-    @property
-    def checkpoints(self) -> list[tuple[str, Path]]:
-        """(attention, file) of every model, autoregressive ones first."""
-        both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
-        return [(kind, Path(part.strip())) for kind, paths in both if paths is not None for part in paths.split(",")]
-
-    @property
-    def folder(self) -> Path:
-        return self.out or (self.redraw.parent if self.redraw else Path("weights/report"))
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Make the report, and return its `summary_of`."""
     groups = (Request, MeasureConfig, FrontierConfig, PromptConfig)
@@ -83,6 +47,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     *configs, given = parse_args(__doc__, *groups, argv=argv, max_new_tokens=64)
     request = configs[0]
     require_writable(request.folder / "report.json", "--out")
+    require_folder(request.folder)
     if request.redraw:
         again = given - {"redraw", "out", "show"}
         refuse_idle(again, **dict.fromkeys(again, (False, "measuring anew, which --from does not")))
@@ -101,7 +66,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict[str, Any]:
     """The content of report.json."""
     request, measuring, frontier, prompting, continuation, sampling, denoising, runtime = configs
-    sources = sources_of(request.eval_data, measuring.eval_split) if request.eval_data else bundled_sources()
+    sources = bundled_sources() if request.eval_data is None else sources_of(request.eval_data, measuring.eval_split)
     kinds, forms = {kind for kind, _ in request.checkpoints}, {(source.form, source.split) for source in sources}
     check_flags(kinds, forms, request.eval_data is None, frontier, continuation, sampling, denoising, given)
     require_readable(sources)

@@ -291,7 +291,9 @@ def report_of(right):
     """A report whose AR model answers nothing, and whose diffusion model answers question i if right[i]."""
     splits = ["seen"] * 8 + ["reversed"] * 8
     labels = [{"key": f"{i}", "lang": "en", "split": s, "kind": "capital"} for i, s in enumerate(splits)]
-    facts = [{"question": f"q{i}", "wanted": f"city{i // 2}"} for i in range(16)]  # two phrasings of each fact
+    facts = [
+        {"question": f"q{i}", "wanted": f"city{i // 2}", "reference": f"city{i // 2}"} for i in range(16)
+    ]  # two phrasings of each fact
     chosen = {"choices": ["right", "wrong"], "answer": 0}
     rows = [label | fact for label, fact in zip(labels, facts, strict=True)]
     offered = [label | {"question": fact["question"]} | chosen for label, fact in zip(labels, facts, strict=True)]

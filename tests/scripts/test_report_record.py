@@ -1,19 +1,27 @@
 """The report against its own record: intervals, errors, frontier, pictures and provenance, computed another way."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dataset.tokenizer import encode
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.remasking import POLICIES
 from scripts.engine import report_figures, report_frontier, report_page
 from scripts.engine.choices import wilson
+from scripts.engine.evaluation import load_for_use
+from scripts.engine.generation import PromptConfig
 from scripts.engine.report_frontier import FrontierConfig, measure_frontier
-from scripts.engine.report_results import is_right, points_of, rows_of
+from scripts.engine.report_items import MeasureConfig, Setup, answers_of
+from scripts.engine.report_results import EXACT, difference, groups_of, is_right, points_of, rows_of
+from scripts.engine.report_sampling import sampling_of
+from scripts.engine.report_statistics import resampled_sums
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
-from tests.scripts.test_report import AR, DM, made  # noqa: F401 (a fixture)
+from tests.scripts.test_report import AR, DM, RUNTIME, made  # noqa: F401 (a fixture)
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_distinct_n_grams_of_a_language_are_counted_among_its_answers(made, rows
     assert rows["questions.jsonl", "distinct-1", "Chinese"].values[DM].value == len(set(ids)) / len(ids)
 
 
-def test_the_frontier_is_compared_with_ar_as_it_is_set_and_measured_one_at_a_time(made, monkeypatch):  # noqa: F811
+def test_the_frontier_is_compared_with_ar_as_it_is_set_and_measured_one_at_a_time(made):  # noqa: F811
     _, points = points_of(made[1])
     assert (points[0].policy, points[0].difference) == ("AR", None)
     for point, recorded in zip(points, made[1]["frontier"]["points"], strict=True):
@@ -69,21 +77,105 @@ def test_the_frontier_is_compared_with_ar_as_it_is_set_and_measured_one_at_a_tim
         assert point.tokens_per_second == pytest.approx(tokens / seconds)
         if point.difference is not None:
             assert point.difference.value == pytest.approx(points[0].quality.value - point.quality.value)
-    sizes = []
-    monkeypatch.setattr(report_frontier, "answers_of", lambda *a: sizes.append(a[-1]) or [])
-    model = type("Model", (), {"config": type("Config", (), {"attention": "causal"})})
-    setup = type(
-        "Setup",
-        (),
-        {
-            "models": {AR: type("Loaded", (), {"model": model})},
-            "config": report.MeasureConfig(),
-            "continuation": report.ContinuationConfig(6),
-            "sampler": lambda self, name: report.SamplingConfig(),
-        },
+    assert made[1]["frontier"]["batch_size"] == 1 and made[1]["settings"]["batch_size"] is None
+
+
+@pytest.fixture
+def setup(made, tokenizer):  # noqa: F811
+    """The models of the report, their questions seeded to the last seed there is."""
+    loaded = {
+        name: load_for_use(made[0] / f"{stem}_state_dict.pt", tokenizer, 64, RUNTIME)
+        for name, stem in ((AR, "ar"), (DM, "dm"))
+    }
+    sampling = SamplingConfig(), DenoisingConfig(gen_steps=2)
+    continuation = ContinuationConfig(6, gen_seed=2**32 - 1)
+    return Setup(loaded, tokenizer, MeasureConfig(64), PromptConfig(), continuation, *sampling, RUNTIME)
+
+
+def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_were_alone(setup, made, monkeypatch):  # noqa: F811
+    section = next(section for section in made[1]["sources"] if section["format"] == "questions")
+    order, generate_batch = [], report_frontier.generate_batch
+
+    def noted(model, tokenizer, prompts, continuation, *more):
+        order.append((continuation.gen_seed, len(prompts)))
+        return generate_batch(model, tokenizer, prompts, continuation, *more)
+
+    monkeypatch.setattr(report_frontier, "generate_batch", noted)
+    found = measure_frontier(setup, FrontierConfig(4, "2", "0.9", "1"), section)
+    number = len(found["points"])
+    assert [point["policy"] for point in found["points"]] == ["AR", "AR", *POLICIES]
+    first = (2**32 - 1) % (2**32 - 4)
+    assert order == [(first + place, 1) for place in range(4) for _ in range(number)]
+    for point in found["points"]:
+        if point["policy"] in ("AR", "random") and point["setting"] != "greedy":
+            config = replace(setup.denoising, gen_remasking="random") if point["policy"] == "random" else setup.sampling
+            alone = answers_of(setup, point["model"], section["items"][:4], config, 1)
+            assert [answer["text"] for answer in point["results"]] == [answer["text"] for answer in alone]
+            assert len({answer["text"] for answer in alone}) > 1
+
+
+def test_rows_that_no_resample_tells_apart_have_no_interval():
+    wrong, one = (np.stack([right, np.ones(80)], axis=1) for right in (np.zeros(80), np.arange(80) == 3))
+    equal = difference(EXACT, wrong, wrong, resampled_sums(np.hstack([wrong, wrong])))
+    assert equal == (0, None, None, None) and report_page._difference(EXACT, equal, 80) == "+0.000"
+    other = difference(EXACT, one, wrong, resampled_sums(np.hstack([one, wrong])))
+    assert (other.low, other.value) == (0, 1 / 80) and other.high > 1 / 80
+
+
+def test_a_value_called_as_another_group_is_replaces_none_and_costs_are_told_of_every_language(made):  # noqa: F811
+    section = next(section for section in made[1]["sources"] if section["format"] == "questions")
+    items = [
+        item | {"lang": ("en", "de", "zh")[i % 3], "split": ("all", "English")[i % 2]}
+        for i, item in enumerate(section["items"])
+    ]
+    groups = groups_of(items)
+    assert groups["all"] == list(range(12)) and groups["split all"] == list(range(0, 12, 2))
+    assert groups["English"] == [0, 3, 6, 9] and groups["split English"] == list(range(1, 12, 2))
+    found = rows_of({**section, "items": items}, made[1]["models"])
+    assert {row.group for row in found if row.metric.name == "tokens"} == {"all", "Chinese", "English", "de"}
+    assert {row.group for row in found if row.metric.name == "distinct-1"} == {"all", "Chinese", "English", "de"}
+
+
+@pytest.mark.parametrize("form", ["poems", "open"])
+def test_nats_of_the_given_answers_are_all_of_theirs_by_all_of_their_tokens(form, made, rows):  # noqa: F811
+    section = next(section for section in made[1]["sources"] if section["format"] == form)
+    row = rows[f"{form}.jsonl", "nats per token of the given answer", "all"]
+    for name, results in section["results"].items():
+        found = [r["reference_likelihood"] for r in results if "reference_likelihood" in r]
+        assert row.count == len(found) > 0 and len({one["tokens"] for one in found}) > 1
+        expected = sum(one["nats"] for one in found) / sum(one["tokens"] for one in found)
+        assert row.values[name].value == pytest.approx(expected)
+
+
+def test_pictures_have_no_kinds_and_call_the_only_model_of_a_kind_by_it(made, figures):  # noqa: F811
+    drawn = {s["name"]: rows_of(s, made[1]["models"]) for s in made[1]["sources"]}
+    axis = report_figures.draw_quality(made[1], {"questions.jsonl": drawn["questions.jsonl"]}).axes[0]
+    labels = [label.get_text().rpartition(" (")[0] for label in axis.get_yticklabels()]
+    assert {"all", "Chinese", "seen", "seen, Chinese"} <= set(labels) and not any("kind" in one for one in labels)
+    assert axis.get_legend_handles_labels()[1] == ["AR", "diffusion"]
+    more = {**made[1], "models": [*made[1]["models"], made[1]["models"][0] | {"name": "AR two"}]}
+    assert list(report_figures._short(more).values()) == [AR, "diffusion", "AR two"]
+
+
+def test_the_page_says_how_answers_were_sampled(made):  # noqa: F811
+    page = (made[0] / "report" / "report.md").read_text(encoding="utf-8")
+    (ar,), (diffusion,) = (
+        [line for line in page.splitlines() if line.startswith(f"| {kind} answers |")] for kind in ("AR", "diffusion")
     )
-    measure_frontier(setup(), FrontierConfig(), {"name": "q", "items": [{}], "format": "questions"})
-    assert sizes == [1, 1]
+    for words in ("temperature 0.8, top-k 8", "repetition penalty 0.15 within 128 tokens", "at most 6 new tokens"):
+        assert words in ar
+    for words in ("policy low_confidence", "4 steps", "one block", "canvas of 6 masked tokens", "temperature 0.8"):
+        assert words in diffusion
+    settings = made[1]["settings"] | {"ar_temperature": 0.0, "gen_remasking": "factor", "gen_factor": 2.0}
+    settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_max_decode_per_step": 5, "gen_steps": 1}
+    other = {**made[1], "settings": settings}
+    assert "temperature 0)" in sampling_of(other, SamplingConfig)
+    for words in ("factor 2, keeping at most 0.2 to 0.5 ", "and 5 tokens", "1 step;", "blocks of 3 tokens"):
+        assert words in sampling_of(other, DenoisingConfig)
+
+
+def test_help_says_which_file_the_frontier_is_of(command):
+    assert "the first file with right and wrong answers" in " ".join(command(report, ["--help"]).out.split())
 
 
 def test_a_comparison_with_ar_as_it_is_set_survives_a_greedy_that_answers_otherwise(made):  # noqa: F811
@@ -106,11 +198,11 @@ def test_a_comparison_with_ar_as_it_is_set_survives_a_greedy_that_answers_otherw
 def test_bars_and_points_stand_where_the_numbers_say(made, figures):  # noqa: F811
     drawn = {s["name"]: rows_of(s, made[1]["models"]) for s in made[1]["sources"]}
     panel = report_figures.draw_quality(made[1], {"questions.jsonl": drawn["questions.jsonl"]}).axes[0]
-    shown = [row for row in drawn["questions.jsonl"] if row.metric.name == "exact match"]
+    shown = [row for row in drawn["questions.jsonl"] if row.metric.name == "exact match" and "kind" not in row.group]
     expected = [row.values[name].value for name in (AR, DM) for row in shown]
     assert [bar.get_width() for bar in panel.patches] == pytest.approx(expected)
     labels = report_figures.draw_likelihood(made[1], drawn).axes[0].get_legend_handles_labels()[1]
-    assert labels == [AR, f"{DM}, upper bound"]
+    assert labels == ["AR", "diffusion, upper bound"]
     found = points_of(made[1])
     axes = report_figures.draw_frontier(made[1], found).axes
     for axis, cost in zip(axes, ("passes", "seconds"), strict=True):

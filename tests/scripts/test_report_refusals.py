@@ -47,7 +47,8 @@ ASKED = (*BOTH, "--eval-data", "questions.jsonl")
     [
         ((), "give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from"),
         (("--from", "nowhere.json"), "nowhere.json does not exist"),
-        (("--from", "text.jsonl"), "text.jsonl is no report of this version"),
+        (("--from", "text.jsonl"), "text.jsonl is no JSON, or was cut"),
+        (("--from", "odd.jsonl"), "odd.jsonl is no report of this version"),
         (("--from", "report.json", "--seed", "3"), "--seed has no effect without measuring anew"),
         ((*BOTH[:3], "ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
         ((*BOTH, "--eval-data", "text.jsonl,text.jsonl"), "text.jsonl is given twice"),
@@ -72,6 +73,15 @@ ASKED = (*BOTH, "--eval-data", "questions.jsonl")
         ((*BOTH, "--show", "-1"), "--show must not be negative"),
         ((*BOTH, "--eval-data", "questions.jsonl", "--seq-len", "65"), "no question fits --max-seq-len 65"),
         ((*BOTH, "--out", "text.jsonl"), "--out: "),
+        ((*BOTH, "--out", "text.jsonl/new"), "--out: "),
+        ((*BOTH, "--out", "new/" + 300 * "x"), "--out: new/xxx"),
+        ((*BOTH, "--eval-data", ""), "--eval-data '' names no file in one place"),
+        ((*BOTH, "--eval-data", "text.jsonl,"), "--eval-data 'text.jsonl,' names no file in one place"),
+        ((*BOTH, "--eval-data", "text.jsonl,./text.jsonl"), "text.jsonl is given twice"),
+        (("--minimind-checkpoint", "ar_state_dict.pt,"), "--minimind-checkpoint 'ar_state_dict.pt,' names no file"),
+        (("--diffusion-checkpoint", ""), "--diffusion-checkpoint '' names no file"),
+        (("--minimind-checkpoint", "ar_state_dict.pt,./a/../ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
+        (("--from", "."), ". cannot be read"),
     ],
 )
 def test_what_cannot_be_or_has_no_effect_is_refused(more, words, place, tokenizer_dir, refused):
