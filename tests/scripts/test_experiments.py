@@ -12,12 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib import image
 
 from dataset.jsonl import read_documents
 from dataset.packing import PackedRows, TokenCache
 from dataset.tokenizer import encode
 from model.checkpoint import load_model
 from scripts.engine import experiment_runs, trainer
+from scripts.engine.experiment_figures import draw
 from scripts.engine.experiment_reports import READINGS
 from scripts.engine.experiment_statistics import STUDENT, Comparison, mean_interval, summarise
 from scripts.engine.metrics import read_log
@@ -363,3 +365,14 @@ def test_reports_that_do_not_go_together_are_refused():
         del item["split"]
     with pytest.raises(ValueError, match="no questions of the split 'seen'"):
         READINGS["reversal"]({"a": unlabelled})
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / ".assets" / "experiments").glob("*.json")), ids=lambda p: p.stem
+)
+def test_the_published_figures_are_those_of_the_published_results(path, tmp_path):
+    """Byte for byte where fonts are drawn alike; elsewhere but for the edges of letters."""
+    draw(json.loads(path.read_text(encoding="utf-8")), tmp_path / "again.png")
+    published, drawn = (image.imread(file) for file in (path.with_suffix(".png"), tmp_path / "again.png"))
+    assert published.shape == drawn.shape
+    assert abs(published - drawn).mean() < 0.01
