@@ -204,9 +204,10 @@ def launch(module: str, argv: Sequence[str], output: Path) -> None:
     """Run a module as a command of its own, its output appended to a file. ValueError with its last line if it fails;
     stopped with us, by SIGTERM, it saves itself first."""
     command = [sys.executable, "-m", module, *argv]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # ours, wherever we are
     previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        with output.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
+        with output.open("ab") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as process:
             try:
                 code = process.wait()
             except SystemExit:

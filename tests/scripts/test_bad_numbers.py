@@ -22,7 +22,7 @@ ZERO_MEANS_SOMETHING = {
     *("early_stop_patience", "early_stop_min_delta", "variable_length_prob", "repeat_penalty_weight", "val_fraction"),
     *("repeat_penalty_delay_steps", "repeat_penalty_warmup_steps", "gen_temp", "gen_top_k", "gen_block_size"),
     *("gen_repeat_penalty", "gen_cfg_scale", "ar_temperature", "ar_top_k", "ar_repeat_penalty"),
-    *("rms_norm_eps", "gen_seed"),
+    *("rms_norm_eps", "gen_seed", "mask_rate_min"),
 }
 
 

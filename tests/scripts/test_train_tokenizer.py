@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.bundled import pretraining_rows
+from dataset.bundled import words
 from dataset.tokenizer import fingerprint, load_tokenizer, train_bpe
 from scripts.train.train_tokenizer import main
 from tests.dataset.sentences import CHINESE, ENGLISH
@@ -46,9 +46,9 @@ def test_labels_that_do_not_fit_the_data_are_refused(tmp_path, labels, keep, com
     assert not (tmp_path / "out").exists()
 
 
-def test_without_data_the_bundled_corpus_is_used(tmp_path, monkeypatch, capsys):
+def test_without_data_the_words_of_the_bundled_corpus_are_used(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     main(["--target-vocab-size", "300", "--out", "out"])
     assert "no --data, so the bundled corpus is used" in capsys.readouterr().out
-    texts = [row["text"] for row in pretraining_rows()]
+    texts = [row["text"] for row in words()]
     assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(train_bpe(texts, 300))
