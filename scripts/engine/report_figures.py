@@ -30,6 +30,7 @@ def draw_quality(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes | 
         figsize=(6.5 * columns, 0.1 * (len(names) + 1) * sum(heights) + 0.5),
         height_ratios=heights,
         squeeze=False,
+        layout="constrained",
     )
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
@@ -66,7 +67,9 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
     if not chosen["nats per token"]:
         return None
     plt, models, short = _pyplot(), report["models"], _short(report)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 1.2 + 0.25 * (len(models) + 1) * len(chosen["nats per token"])))
+    figure, axes = plt.subplots(
+        1, 2, figsize=(11, 1.2 + 0.25 * (len(models) + 1) * len(chosen["nats per token"])), layout="constrained"
+    )
     for axis, (metric, some) in zip(axes, chosen.items(), strict=True):
         for number, model in enumerate(models):
             width = 0.8 / len(models)
@@ -100,7 +103,7 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
     plt, short = _pyplot(), _short(report)
     from matplotlib import ticker
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
     lines = dict.fromkeys((point.model, point.policy) for point in points)
     colours = iter(COLOURS[1:] * 9)
     for number, (model, policy) in enumerate(lines):
@@ -154,8 +157,6 @@ def _pyplot() -> Any:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    plt.rcdefaults()
-    plt.rcParams["figure.constrained_layout.use"] = True
     return plt
 
 

@@ -11,10 +11,14 @@ from scripts.engine.watching import on_screen
 
 SHOWN = ("capital", "colour", "sum", "opposite", "reading", "identity")  # kinds of question, one of each per language
 SPLITS = {  # of the bundled questions, and what they ask
-    "seen": "facts told in training, asked in other words",
-    "unseen sums": "sums that were never told",
-    "reversed": "facts told in one direction, asked in the other",
+    "seen": "questions on facts told in training, in other words",
+    "unseen sums": "questions on 16 sums that were never told",
+    "reversed": "questions on 24 capitals told in the other direction only",
 }
+SMALL_TALK = (  # a model that holds 80 tokens, and was trained on short canvases
+    "--max-seq-len 80 --max-new-tokens 48 --gen-remasking factor --gen-block-size 0 --gen-cap-start-ratio 1 "
+    "--gen-cap-end-ratio 1 --gen-temp 0 --gen-repeat-penalty 0"
+)
 WIDTH = 38  # columns of an answer
 
 
@@ -37,7 +41,7 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
 def answers(section: dict[str, Any], names: dict[str, str]) -> list[str]:
     """One question of each of SHOWN, then one of each harder split, in each language, with every model's answer."""
     wanted = [("seen", kind) for kind in SHOWN] + [("unseen_sums", "sum"), ("reversed", "capital")]
-    lines = ["Answers, unedited, to phrasings that were held out (+ right, - wrong):"]
+    lines = ["Answers, unedited, to questions that were held out (+ right, - wrong):"]
     for lang in dict.fromkeys(item["lang"] for item in section["items"]):
         found: dict[tuple[str, str], int] = {}
         for place, item in enumerate(section["items"]):
@@ -101,9 +105,10 @@ def files(folder: Path) -> list[str]:
     told = {
         "report.md": "everything measured, with intervals and samples",
         "report.json": "the same, item by item",
+        "exact_match.png": "right answers by group of questions",
         "trace.html": "both models writing a story, step by step: open it in a browser",
         "*_loss.png": "loss curves",
-        "*_state_dict.pt": "the models; talk to one:",
+        "*_state_dict.pt": "the models; talk to one (/reset between questions):",
     }
     lines = []
     for pattern, what in told.items():
@@ -111,5 +116,5 @@ def files(folder: Path) -> list[str]:
             lines.append(f"  {', '.join(path.name for path in found)}: {what}")
     chat = f"--checkpoint {folder / 'diffusion_sft_state_dict.pt'}"
     if (folder / "tokenizer").exists():
-        chat += f" --tokenizer-dir {folder / 'tokenizer'}"
+        chat += f" --tokenizer-dir {folder / 'tokenizer'} {SMALL_TALK}"
     return [*lines, f"    uv run python -m scripts.chat {chat}"]

@@ -103,7 +103,7 @@ def test_what_it_says_is_what_was_written(finished):
         answers = section["results"][model["name"]]
         right = sum(is_correct(answers[place]["text"], section["items"][place]["wanted"]) for place in chosen)
         assert f"{model['kind']} {100 * right / len(chosen):.1f} % [" in finished.result.out
-    for number in re.findall(r"^  (\d+) facts told in training", finished.result.out, re.MULTILINE):
+    for number in re.findall(r"^  (\d+) questions on facts", finished.result.out, re.MULTILINE):
         assert int(number) == len(chosen)
 
 

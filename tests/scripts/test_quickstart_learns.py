@@ -1,4 +1,4 @@
-"""The quickstart's claims, on a quarter of its world and a fifth of its steps: real training, looser thresholds."""
+"""The claims of the quickstart on a part of its world: a smaller model, fewer steps, real training, looser bounds."""
 
 import json
 
@@ -10,8 +10,14 @@ from scripts import quickstart
 from scripts.engine.report_results import rows_of
 from tests.scripts.conftest import run_command
 
-KINDS = ("capital", "country", "colour", "sound")
-SCALE = "0.18"
+KINDS = ("capital", "country")
+SHAPE = "--hidden-size 128 --num-attention-heads 4 --num-hidden-layers 2"
+STEPS = {
+    "AR pretraining": 60,
+    "AR fine-tuning": 180,
+    "diffusion pretraining, from AR": 140,
+    "diffusion fine-tuning": 220,
+}
 
 
 def write(path, rows):
@@ -41,17 +47,20 @@ def rows(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learning")
     texts, chats, questions = small_world(folder)
     more = {
-        "scripts.train.train_pretrain": f" --data {texts}",
+        "scripts.train.train_pretrain": f" --data {texts} {SHAPE}",
         "scripts.train.diffusion": f" --data {texts}",
         "scripts.train.train_sft_minimind": f" --data {chats}",
         "scripts.train.train_sft_diffusion": f" --data {chats}",
         "scripts.eval.report": f" --eval-data {questions},{chats} --eval-split validation",
     }
-    small = tuple(stage._replace(flags=stage.flags + more.get(stage.module, "")) for stage in quickstart.SMALL)
+    small = tuple(
+        stage._replace(flags=stage.flags + more.get(stage.module, ""), steps=STEPS.get(stage.title, 0))
+        for stage in quickstart.SMALL
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(quickstart, "SMALL", small)
-        result = run_command(quickstart, ["--scale", SCALE, "--out", folder / "out"])
+        result = run_command(quickstart, ["--out", folder / "out"])
     assert result.code == 0, result.err
     report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
     return {(row.metric.name, row.group): row for row in rows_of(report["sources"][0], report["models"])}
@@ -59,15 +68,15 @@ def rows(tmp_path_factory):
 
 def test_both_models_answer_questions_in_phrasings_that_they_never_saw(rows):
     row = rows["exact match", "seen"]
-    assert row.count == 146
-    assert all(share.value > 0.75 for share in row.values.values()), row.values
+    assert row.count == 80
+    assert all(share.value > 0.6 for share in row.values.values()), row.values
 
 
 def test_diffusion_reverses_facts_and_an_autoregressive_model_does_not(rows):
     """Told "Brussels is the capital of Belgium" alone, asked for the capital of Belgium."""
     row = rows["exact match", "reversed"]
     autoregressive, diffusion = (share.value for share in row.values.values())
-    assert autoregressive < 0.1 and diffusion > 0.2
+    assert autoregressive < 0.1 and diffusion > 0.1
     (difference,) = row.differences.values()
     assert difference.high < 0  # autoregressive less diffusion
 
