@@ -158,7 +158,7 @@ class Quickstart:
     """What to do."""
 
     out: Annotated[Path, "folder of checkpoints, logs, report and trace"] = Path("weights/quickstart")
-    scale: Annotated[float, "multiplies the steps of every training: 0.1 for a first look"] = 1.0
+    scale: Annotated[float, "multiplies the steps of every training; 0.05 tries the machinery"] = 1.0
     full: Annotated[bool, "the recipe of README.md: 32M parameters, on MiniMind's data, which is downloaded"] = False
     overwrite: Annotated[bool, "start anew although --out holds a quickstart"] = False
 
