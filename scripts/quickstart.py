@@ -51,7 +51,7 @@ SMALL = (
         "scripts.train.train_tokenizer",
         "--target-vocab-size 4096 --out {out}/tokenizer",
         "tokenizer/tokenizer.json",
-        seconds=3,
+        seconds=1,
     ),
     Stage(
         "AR pretraining",
@@ -59,7 +59,7 @@ SMALL = (
         f"--run-name ar {SMALL_MODEL} --max-seq-len 64 --learning-rate 3e-3{LEARNING}",
         "ar_state_dict.pt",
         steps=260,
-        seconds=80,
+        seconds=73,
     ),
     Stage(
         "AR fine-tuning",
@@ -67,7 +67,7 @@ SMALL = (
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
         steps=550,
-        seconds=70,
+        seconds=73,
     ),
     Stage(
         "diffusion pretraining, from AR",
@@ -76,7 +76,7 @@ SMALL = (
         f" --learning-rate 3e-3 --variable-length-prob 0 --max-new-tokens 24{LEARNING}",
         "diffusion_state_dict.pt",
         steps=500,
-        seconds=100,
+        seconds=111,
     ),
     Stage(
         "diffusion fine-tuning",
@@ -85,7 +85,7 @@ SMALL = (
         f" --learning-rate 3e-3{LEARNING}",
         "diffusion_sft_state_dict.pt",
         steps=1500,
-        seconds=175,
+        seconds=183,
     ),
     Stage(
         "evaluation",
@@ -94,7 +94,7 @@ SMALL = (
         f" --num-samples 8 --frontier-questions 0 --gen-remasking factor --gen-block-size 0 --gen-cap-start-ratio 1"
         f" --gen-cap-end-ratio 1{GREEDY}",
         "report.json",
-        seconds=25,
+        seconds=22,
     ),
     Stage(
         "trace",
@@ -102,7 +102,7 @@ SMALL = (
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
         f" --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
-        seconds=2,
+        seconds=1,
     ),
 )
 DATASET = "gongjy/minimind_dataset"

@@ -36,18 +36,7 @@ def draw_quality(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes | 
         axis.set_axis_off()
     for place, (axis, (title, some)) in enumerate(zip(axes.flat, panels, strict=False)):
         for number, name in enumerate(names):
-            width = 0.8 / len(names)
-            places = [line + (number - (len(names) - 1) / 2) * width for line in range(len(some))]
-            values = [row.values[name] for row in some]
-            axis.barh(
-                places,
-                [value.value for value in values],
-                height=width,
-                xerr=_reach(values),
-                color=COLOURS[number % len(COLOURS)],
-                error_kw={"elinewidth": 0.8, "capsize": 1.5},
-                label=short[name],
-            )
+            _bars(axis, number, len(names), [row.values[name] for row in some], short[name])
         axis.set_yticks(range(len(some)), [f"{row.group} ({row.count:,})" for row in some], fontsize=7)
         axis.set(
             xlim=(0, 1), xlabel="share of the rows, with 95 % intervals", ylim=(heights[place // columns] - 3.4, -0.6)
@@ -72,19 +61,9 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
     )
     for axis, (metric, some) in zip(axes, chosen.items(), strict=True):
         for number, model in enumerate(models):
-            width = 0.8 / len(models)
-            places = [place + (number - (len(models) - 1) / 2) * width for place in range(len(some))]
-            values = [row.values[model["name"]] for _, row in some]
             bound = "" if model["kind"] == AR else ", upper bound"
-            axis.barh(
-                places,
-                [value.value for value in values],
-                height=width,
-                xerr=_reach(values),
-                color=COLOURS[number % len(COLOURS)],
-                error_kw={"elinewidth": 0.8, "capsize": 2},
-                label=short[model["name"]] + bound,
-            )
+            values = [row.values[model["name"]] for _, row in some]
+            _bars(axis, number, len(models), values, short[model["name"]] + bound)
         labels = [f"{name}\n{row.group} ({row.count:,})" for name, row in some] if axis is axes[0] else [""] * len(some)
         axis.set_yticks(range(len(some)), labels, fontsize=8)
         axis.set(xlabel=f"{metric}, with 95 % intervals; less is better")
@@ -142,6 +121,20 @@ def _short(report: dict[str, Any]) -> dict[str, str]:
     """What a model is called in a picture: its kind, where it is the only one of it."""
     kinds = [model["kind"] for model in report["models"]]
     return {m["name"]: m["kind"] if kinds.count(m["kind"]) == 1 else m["name"] for m in report["models"]}
+
+
+def _bars(axis: Any, number: int, of: int, values: list[Estimate], label: str) -> None:
+    """The bars of model `number` out of `of`, one in each row of the axis, with their intervals."""
+    width = 0.8 / of
+    axis.barh(
+        [row + (number - (of - 1) / 2) * width for row in range(len(values))],
+        [value.value for value in values],
+        height=width,
+        xerr=_reach(values),
+        color=COLOURS[number % len(COLOURS)],
+        error_kw={"elinewidth": 0.8, "capsize": 1.5},
+        label=label,
+    )
 
 
 def _reach(values: list[Estimate]) -> list[list[float]]:
