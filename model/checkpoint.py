@@ -18,7 +18,7 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-FORMAT, VERSION = "nano-llada", 1
+FORMAT, VERSION = "nano-llada", 2
 # Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
 ADJUSTABLE = ("inference_rope_scaling", "dropout")
 
@@ -95,8 +95,12 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             f"{path} is not a nano-llada checkpoint; "
             "weights of MiniMind or Hugging Face are read by --init-from-minimind"
         )
-    if payload.get("version") != VERSION:
-        raise ValueError(f"{path} has checkpoint version {payload.get('version')}, this code reads version {VERSION}")
+    if payload.get("version") == 1 and isinstance(payload.get("config"), dict):
+        payload["config"] = {"block_size": 0} | payload["config"]  # which version 2 added
+    elif payload.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has checkpoint version {payload.get('version')}, this code reads versions 1 and {VERSION}"
+        )
     missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(sorted(missing))} is missing")

@@ -37,7 +37,8 @@ class ModelConfig:
     eos_token_id: int = 2
     mask_token_id: int = 3
     # Set by training: who saw whom, and so how the weights expect to be decoded.
-    attention: Literal["causal", "full"] = "causal"
+    attention: Literal["causal", "full", "block"] = "causal"
+    block_size: int = 0  # attention "block": tokens denoised together, each block given the clean ones before it
     # YaRN, arXiv:2309.00071; the context of the original weights and how far it is stretched.
     rope_original_length: int = 2048
     rope_factor: float = 16.0
@@ -78,8 +79,10 @@ class ModelConfig:
             raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
         if self.hidden_act not in ("relu", "gelu", "silu"):
             raise ValueError(f"hidden_act {self.hidden_act!r} is not relu, gelu or silu")
-        if self.attention not in ("causal", "full"):
-            raise ValueError(f"attention {self.attention!r} is not causal or full")
+        if self.attention not in ("causal", "full", "block"):
+            raise ValueError(f"attention {self.attention!r} is not causal, full or block")
+        if (self.attention == "block") != (self.block_size > 0):
+            raise ValueError(f"block_size {self.block_size} does not go with attention {self.attention!r}")
 
     @property
     def head_dim(self) -> int:

@@ -11,7 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention_mask import block_causal_mask
+from model.attention_mask import AttentionMask, BlockMask, block_causal_mask, flex_attend
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_frequencies
@@ -23,8 +23,10 @@ ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 EXPLICIT_ATTENTION_KEYS = 512
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    """q (B, H, L, D), k and v (B, H_kv, L_key, D) -> (B, H, L, D); attn_mask and is_causal as in SDPA."""
+def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: AttentionMask | None, is_causal: bool) -> Tensor:
+    """q (B, H, L, D), k and v (B, H_kv, L_key, D) -> (B, H, L, D); attn_mask and is_causal as in SDPA, or a BlockMask."""
+    if isinstance(attn_mask, BlockMask):
+        return flex_attend(q, k, v, attn_mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_KEYS:
         if k.shape[1] != q.shape[1]:
             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
@@ -54,7 +56,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attn_mask: Tensor | None, is_causal: bool, cache: KVCache | None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attn_mask: AttentionMask | None, is_causal: bool, cache: KVCache | None
     ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H*D) -> (B, H, L, D)
@@ -134,24 +136,29 @@ class Transformer(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        attn_mask: Tensor | None = None,
+        attn_mask: AttentionMask | None = None,
         is_causal: bool = False,
         position_ids: Tensor | None = None,
         cache: KVCache | None = None,
         select: Tensor | None = None,
+        canvas: int | None = None,
+        perturbation: Tensor | None = None,
     ) -> Tensor:
         """input_ids (B, L) -> logits (B, L, V), or (N, V) at the flat positions `select` (N,) of B*L: the head is
         a tenth to a quarter of the arithmetic and runs only where its output is wanted.
 
-        attn_mask: bool (B or 1, 1, L, L_key), True = may attend; None = full attention.
+        attn_mask: bool (B or 1, 1, L, L_key), True = may attend; or a BlockMask, see model/attention_mask.py; None =
+            full attention.
         is_causal: causal attention; exclusive with attn_mask (ValueError).
         position_ids: (B or 1, L); default counts up from the cache length.
         cache: the current tokens are written after its prefix; the caller advances it.
+        canvas: tokens of the sequence, where input_ids hold some of its positions twice (none: L, or the cache's).
+        perturbation: (B, L, C), added to the token embeddings.
         """
         if attn_mask is not None and is_causal:
             raise ValueError("pass attn_mask or is_causal, not both")
         length, start = input_ids.shape[1], cache.length if cache is not None else 0
-        canvas = cache.max_length if cache is not None else length
+        canvas = canvas or (cache.max_length if cache is not None else length)
         self.config.require_length(canvas)
         if position_ids is None:
             position_ids = torch.arange(start, start + length, device=input_ids.device)[None]
@@ -159,6 +166,8 @@ class Transformer(nn.Module):
             attn_mask = block_causal_mask(start + length, 1, input_ids.device)[:, :, start:] if length > 1 else None
             is_causal = False
         x = self.embed_tokens(input_ids)
+        if perturbation is not None:
+            x = x + perturbation
         rotary = self._rotary(position_ids, canvas)
         for layer in self.layers:
             x = layer(x, rotary, attn_mask, is_causal, cache)
