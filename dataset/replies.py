@@ -113,6 +113,9 @@ class ReplyRows:
     eos_fill: behind a complete reply follow up to so many EOS, the empty end of the canvas on which a diffusion decoder
     writes; 0 for none. Reply plus fill is log-uniform from the reply's own length to the longest allowed, lest the
     canvas tell where the reply ends.
+
+    block_size > 0: instead, EOS fill the block of so many tokens, counted from the beginning of the row, in which the
+    reply ends: its effective length in LLaDA 2.0 (section 5.1). What lies behind is never seen by that block.
     """
 
     chats: Conversations
@@ -122,6 +125,7 @@ class ReplyRows:
     eos_id: int
     eos_fill: int
     hide_padding: bool  # whether padding must be hidden by a mask; a causal model does not see it anyway
+    block_size: int = 0
 
     def __len__(self) -> int:
         return len(self.items)
@@ -152,6 +156,8 @@ class ReplyRows:
     def fill(self, visits: np.ndarray) -> np.ndarray:
         """EOS behind the reply of each visit, (B,) int64."""
         rows = visits % len(self)
+        if self.block_size:
+            return np.minimum(-self.items.lengths[rows] % self.block_size, self.seq_len - self.items.lengths[rows])
         reply = self.items.end[rows] - self.items.middle[rows]
         room = np.minimum(self.seq_len - self.items.lengths[rows], self.eos_fill)  # none behind a reply that was cut
         length = (reply * (1 + (room + 1) / reply) ** _uniform(visits)).astype(np.int64)

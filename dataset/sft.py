@@ -131,6 +131,11 @@ class DiffusionSFTData(SFTData):
     eos_fill: Annotated[
         int, "a reply's EOS is followed by a random number of others, up to so many: the empty end of the canvas"
     ] = 128
+    quantize_effective_length: Annotated[
+        bool,
+        "block diffusion: EOS fill the reply's last block and nothing behind it, as decoding ends there",
+        "--llada2-quantize-effective-length",
+    ] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,12 +147,17 @@ class SFTDataset:
     """`train` and `validation` rows (ReplyRows) and what is known of the file.
 
     all_replies: whether the replies of a conversation are learnt in one row (autoregressive) or one row each
-    (diffusion). rows_per_step is needed for streaming only. `meta` is flat, for logs. ValueError with file and row for
-    a bad row, and if nothing is left to train on.
+    (diffusion). rows_per_step is needed for streaming only. block_size: see ReplyRows. `meta` is flat, for logs.
+    ValueError with file and row for a bad row, and if nothing is left to train on.
     """
 
     def __init__(
-        self, config: SFTData, tokenizer: PreTrainedTokenizerFast, all_replies: bool, rows_per_step: int
+        self,
+        config: SFTData,
+        tokenizer: PreTrainedTokenizerFast,
+        all_replies: bool,
+        rows_per_step: int,
+        block_size: int = 0,
     ) -> None:
         if tokenizer.pad_token_id == tokenizer.eos_token_id:
             raise ValueError(
@@ -160,6 +170,7 @@ class SFTDataset:
                 f"the tokenizer in {config.tokenizer_dir} cannot spell the chat template: {error}"
             ) from None
         self.config, self.tokenizer, self.all_replies, self.source = config, tokenizer, all_replies, config.source
+        self.block_size = block_size
         if config.streaming:
             self._open_stream(STEPS_PER_WINDOW * rows_per_step, config.steps_per_epoch * rows_per_step)
         else:
@@ -200,7 +211,8 @@ class SFTDataset:
         if by_length:
             items = items[np.argsort(items.lengths, kind="stable")]
         ids = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        return ReplyRows(chats, items, seq_len, *ids, getattr(self.config, "eos_fill", 0), not self.all_replies)
+        fill = getattr(self.config, "eos_fill", 0)
+        return ReplyRows(chats, items, seq_len, *ids, fill, not self.all_replies, self.block_size)
 
     def _open_file(self) -> None:
         cache = _ChatCache(self.source, self.tokenizer)

@@ -1,4 +1,4 @@
-"""Who may see whom: boolean masks, shape (B or 1, 1, L_query, L_key), True = may attend, and FlexAttention's BlockMasks.
+"""Who may see whom: boolean masks, shape (B or 1, 1, L_query, L_key), True = may attend, and their FlexAttention form.
 
 Every mask leaves each query at least one key (itself), so boolean masks compose with `&`.
 """

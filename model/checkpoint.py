@@ -175,6 +175,21 @@ def final_weights(payload: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
+def average_weights(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The mean of each tensor over the members, summed in float64, so that equal members give themselves exactly.
+
+    ValueError unless all have the same names and shapes.
+    """
+    first = members[0]
+    for other in members[1:]:
+        if {k: v.shape for k, v in other.items()} != {k: v.shape for k, v in first.items()}:
+            raise ValueError("weights of different models cannot be averaged")
+    return {
+        name: (sum(member[name].double() for member in members) / len(members)).to(tensor.dtype)
+        for name, tensor in first.items()
+    }
+
+
 def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) -> None:
     """Copy every tensor; ValueError naming the first tensors that are missing, unknown or of another shape."""
     own = model.state_dict()

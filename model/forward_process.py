@@ -1,16 +1,20 @@
 """The forward process q(x_t | x_0): which tokens of a batch are masked, and what the loss owes each of them.
 
 To add a mask schedule, write a function (maskable, noise, config) -> (scored (B, L) bool, weight (B,) or (B, L),
-count (B,)) and list it in MASK_SCHEDULES.
-Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b.
+count (B,)) and list it in MASK_SCHEDULES. In block diffusion it is given the blocks as its rows.
+Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b; G blocks in a row, W tokens in a block.
 """
 
+import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
+
+from model.attention_mask import number_blocks
 
 
 @dataclass(frozen=True)
@@ -27,14 +31,15 @@ class StepNoise:
     first_row: int = 0
     device: torch.device | str = "cpu"
     width: int = 0  # tokens of the longest row of the step, where micro-batches differ in length
+    progress: float = 0.0  # share of the run's steps that lie behind, 0 to 1
 
     def choices(self, purpose: str) -> random.Random:
         """A host-side generator for decisions that all rows of the step share."""
         return random.Random(f"{self.seed}/{self.step}/{purpose}")
 
-    def _draw(self, purpose: str, *shape: int) -> Tensor:
+    def _draw(self, purpose: str, *shape: int, sample: Callable[..., Tensor] = torch.rand) -> Tensor:
         generator = torch.Generator(self.device).manual_seed(self.choices(purpose).getrandbits(63))
-        return torch.rand(self.total_rows, *shape, generator=generator, device=self.device)
+        return sample(self.total_rows, *shape, generator=generator, device=self.device)
 
     def _rows(self, draw: Tensor, rows: int) -> Tensor:
         if self.first_row + rows > self.total_rows:
@@ -54,6 +59,65 @@ class StepNoise:
         strata = self._draw(purpose).argsort()
         return self._rows((strata / self.total_rows + offset) % 1.0, rows)
 
+    def normal(self, purpose: str, rows: int, length: int, width: int) -> Tensor:
+        """(rows, length, width) independent N(0, 1) float32."""
+        draw = self._draw(purpose, max(self.width, length), width, sample=torch.randn)
+        return self._rows(draw, rows)[:, :length]
+
+
+@dataclass(frozen=True)
+class BlockNoise:
+    """The draws of a step for blocks as rows: block g of row b is row b * G + g, its tokens from column 0 on."""
+
+    noise: StepNoise
+    blocks: "Blocks"
+
+    @property
+    def progress(self) -> float:
+        return self.noise.progress
+
+    def uniform(self, purpose: str, rows: int, length: int = 1) -> Tensor:
+        """(rows, length) independent U[0, 1) float32."""
+        draw = self.noise.uniform(purpose, *self.blocks.place.shape)  # a row has no more blocks than tokens
+        if length == 1:
+            return draw[:, : self.blocks.number].reshape(rows, 1)
+        return self.blocks.split(draw)
+
+    def stratified(self, purpose: str, rows: int) -> Tensor:
+        """(rows,) each U[0, 1): the blocks of a row that have maskable tokens take one stratum of the unit interval
+        each, and the rows of the global batch one place each within the strata."""
+        number = self.blocks.number
+        live = self.blocks.split(self.blocks.maskable).any(dim=1).view(-1, number)
+        keys = self.noise.uniform(purpose + "/blocks", *self.blocks.place.shape)[:, :number]
+        order = keys.masked_fill(~live, 2.0).argsort(dim=1).argsort(dim=1)
+        place = self.noise.stratified(purpose, len(live))[:, None]
+        return ((order + place) / live.sum(dim=1, keepdim=True).clamp(min=1)).clamp(max=1 - 2**-24).flatten()
+
+
+class Blocks:
+    """The rows (B, L) of a batch cut into blocks (B * G, W), and put together again."""
+
+    def __init__(self, maskable: Tensor, document_ids: Tensor | None, block_size: int):
+        self.maskable, self.size = maskable, block_size
+        if document_ids is None:
+            of = (torch.arange(maskable.shape[1], device=maskable.device) // block_size).expand(maskable.shape)
+        else:
+            of = number_blocks(document_ids, block_size)
+        self.number = int(of.max()) + 1
+        first = torch.ones_like(maskable)
+        first[:, 1:] = of[:, 1:] != of[:, :-1]
+        column = torch.arange(maskable.shape[1], device=maskable.device)
+        self.place = of * block_size + column - torch.where(first, column, 0).cummax(dim=1).values  # (B, L) in G * W
+
+    def split(self, values: Tensor) -> Tensor:
+        """(B, L) -> (B * G, W), 0 behind the end of a short block."""
+        out = values.new_zeros(len(values), self.number * self.size)
+        return out.scatter_(1, self.place, values).view(-1, self.size)
+
+    def join(self, values: Tensor) -> Tensor:
+        """(B * G, W) -> (B, L)."""
+        return values.reshape(len(self.place), -1).gather(1, self.place)
+
 
 @dataclass(frozen=True)
 class Noised:
@@ -68,24 +132,18 @@ class Noised:
     count: Tensor  # (B,) float32, tokens that the row's loss stands for
 
 
-class MaskSettings(Protocol):
-    iid_mask_eps: float
-    mask_rate_min: float
-    mask_rate_max: float
-
-
 def lowest(keys: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     """bool (B, L): the k (B,) maskable positions with the smallest keys (B, L) in [0, 1)."""
     rank = keys.masked_fill(~maskable, 2.0).argsort(dim=1).argsort(dim=1)
     return (rank < k[:, None]) & maskable
 
 
-def rate_range(config: MaskSettings) -> tuple[float, float]:
+def rate_range(config: "MaskSettings") -> tuple[float, float]:
     """What `iid_t` draws its rates from: the band, less eps at either end of [0, 1]."""
     return max(config.mask_rate_min, config.iid_mask_eps), min(config.mask_rate_max, 1 - config.iid_mask_eps)
 
 
-def counts_in_band(total: Tensor, config: MaskSettings) -> tuple[Tensor, Tensor]:
+def counts_in_band(total: Tensor, config: "MaskSettings") -> tuple[Tensor, Tensor]:
     """First and last (B,) int64 of the counts k of masks whose rate k / n_b is in the band, n_b = total (B,) int64.
 
     At least one count, except in a row without tokens: where none lies in the band, the least above it.
@@ -96,23 +154,75 @@ def counts_in_band(total: Tensor, config: MaskSettings) -> tuple[Tensor, Tensor]
     return first, last.maximum(first)
 
 
-def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """How the mask rate r = 1 - alpha(t) grows with time t in (0, 1]."""
+
+    rate: Callable[[Tensor], Tensor]
+    time: Callable[[float], float]  # its inverse
+    slope: Callable[[Tensor], Tensor]  # -alpha'(t) = dr / dt
+
+
+NOISE_SCHEDULES = {
+    "linear": NoiseSchedule(lambda t: t, lambda rate: rate, torch.ones_like),
+    "cosine": NoiseSchedule(
+        lambda t: torch.cos(math.pi / 2 * (1 - t)),
+        lambda rate: 1 - 2 / math.pi * math.acos(rate),
+        lambda t: math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
+    ),
+}
+
+
+def draw_rates(
+    maskable: Tensor, noise: StepNoise, config: "MaskSettings", low: float, high: float
+) -> tuple[Tensor, Tensor]:
+    """Mask rates (B,) between `low` and `high`, t uniform, and their weight -alpha'(t) / (1 - alpha(t)) (B,), which is
+    1/t for the linear schedule. Rows of a single token are blocks of one: always masked, which costs no variance."""
+    if maskable.shape[1] == 1:
+        ones = torch.ones(len(maskable), device=maskable.device)
+        return ones, ones
+    schedule = NOISE_SCHEDULES[config.noise_schedule]
+    first, last = schedule.time(low), schedule.time(high)
+    t = first + (last - first) * noise.uniform("rate", len(maskable))[:, 0]
+    rate = schedule.rate(t)
+    # The mean over t uniform between first and last becomes the mean over rates between low and high.
+    spread = (last - first) / (high - low)
+    return rate, spread * schedule.slope(t) / rate.clamp(min=config.time_weight_eps)
+
+
+def iid_t(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 3: t ~ U(eps, 1 - eps) per row, each token masked with probability t, weight 1/t.
 
-    A row left without a mask is given one and takes the inverse of its realised rate, n_b, as weight, never 1/eps. Of
-    (eps, 1 - eps) only what lies in the band [mask_rate_min, mask_rate_max] is drawn.
+    Of (eps, 1 - eps) only what lies in the band [mask_rate_min, mask_rate_max] is drawn.
     """
-    total = maskable.sum(dim=1)
-    low, high = rate_range(config)
-    t = low + (high - low) * noise.uniform("rate", len(maskable))[:, 0]
-    keys = noise.uniform("mask", *maskable.shape)
-    scored = (keys < t[:, None]) & maskable
-    empty = ~scored.any(dim=1)
-    scored = torch.where(empty[:, None], lowest(keys, maskable, torch.ones_like(total)), scored)
-    return scored, torch.where(empty, total.float(), 1 / t), total.float()
+    rate, weight = draw_rates(maskable, noise, config, *rate_range(config))
+    scored = (noise.uniform("mask", *maskable.shape) < rate[:, None]) & maskable
+    return scored, weight, maskable.sum(dim=1).float()
 
 
-def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+def wsd(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
+    """`iid_t` below a ceiling of the mask rate that warms up, stays and decays over the run (`ceiling_at`).
+
+    With time_weighted_loss the weight is that of `iid_t`, and at a ceiling of 1 the loss is the bound; without it every
+    masked token of the batch counts the same.
+    """
+    rate, weight = draw_rates(maskable, noise, config, config.iid_mask_eps, ceiling_at(noise.progress, config))
+    scored = (noise.uniform("mask", *maskable.shape) < rate[:, None]) & maskable
+    if config.time_weighted_loss:
+        return scored, weight, maskable.sum(dim=1).float()
+    return scored, torch.ones_like(weight), scored.sum(dim=1).float()
+
+
+def ceiling_at(progress: float, config: "MaskSettings") -> float:
+    """The largest mask rate of `wsd` when a share `progress` of the run is done: linear up, level, linear down."""
+    low, high = config.wsd_min_mask_ratio, config.wsd_max_mask_ratio
+    decay = 1 - config.wsd_warmup_ratio - config.wsd_stable_ratio
+    up = progress / config.wsd_warmup_ratio if config.wsd_warmup_ratio else 1.0
+    down = (1 - progress) / decay if decay > 1e-9 else 1.0
+    return low + (high - low) * max(0.0, min(up, down, 1.0))
+
+
+def fixed_count(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 6 as a training loss: exactly k of n_b tokens masked, k ~ U{1..n_b} stratified, weight n_b / k.
 
     The expectation that `iid_t` has but for its eps and its empty rows, at less variance; the weight is at most n_b.
@@ -125,7 +235,7 @@ def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tup
     return scored, total / k.clamp(min=1), total.float()
 
 
-def random_rate(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
+def random_rate(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
     """A uniform mask rate per row and the plain mean over all masked tokens of the batch, as many small codes train.
 
     Heavy masks count more (integral of 2 t g(t) instead of g(t)), so this is not a likelihood bound.
@@ -134,13 +244,116 @@ def random_rate(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tup
     return scored, torch.ones(len(maskable), device=maskable.device), scored.sum(dim=1).float()
 
 
-MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_rate}
+MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_rate, "wsd": wsd}
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """The forward process; every field is a flag. ValueError on impossible values."""
+
+    mask_schedule: Annotated[Literal[*MASK_SCHEDULES], "which tokens are masked and how they are weighted"] = (
+        "fixed_count"
+    )
+    iid_mask_eps: Annotated[float, "iid_t, wsd: least mask rate; that of iid_t is at most 1 less it"] = 1e-3
+    mask_rate_min: Annotated[
+        float,
+        "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound",
+        "--llada2-alpha-min",
+    ] = 0.0
+    mask_rate_max: Annotated[
+        float, "largest mask rate in training; validation is over the full range", "--llada2-alpha-max"
+    ] = 1.0
+    noise_schedule: Annotated[
+        Literal[*NOISE_SCHEDULES], "iid_t, wsd: the mask rate at time t: t, or the cosine of (1 - t) pi / 2"
+    ] = "linear"
+    time_weighted_loss: Annotated[
+        bool, "wsd: weight each token by -alpha'(t) / (1 - alpha(t)), 1/t if linear; without it all count the same"
+    ] = False
+    time_weight_eps: Annotated[float, "least denominator of that weight"] = 1e-3
+    wsd_min_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate at the first and last step"] = 0.15
+    wsd_max_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate between warm-up and decay"] = 1.0
+    wsd_warmup_ratio: Annotated[float, "wsd: share of the steps in which the ceiling rises"] = 0.2
+    wsd_stable_ratio: Annotated[float, "wsd: share of the steps in which it stays; in the rest it falls"] = 0.6
+
+    def __post_init__(self):
+        if not 0 < self.iid_mask_eps < 0.5:
+            raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
+        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
+                "the first below the second"
+            )
+        low, high = rate_range(self)
+        if self.mask_schedule == "iid_t" and low >= high:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} to --mask-rate-max {self.mask_rate_max} holds no rate between "
+                f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
+            )
+        if not 0 < self.time_weight_eps < 1:
+            raise ValueError(f"--time-weight-eps must be in (0, 1), not {self.time_weight_eps}")
+        low, high = self.wsd_min_mask_ratio, self.wsd_max_mask_ratio
+        if self.mask_schedule == "wsd" and not self.iid_mask_eps < low <= high <= 1:
+            raise ValueError(
+                f"--wsd-min-mask-ratio {low} and --wsd-max-mask-ratio {high} must lie between --iid-mask-eps and 1, "
+                "the first not above the second"
+            )
+        if min(self.wsd_warmup_ratio, self.wsd_stable_ratio) < 0 or self.wsd_warmup_ratio + self.wsd_stable_ratio > 1:
+            raise ValueError(
+                f"--wsd-warmup-ratio {self.wsd_warmup_ratio} and --wsd-stable-ratio {self.wsd_stable_ratio} must be "
+                "shares of the run, together at most 1"
+            )
 
 
 def mask_tokens(
-    input_ids: Tensor, maskable: Tensor, mask_id: int, schedule: str, noise: StepNoise, config: MaskSettings
+    input_ids: Tensor,
+    maskable: Tensor,
+    mask_id: int,
+    schedule: str,
+    noise: StepNoise,
+    config: MaskSettings,
+    document_ids: Tensor | None = None,
+    block_size: int = 0,
 ) -> Noised:
-    """Mask input_ids (B, L) at positions drawn from maskable (B, L) bool; elsewhere the weight is 0."""
-    scored, weight, count = MASK_SCHEDULES[schedule](maskable, noise, config)
-    weight = (weight if weight.ndim == 2 else weight[:, None]).expand(maskable.shape) * maskable
-    return Noised(torch.where(scored, mask_id, input_ids), scored, weight, count)
+    """Mask input_ids (B, L) at positions drawn from maskable (B, L) bool; elsewhere the weight is 0.
+
+    block_size > 0: a rate for each block of each document (LLaDA 2.0 Eq. 1, BD3-LM Alg. 1), see `number_blocks`. A row
+    in which nothing was masked is given one mask, whose weight is the inverse of the realised rate, n_b, never 1/eps;
+    or 1, where all masked tokens count the same.
+    """
+    mask = MASK_SCHEDULES[schedule]
+    if 0 < block_size < maskable.shape[1]:
+        blocks = Blocks(maskable, document_ids, block_size)
+        scored, weight, count = mask(blocks.split(maskable), BlockNoise(noise, blocks), config)
+        scored, weight = blocks.join(scored), blocks.join(_wide(weight, (len(scored), block_size)))
+        count = count.view(len(maskable), -1).sum(dim=1)
+    else:
+        scored, weight, count = mask(maskable, noise, config)
+        weight = _wide(weight, maskable.shape)
+    empty = ~scored.any(dim=1, keepdim=True)
+    total = maskable.sum(dim=1)
+    one = lowest(noise.uniform("mask", *maskable.shape), maskable, torch.ones_like(total))
+    weight = torch.where(empty, torch.where(count > 0, total, 1)[:, None].to(weight.dtype), weight)
+    scored = torch.where(empty, one, scored)
+    count = torch.where(count > 0, count, scored.sum(dim=1).to(count.dtype))
+    return Noised(torch.where(scored, mask_id, input_ids), scored, weight * maskable, count)
+
+
+def complement(noised: Noised, input_ids: Tensor, maskable: Tensor, mask_id: int, blocks: Tensor) -> Noised:
+    """The other half of a complementary pair (LLaDA 2.0, section 5.1): masked where `noised` is not.
+
+    blocks (B, L) int64: the block of each position, all 0 for whole rows. Every block takes the inverse of its own
+    realised rate as weight; one that was masked throughout has no other half, and its tokens are not counted.
+    """
+    scored = maskable & ~noised.scored
+    zeros = torch.zeros(len(blocks), int(blocks.max()) + 1, device=blocks.device)
+    total = zeros.scatter_add(1, blocks, maskable.float())
+    masked = zeros.scatter_add(1, blocks, scored.float())
+    weight = (total / masked.clamp(min=1)).gather(1, blocks) * maskable
+    return Noised(
+        torch.where(scored, mask_id, input_ids), scored, weight, torch.where(masked > 0, total, 0.0).sum(dim=1)
+    )
+
+
+def _wide(weight: Tensor, shape: tuple[int, int]) -> Tensor:
+    """(B,) or (B, L) -> (B, L)."""
+    return (weight if weight.ndim == 2 else weight[:, None]).expand(shape)

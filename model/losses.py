@@ -18,6 +18,13 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="none")
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """logits (N, V), -inf allowed -> entropy (N,) in nats, in float32."""
+    log_p = logits.float().log_softmax(dim=-1)
+    # 0 log 0 is 0, and so must its gradient be.
+    return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
+
+
 def sum_by_row(values: Tensor, positions: Tensor, num_rows: int, length: int) -> Tensor:
     """values (N,) at flat positions (N,) of a (num_rows, length) batch -> (num_rows,) sums."""
     return values.new_zeros(num_rows).index_add(0, positions // length, values)

@@ -4,15 +4,17 @@ A batch holds (B, L) tensors: `input_ids` int64; `loss_mask` bool, "may be noise
 where a row holds several documents or padding (-1).
 """
 
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from model.attention_mask import block_causal_mask, document_mask
-from model.forward_process import MASK_SCHEDULES, Noised, StepNoise, mask_tokens, rate_range
-from model.losses import forbid, run_lengths, sum_by_row, token_nats, unlikelihood
+from model.attention_mask import block_causal_mask, document_mask, number_blocks
+from model.block_diffusion import predict
+from model.config import ModelConfig
+from model.forward_process import MaskSettings, Noised, StepNoise, complement, mask_tokens
+from model.losses import entropy, forbid, run_lengths, sum_by_row, token_nats, unlikelihood
 from model.transformer import Transformer
 
 Batch = dict[str, Tensor]
@@ -36,9 +38,13 @@ class RowLoss:
 class NextToken:
     """Autoregressive cross-entropy. The first token of each document piece has nothing to be predicted from."""
 
-    attention = "causal"
+    decoding = {"attention": "causal", "block_size": 0}  # what its weights are decoded by
+    unit = "nats per token"
 
     sequence_mean: bool = False  # every row counts the same, however many tokens it learns
+
+    def for_weights(self, config: ModelConfig) -> "NextToken":
+        return self
 
     def for_validation(self) -> "NextToken":
         return replace(self, sequence_mean=False)
@@ -62,24 +68,49 @@ class NextToken:
 
 
 @dataclass(frozen=True)
-class MaskedDiffusion:
+class MaskedDiffusion(MaskSettings):
     """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5).
+
+    With a block size it is block diffusion (LLaDA 2.0 Eq. 1): every block has a mask rate of its own and is predicted
+    from itself and the clean blocks before it. block_size 1 is autoregressive, 0 the whole row at once.
 
     Mask rates may be confined to a band [a, b]. The weights stay as they are, so with g(t) the cross-entropy of a
     masked token at rate t the loss is then the mean of g over the band, (1 / (b - a)) times its integral from a to b,
     and bounds no likelihood.
     """
 
-    attention = "full"
+    unit = "nats per token"
 
-    mask_schedule: Annotated[Literal[*MASK_SCHEDULES], "which tokens are masked and how they are weighted"] = (
-        "fixed_count"
-    )
-    iid_mask_eps: Annotated[float, "iid_t: rates are drawn from (eps, 1 - eps)"] = 1e-3
-    mask_rate_min: Annotated[
-        float, "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound"
+    block_size: Annotated[
+        int | None,
+        "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
+        "(none: as the starting weights were trained, at first the whole row)",
+        "--llada2-block-size",
+    ] = None
+    use_block_curriculum: Annotated[
+        bool, "LLaDA 2.0's warm-up, stable and decay phase of the block size: from small blocks to whole rows and back"
+    ] = False
+    wsd_phase_ratios: Annotated[tuple[float, ...], "share of the steps of its three phases"] = (0.3, 0.5, 0.2)
+    wsd_block_sizes_up: Annotated[
+        tuple[int, ...], "block sizes of its warm-up, in equal parts; one that holds the row is the whole row"
+    ] = (1, 4, 16, 64, 256)
+    wsd_block_sizes_down: Annotated[
+        tuple[int, ...], "block sizes of its decay; at the last the weights are validated and decoded"
+    ] = (256, 128, 64, 32)
+    complementary_masks: Annotated[
+        bool,
+        "each row twice: masked, and masked where it was not, so that every token is learnt (fixed_count)",
+        "--llada2-enable-complementary-masking",
+    ] = False
+    cap_weight: Annotated[
+        float,
+        "times the entropy of predictions that are right, added to the loss (LLaDA 2.0's CAP)",
+        "--llada2-cap-lambda",
     ] = 0.0
-    mask_rate_max: Annotated[float, "largest mask rate in training; validation is over the full range"] = 1.0
+    mask_embedding_noise: Annotated[
+        float, "normal noise on the embedding of [MASK] at the first step, in units of the embeddings' mean size"
+    ] = 0.0
+    mask_embedding_noise_steps: Annotated[int, "steps over which it falls to nothing"] = 500
     variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length"] = 0.01
     repeat_penalty_weight: Annotated[float, "unlikelihood of continuing a run of equal tokens (0 = off)"] = 0.0
     repeat_penalty_min_run: Annotated[int, "tokens in a run before its continuation is penalised"] = 2
@@ -88,19 +119,18 @@ class MaskedDiffusion:
     sequence_mean: bool = False  # every row counts the same, however many tokens it learns
 
     def __post_init__(self):
-        if not 0 < self.iid_mask_eps < 0.5:
-            raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
-        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
-            raise ValueError(
-                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
-                "the first below the second"
-            )
-        low, high = rate_range(self)
-        if self.mask_schedule == "iid_t" and low >= high:
-            raise ValueError(
-                f"--mask-rate-min {self.mask_rate_min} to --mask-rate-max {self.mask_rate_max} holds no rate between "
-                f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
-            )
+        super().__post_init__()
+        if self.block_size is not None and self.block_size < 0:
+            raise ValueError(f"--block-size must be a number of tokens or 0, not {self.block_size}")
+        if self.use_block_curriculum:
+            self._require_curriculum()
+        if self.complementary_masks and self.mask_schedule != "fixed_count":
+            raise ValueError(f"--complementary-masks needs --mask-schedule fixed_count, not {self.mask_schedule}")
+        for name in ("cap_weight", "mask_embedding_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
+        if self.mask_embedding_noise_steps < 1:
+            raise ValueError(f"--mask-embedding-noise-steps must be at least 1, not {self.mask_embedding_noise_steps}")
         if not 0 <= self.variable_length_prob <= 1:
             raise ValueError(f"--variable-length-prob must be in [0, 1], not {self.variable_length_prob}")
         for name in ("weight", "delay_steps", "warmup_steps"):
@@ -109,30 +139,76 @@ class MaskedDiffusion:
         if self.repeat_penalty_min_run < 1:
             raise ValueError(f"--repeat-penalty-min-run must be at least 1, not {self.repeat_penalty_min_run}")
 
+    def _require_curriculum(self) -> None:
+        if self.block_size is not None:
+            raise ValueError("--block-size and --use-block-curriculum contradict each other; leave one of them out")
+        ratios, sizes = self.wsd_phase_ratios, (*self.wsd_block_sizes_up, *self.wsd_block_sizes_down)
+        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
+            raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1")
+        if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down) or min(sizes) < 1:
+            raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
+
+    def for_weights(self, config: ModelConfig) -> "MaskedDiffusion":
+        """Where --block-size was left out, that of the weights that training starts from."""
+        if self.block_size is None and not self.use_block_curriculum:
+            return replace(self, block_size=config.block_size)
+        return self
+
+    @property
+    def last_block_size(self) -> int:
+        """That at which a run ends."""
+        return self.wsd_block_sizes_down[-1] if self.use_block_curriculum else self.block_size or 0
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Settings of the model that say how its weights are decoded."""
+        size = self.last_block_size
+        return {"attention": "block" if size else "full", "block_size": size}
+
+    def block_size_at(self, progress: float) -> int:
+        """Block size when a share `progress` of the run is done; 0: the whole row."""
+        if not self.use_block_curriculum:
+            return self.last_block_size
+        up, stable, down = self.wsd_phase_ratios
+        if progress < up:
+            return self.wsd_block_sizes_up[int(progress / up * len(self.wsd_block_sizes_up))]
+        if progress < up + stable or not down:
+            return 0
+        part = int((progress - up - stable) / down * len(self.wsd_block_sizes_down) + 1e-9)
+        return self.wsd_block_sizes_down[min(part, len(self.wsd_block_sizes_down) - 1)]
+
     def for_validation(self) -> "MaskedDiffusion":
-        """The full-range bound that every schedule is judged by, so that all validation losses are one quantity."""
-        return replace(
-            self,
-            mask_schedule="fixed_count",
-            mask_rate_min=0.0,
-            mask_rate_max=1.0,
-            variable_length_prob=0.0,
-            repeat_penalty_weight=0.0,
-            sequence_mean=False,
-        )
+        """The full-range bound that every schedule is judged by, at the block size of the run's end, so that all
+        validation losses of a run are one quantity."""
+        return MaskedDiffusion(block_size=self.last_block_size, variable_length_prob=0.0)
+
+    def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise) -> Noised:
+        """The batch masked; with complementary masks twice as many rows, the second half the other way round."""
+        ids, maskable, documents = batch["input_ids"], batch["loss_mask"], batch.get("document_ids")
+        size = self.block_size_at(noise.progress)
+        noised = mask_tokens(ids, maskable, mask_id, self.mask_schedule, noise, self, documents, size)
+        if not self.complementary_masks:
+            return noised
+        whole = documents is None or not size  # a whole row has one rate, however many documents it holds
+        blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
+        return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
 
     def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
         batch = self.shorten(batch, noise)
-        input_ids, documents = batch["input_ids"], batch.get("document_ids")
-        rows, length = input_ids.shape
+        rows, length = batch["input_ids"].shape
         mask_id = model.config.mask_token_id
-        noised = mask_tokens(input_ids, batch["loss_mask"], mask_id, self.mask_schedule, noise, self)
+        noised = self.corrupt(batch, mask_id, noise)
+        copies = self.num_copies
+        input_ids, maskable = (batch[name].repeat(copies, 1) for name in ("input_ids", "loss_mask"))
+        documents = batch["document_ids"].repeat(copies, 1) if "document_ids" in batch else None
         positions = noised.scored.flatten().nonzero()[:, 0]
-        attn_mask = None if documents is None else document_mask(documents)
-        logits = forbid(model(noised.input_ids, attn_mask=attn_mask, select=positions), mask_id)
+        perturbation = self.perturbation(model, noised.scored, noise)
+        size = self.block_size_at(noise.progress)
+        logits = predict(model, noised.input_ids, input_ids, documents, size, positions, perturbation)
+        logits = forbid(logits, mask_id)
         targets = input_ids.flatten()[positions]
         nats = token_nats(logits, targets)
-        averages = loss_by_rate(sum_by_row(nats.detach(), positions, rows, length), noised, batch["loss_mask"])
+        averages = loss_by_rate(sum_by_row(nats.detach(), positions, len(input_ids), length), noised, maskable)
         averages["eos_share"] = share_of(targets, model.config.eos_token_id)
         penalty_weight = self.penalty_weight_at(noise.step)
         if penalty_weight:
@@ -140,11 +216,41 @@ class MaskedDiffusion:
             averages["repeat_penalty"] = (penalty.detach().sum(), torch.tensor(len(positions), device=penalty.device))
             nats = nats + penalty_weight * penalty
         weighted = nats * noised.weight.flatten()[positions]
-        loss = RowLoss(sum_by_row(weighted, positions, rows, length), noised.count, averages)
+        total = sum_by_row(weighted, positions, len(input_ids), length)
+        if self.cap_weight:
+            confidence = self.confidence_loss(logits, targets, positions, noised, averages)
+            total = total + self.cap_weight * noised.count * confidence
+        loss = RowLoss(total.view(copies, rows).sum(dim=0), noised.count.view(copies, rows).sum(dim=0), averages)
         if self.sequence_mean:
             return loss.by_sequence()
         # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
         return replace(loss, count=batch["reply_tokens"].float()) if "reply_tokens" in batch else loss
+
+    def confidence_loss(
+        self, logits: Tensor, targets: Tensor, positions: Tensor, noised: Noised, averages: dict
+    ) -> Tensor:
+        """CAP (LLaDA 2.0 Eq. 6), (R,): the mean entropy, in nats, of a row's predictions that are right as they stand;
+        0 where none is. Which ones are right has no gradient."""
+        right = (logits.detach().argmax(dim=-1) == targets).float()
+        spread = entropy(logits) * right
+        sums, number = (sum_by_row(values, positions, *noised.scored.shape) for values in (spread, right))
+        averages["cap_entropy"] = (sums.detach().sum(), number.sum())
+        averages["right"] = (number.sum(), torch.tensor(len(positions), device=logits.device))
+        return sums / number.clamp(min=1)
+
+    def perturbation(self, model: Transformer, masked: Tensor, noise: StepNoise) -> Tensor | None:
+        """(R, L, C) noise on the embeddings of the masked (R, L) positions (LLaDA 2.0, section 7.1): autoregressive
+        training has never seen [MASK], and so many equal inputs make large gradients."""
+        left = self.mask_embedding_noise * (1 - noise.step / self.mask_embedding_noise_steps)
+        if left <= 0:
+            return None
+        table = model.embed_tokens.weight.detach()
+        rows = noise.normal("embedding", len(masked) // self.num_copies, masked.shape[1], table.shape[1])
+        return rows.repeat(self.num_copies, 1, 1) * masked[:, :, None] * (left * table.square().mean().sqrt())
+
+    @property
+    def num_copies(self) -> int:
+        return 2 if self.complementary_masks else 1
 
     def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
         """LLaDA, section 2.2: a few steps see rows of a random length, lest short canvases be off-distribution."""
@@ -172,6 +278,11 @@ class MaskedDiffusion:
         run[:, 0] = 0
         wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
         return unlikelihood(logits, previous) * wrong
+
+
+def stack(one: Noised, other: Noised) -> Noised:
+    """The rows of both, one below the other."""
+    return Noised(*(torch.cat([getattr(one, f.name), getattr(other, f.name)]) for f in fields(Noised)))
 
 
 def share_of(targets: Tensor, token_id: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ EXPLICIT_ATTENTION_KEYS = 512
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: AttentionMask | None, is_causal: bool) -> Tensor:
-    """q (B, H, L, D), k and v (B, H_kv, L_key, D) -> (B, H, L, D); attn_mask and is_causal as in SDPA, or a BlockMask."""
+    """q (B, H, L, D), k and v (B, H_kv, L_key, D) -> (B, H, L, D); attn_mask a BlockMask or, as is_causal, SDPA's."""
     if isinstance(attn_mask, BlockMask):
         return flex_attend(q, k, v, attn_mask)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_KEYS:
@@ -56,7 +56,12 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attn_mask: AttentionMask | None, is_causal: bool, cache: KVCache | None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        attn_mask: AttentionMask | None,
+        is_causal: bool,
+        cache: KVCache | None,
     ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H*D) -> (B, H, L, D)

@@ -22,9 +22,9 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     """Parse argv into one instance of each dataclass in `groups`, in order, and last the frozenset of the fields typed.
 
     A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
-    a Literal lists its choices; `X | None` may be left out; a field without help text is not a flag. Underscores in
-    flags read as hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks
-    is reported as a usage error.
+    a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without help
+    text is not a flag. Underscores in flags read as hyphens. `defaults` override field defaults for this command.
+    ValueError from a dataclass's own checks is reported as a usage error.
     """
     parser = _Parser(
         usage=f"uv run python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'MODULE')} [FLAGS]",
@@ -37,7 +37,8 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
         section = parser.add_argument_group(title)
         for name, kind, text, aliases in _flags(group):
             default = defaults.pop(name, group.__dataclass_fields__[name].default)
-            shown = "none" if default is None else default
+            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+            shown = "none" if default is None else shown
             flags = dict.fromkeys(["--" + name.replace("_", "-"), *aliases])
             section.add_argument(
                 *flags,
@@ -104,12 +105,23 @@ def _finite(text: str) -> float:
 _finite.__name__ = "number"  # argparse names it to the user
 
 
+def _listed(member: type) -> Callable[[str], tuple]:
+    def convert(text: str) -> tuple:
+        return tuple((_finite if member is float else member)(part) for part in text.split(","))
+
+    convert.__name__ = "list of numbers with commas"
+    return convert
+
+
 def _conversion(kind: Any) -> dict[str, Any]:
     kinds = [t for t in get_args(kind) if t is not type(None)] if type(None) in get_args(kind) else [kind]
     if kinds[0] is bool:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(kinds[0]) is Literal:
         return {"choices": get_args(kinds[0]), "type": type(get_args(kinds[0])[0])}
+    if get_origin(kinds[0]) is tuple:
+        member = get_args(kinds[0])[0]
+        return {"type": _listed(member), "metavar": f"{member.__name__.upper()},..."}
     return {"type": _finite if kinds[0] is float else kinds[0], "metavar": kinds[0].__name__.upper()}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
-from model.forward_process import StepNoise, mask_tokens
+from model.forward_process import StepNoise
 from model.transformer import Transformer
 from scripts.engine.loader import Rows, to_device
 from scripts.engine.runtime import RuntimeConfig
@@ -86,9 +86,9 @@ def show_batch(
     scored = batch["loss_mask"]
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
     masked = torch.zeros_like(scored)
-    if hasattr(objective, "mask_schedule"):
+    if hasattr(objective, "corrupt"):
         noise = StepNoise(seed, 0, rows_per_step, width=rows.seq_len)
-        masked = mask_tokens(batch["input_ids"], scored, mask_id, objective.mask_schedule, noise, objective).scored
+        masked = objective.corrupt(batch, mask_id, noise).scored[: len(scored)]
     else:  # the first token of a piece has nothing to be predicted from
         first = torch.ones_like(scored)
         first[:, 1:] = documents[:, 1:] != documents[:, :-1]

@@ -62,6 +62,11 @@ class RunConfig:
     log_interval: Annotated[int, "steps between log lines"] = 50
     eval_interval: Annotated[int, "steps between validations"] = 500
     eval_max_batches: Annotated[int, "validation batches, of --batch-size rows spread over the validation split"] = 20
+    topk_merge: Annotated[
+        int,
+        "keep the K best validated weights, and average them at the end into <run-name>_topk_merged.pt (0 = no)",
+        "--llada2-topk-merge-k",
+    ] = 0
     dry_run: Annotated[bool, "print shapes, parameters, memory, steps, tokens and estimated hours; train nothing"] = (
         False
     )
@@ -71,6 +76,8 @@ class RunConfig:
         for name in ("save_interval", "log_interval", "eval_interval", "eval_max_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if not 0 <= self.topk_merge <= 1000:
+            raise ValueError(f"--topk-merge must be from 0 to 1000, not {self.topk_merge}")
         name = self.run_name
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
             raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")

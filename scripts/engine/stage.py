@@ -39,13 +39,14 @@ def train_stage(
     objective: Any,
     data: Any,
     tokenizer: PreTrainedTokenizerFast,
-    build: Callable[[], Any],
+    build: Callable[[ModelConfig], Any],
     before_training: Callable[[], None] = lambda: None,
 ) -> Transformer | None:
     """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch.
 
-    data: the data group of flags, with `data` and `max_seq_len`. build() -> the dataset: `train` and `validation` rows,
-    `meta`, `describe()`; it is called only once nothing else is wrong, since reading a corpus takes time.
+    data: the data group of flags, with `data` and `max_seq_len`. build(config of the model) -> the dataset: `train` and
+    `validation` rows, `meta`, `describe()`; it is called only once nothing else is wrong, since reading a corpus takes
+    time.
     before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
     run = configs.run
@@ -58,7 +59,9 @@ def train_stage(
     model = _starting_model(configs, objective, tokenizer, state)
     moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
     model.set_context(data.max_seq_len)
-    dataset = build()
+    objective = objective.for_weights(model.config)
+    model.config = replace(model.config, **objective.decoding)
+    dataset = build(model.config)
     if configs.trainer.early_stop_patience and not len(dataset.validation):
         raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
@@ -144,15 +147,37 @@ def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
         final_decay_ratio=wsd,
         cache_dir=(not getattr(data, "streaming", False), "a cache: --streaming keeps none"),
         early_stop_min_delta=(configs.trainer.early_stop_patience > 0, "--early-stop-patience"),
-        iid_mask_eps=(getattr(objective, "mask_schedule", "") == "iid_t", "--mask-schedule iid_t"),
+        **_idle_noise_flags(objective),
         repeat_penalty_min_run=penalty,
         repeat_penalty_delay_steps=penalty,
         repeat_penalty_warmup_steps=penalty,
     )
-    if "iid_mask_eps" in configs.given:
+    if "iid_mask_eps" in configs.given and objective.mask_schedule == "iid_t":
         eps, used = objective.iid_mask_eps, rate_range(objective)
         reached = used[0] == eps or used[1] == 1 - eps
         refuse_idle(configs.given, iid_mask_eps=(reached, "a band of mask rates that reaches to within eps of 0 or 1"))
+
+
+def _idle_noise_flags(objective: Any) -> dict[str, tuple[bool, str]]:
+    """For `refuse_idle`: the flags of the forward process that have an effect only with another one's value."""
+    schedule = getattr(objective, "mask_schedule", "")
+    wsd, timed = (schedule == "wsd", "--mask-schedule wsd"), schedule in ("iid_t", "wsd")
+    curriculum = getattr(objective, "use_block_curriculum", False), "--use-block-curriculum"
+    weighted = schedule == "iid_t" or (schedule == "wsd" and objective.time_weighted_loss)
+    return {
+        "iid_mask_eps": (timed, "--mask-schedule iid_t or wsd"),
+        "noise_schedule": (timed, "--mask-schedule iid_t or wsd"),
+        "mask_rate_min": (not wsd[0], "another --mask-schedule: wsd has --wsd-min-mask-ratio"),
+        "mask_rate_max": (not wsd[0], "another --mask-schedule: wsd has --wsd-max-mask-ratio"),
+        "time_weighted_loss": wsd,
+        "time_weight_eps": (weighted, "--mask-schedule iid_t, or wsd and --time-weighted-loss"),
+        **dict.fromkeys(("wsd_min_mask_ratio", "wsd_max_mask_ratio", "wsd_warmup_ratio", "wsd_stable_ratio"), wsd),
+        **dict.fromkeys(("wsd_phase_ratios", "wsd_block_sizes_up", "wsd_block_sizes_down"), curriculum),
+        "mask_embedding_noise_steps": (
+            getattr(objective, "mask_embedding_noise", 0) > 0,
+            "a positive --mask-embedding-noise",
+        ),
+    }
 
 
 def _check_continuation(
@@ -184,7 +209,7 @@ def _starting_model(
     shape = replace(configs.shape, **token_ids(tokenizer))
     if configs.run.load_from:
         model = starting_weights(configs.run.load_from, shape, configs.given, fingerprint(tokenizer))
-        if objective.attention == "causal" and model.config.attention != "causal":
+        if objective.decoding["attention"] == "causal" and model.config.attention != "causal":
             raise ValueError(
                 f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
                 "an autoregressive stage needs an autoregressive checkpoint"

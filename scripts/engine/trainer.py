@@ -4,7 +4,7 @@ import math
 import shutil
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +21,7 @@ from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
 from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.topk import TopK
 
 CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
 VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of every run
@@ -83,7 +84,6 @@ class Trainer:
         self.optim, self.trainer, self.run, self.runtime, self.identity = optim, trainer, run, runtime, identity
         self.device = runtime.torch_device
         self.model, self.objective = model.to(self.device), objective
-        self.model.config = replace(model.config, attention=objective.attention)
         self.train_rows, self.val_rows = train_rows, val_rows
         self.order = train_rows.order(runtime.seed, trainer.rows_per_step)
         self.total_steps = trainer.total_steps(len(train_rows))
@@ -96,6 +96,7 @@ class Trainer:
         self.seconds, self.tokens, self.meter = 0.0, 0, Meter()
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
+        self.top = TopK(run, state.get("top", []) if state else [])
         if state:
             self._restore(state)
         else:
@@ -103,6 +104,7 @@ class Trainer:
                 optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
             for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
                 path.unlink(missing_ok=True)  # --overwrite: files of another run must not pass for this one's
+            self.top.clear()
         if trainer.compile:
             for layer in self.model.layers:
                 layer.compile()
@@ -140,8 +142,10 @@ class Trainer:
                 ):
                     self.save()
                 self._stop_if_asked(stop)
-        bar.close()
-        self.save()
+            bar.close()
+            self.save()
+            if self.top.best:
+                self._merge(stop)
         if self.average:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)
@@ -202,21 +206,33 @@ class Trainer:
             self.average.update(self.model)
 
     def _noise(self, seed: int, step: int, total_rows: int, first_row: int) -> StepNoise:
-        return StepNoise(seed, step, total_rows, first_row, self.device, self.train_rows.seq_len)
+        progress = min(max(step, 0) / self.total_steps, 1.0)
+        return StepNoise(seed, step, total_rows, first_row, self.device, self.train_rows.seq_len, progress)
 
     def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise) -> RowLoss:
         with self.runtime.autocast():
             return objective(self.model, to_device(batch, self.device), noise)
 
-    @torch.no_grad()
     def _validate(self, stop: StopSignals) -> None:
         """Validation loss on fixed rows with fixed noise; keeps the best weights; counts towards an early stop."""
+        if self.average:
+            self.average.swap(self.model)
+        try:
+            nats, counts, meter = self._validation(stop)
+            self.last_eval = self.step
+            if len(nats):
+                self._judge(nats, counts, meter)
+        finally:
+            if self.average:
+                self.average.swap(self.model)
+
+    @torch.no_grad()
+    def _validation(self, stop: StopSignals) -> tuple[torch.Tensor, torch.Tensor, Meter]:
+        """Nats and counts of every validation row, float64 on the host, under the weights in the model."""
         objective, size = self.objective.for_validation(), self.trainer.batch_size
         max_rows = min(len(self.val_rows), self.run.eval_max_batches * size)
         meter, nats, counts = Meter(), [], []
         self.model.eval()
-        if self.average:
-            self.average.swap(self.model)
         try:
             for first, batch in in_order(self.val_rows, size, max_rows):
                 self._stop_if_asked(stop)
@@ -225,13 +241,23 @@ class Trainer:
                 counts.append(loss.count.cpu().double())
                 for name, (total, number) in loss.averages.items():
                     meter.add(name, total, number)
-            self.last_eval = self.step
-            if nats:
-                self._judge(torch.cat(nats), torch.cat(counts), meter)
         finally:
-            if self.average:
-                self.average.swap(self.model)
             self.model.train()
+        return (torch.cat(nats), torch.cat(counts), meter) if nats else (torch.empty(0), torch.empty(0), meter)
+
+    def _merge(self, stop: StopSignals) -> None:
+        """<run>_topk_merged.pt: the mean of the best weights, validated like each of them."""
+        kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        load_weights(self.model, self.top.average(), str(self.top.merged_path))
+        nats, counts, _ = self._validation(stop)
+        loss, steps = float(nats.sum() / counts.sum()), sorted(step for _, step in self.top.best)
+        self._write_weights(self.top.merged_path)
+        self.model.load_state_dict(kept)
+        self.log.write("merge", step=self.step, loss=loss, steps=steps, best_loss=self.best_loss)
+        self._say(
+            f"merged steps {', '.join(map(str, steps))}: val loss {loss:.4f} {self.objective.unit}, best of them "
+            f"{self.top.best[0][0]:.4f}; saved {self.top.merged_path}"
+        )
 
     def _judge(self, nats: torch.Tensor, counts: torch.Tensor, meter: Meter) -> None:
         """Log a validation; called while the validated weights (the average, if there is one) are in the model."""
@@ -249,6 +275,8 @@ class Trainer:
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self._write_weights(self.run.path("_best.pt"))
+        if self.run.topk_merge:
+            self.top.offer(loss, self.step, self._write_weights)
         self.log.write(
             "eval",
             step=self.step,
@@ -258,9 +286,8 @@ class Trainer:
             best_step=self.best_step,
             **meter.read(),
         )
-        self._say(
-            f"step {self.step}: val loss {loss:.4f} nats per token, best_val {self.best_loss:.4f}@{self.best_step}"
-        )
+        best = f"best_val {self.best_loss:.4f}@{self.best_step}"
+        self._say(f"step {self.step}: val loss {loss:.4f} {self.objective.unit}, {best}")
         plot_losses(self.log.path, self.run.path("_loss.png"))
 
     def _log_training(self, learning_rate: float, speed: float, bar: tqdm) -> None:
@@ -311,6 +338,7 @@ class Trainer:
             stop_loss=self.stop_loss,
             seconds=self.seconds,
             tokens=self.tokens,
+            top=self.top.best,
             log_lines=self.log.lines,
             meter=self.meter.sums,
             optimizers=[o.state_dict() for o in self.optimizers],

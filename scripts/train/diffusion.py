@@ -81,9 +81,16 @@ def main(argv: list[str] | None = None) -> None:
     # Found out before the training, not after it.
     prompt_tokens(tokenizer, what.prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
-        build = partial(PretrainDataset, data, tokenizer)
         keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build, keep)
+        model = train_stage(
+            "scripts.train.diffusion",
+            configs,
+            objective,
+            data,
+            tokenizer,
+            build=lambda config: PretrainDataset(data, tokenizer),
+            before_training=keep,
+        )
         if model is None:
             return
     else:

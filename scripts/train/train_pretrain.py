@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         NextToken(),
         data,
         tokenizer,
-        build=lambda: PretrainDataset(data, tokenizer),
+        build=lambda config: PretrainDataset(data, tokenizer),
     )
 
 

@@ -5,6 +5,9 @@
 
 A conversation of several turns becomes one row for each reply, whose prompt is never masked nor scored. Behind the
 reply stand its EOS and a random number of further ones: the empty end of the canvas on which the decoder writes.
+
+From weights of block diffusion, or with --block-size, it learns block by block (LLaDA 2.0, section 5.1), and the EOS
+fill the reply's last block.
 """
 
 from dataclasses import replace
@@ -13,7 +16,7 @@ from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.objective import MaskedDiffusion
-from scripts.engine.cli import parse_args, run
+from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.optim import SFTOptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
@@ -41,17 +44,24 @@ def main(argv: list[str] | None = None) -> None:
     require_start(configs, "weights/diffusion_from_ar_eq3_state_dict.pt")
     if objective.variable_length_prob:
         raise ValueError("--variable-length-prob would cut replies off their prompts; leave it out in fine-tuning")
+    if objective.use_block_curriculum:
+        raise ValueError("--use-block-curriculum belongs to pretraining; in fine-tuning give --block-size")
     if objective.mask_schedule == "random":
         raise ValueError("--mask-schedule random is fixed_count where every row counts the same; leave it out")
     tokenizer = load_tokenizer(data.tokenizer_dir)
-    train_stage(
-        "scripts.train.train_sft_diffusion",
-        configs,
-        replace(objective, sequence_mean=True),
-        data,
-        tokenizer,
-        build=lambda: SFTDataset(data, tokenizer, all_replies=False, rows_per_step=configs.trainer.rows_per_step),
-    )
+
+    def build(config: ModelConfig) -> SFTDataset:
+        quantized = config.block_size > 0 and data.quantize_effective_length
+        refuse_idle(
+            configs.given,
+            quantize_effective_length=(config.block_size > 0, "block diffusion (--block-size)"),
+            eos_fill=(not quantized, "--no-quantize-effective-length"),
+        )
+        rows_per_step, block_size = configs.trainer.rows_per_step, config.block_size if quantized else 0
+        return SFTDataset(data, tokenizer, all_replies=False, rows_per_step=rows_per_step, block_size=block_size)
+
+    objective = replace(objective, sequence_mean=True)
+    train_stage("scripts.train.train_sft_diffusion", configs, objective, data, tokenizer, build)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         NextToken(sequence_mean=True),
         data,
         tokenizer,
-        build=lambda: SFTDataset(data, tokenizer, all_replies=True, rows_per_step=configs.trainer.rows_per_step),
+        build=lambda config: SFTDataset(data, tokenizer, all_replies=True, rows_per_step=configs.trainer.rows_per_step),
     )
 
 

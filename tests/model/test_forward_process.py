@@ -1,23 +1,15 @@
 import math
-from dataclasses import dataclass
 
 import pytest
 import torch
 
-from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
-
-
-@dataclass(frozen=True)
-class Settings:
-    iid_mask_eps: float = 1e-3
-    mask_rate_min: float = 0.0
-    mask_rate_max: float = 1.0
+from model.forward_process import MASK_SCHEDULES, MaskSettings, StepNoise, mask_tokens
 
 
 def masked(schedule, maskable, step=0, seed=0, total=None, first=0, **settings):
     ids = torch.arange(maskable.numel()).view(maskable.shape) + 10
     noise = StepNoise(seed, step, total or len(maskable), first)
-    return ids, mask_tokens(ids, maskable, 3, schedule, noise, Settings(**settings))
+    return ids, mask_tokens(ids, maskable, 3, schedule, noise, MaskSettings(**settings))
 
 
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)

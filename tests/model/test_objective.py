@@ -273,5 +273,5 @@ def replace_scored(noised, ids):
 
 def test_validation_is_the_same_full_range_bound_whatever_the_training_schedule():
     a = MaskedDiffusion(mask_schedule="random", variable_length_prob=0.3, repeat_penalty_weight=1.0).for_validation()
-    b = MaskedDiffusion(mask_schedule="iid_t", mask_rate_min=0.3, mask_rate_max=0.8).for_validation()
-    assert a == b == MaskedDiffusion(mask_schedule="fixed_count", variable_length_prob=0.0)
+    b = MaskedDiffusion(mask_schedule="iid_t", mask_rate_min=0.3, mask_rate_max=0.8, block_size=0).for_validation()
+    assert a == b == MaskedDiffusion(mask_schedule="fixed_count", variable_length_prob=0.0, block_size=0)

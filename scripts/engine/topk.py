@@ -1,0 +1,40 @@
+"""The best checkpoints of a run, kept while it trains and averaged at its end (LLaDA 2.0, section 4.3)."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from model.checkpoint import average_weights, load_checkpoint
+from scripts.engine.run import RunConfig
+
+
+class TopK:
+    """The --topk-merge best validated weights, in files of their own: <run>_top_<step>.pt."""
+
+    def __init__(self, run: RunConfig, best: list[tuple[float, int]]):
+        """best: (validation loss, step) of those kept so far, best first."""
+        self.run, self.best = run, [(loss, step) for loss, step in best]
+
+    def path(self, step: int) -> Path:
+        return self.run.path(f"_top_{step}.pt")
+
+    @property
+    def merged_path(self) -> Path:
+        return self.run.path("_topk_merged.pt")
+
+    def offer(self, loss: float, step: int, write: Callable[[Path], None]) -> None:
+        """Keep the weights of `step`, which `write` writes, if they are among the best; the worst give way."""
+        ranked = sorted([*((a, b) for a, b in self.best if b != step), (loss, step)])
+        self.best, dropped = ranked[: self.run.topk_merge], ranked[self.run.topk_merge :]
+        if (loss, step) in self.best:
+            write(self.path(step))
+        for _, old in dropped:
+            self.path(old).unlink(missing_ok=True)
+
+    def average(self) -> dict:
+        """The mean of the weights kept."""
+        return average_weights([load_checkpoint(self.path(step))["weights"] for _, step in self.best])
+
+    def clear(self) -> None:
+        """Delete the files that an earlier run of this name has left."""
+        for path in (*self.run.save_dir.glob(f"{self.run.run_name}_top_*.pt"), self.merged_path):
+            path.unlink(missing_ok=True)
