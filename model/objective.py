@@ -86,6 +86,7 @@ class MaskedDiffusion(MaskSettings):
         "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
         "(none: as the starting weights were trained, at first the whole row)",
         "--llada2-block-size",
+        ("--llada2-enable-block-diffusion", 32),
     ] = None
     use_block_curriculum: Annotated[
         bool, "LLaDA 2.0's warm-up, stable and decay phase of the block size: from small blocks to whole rows and back"
@@ -106,6 +107,7 @@ class MaskedDiffusion(MaskSettings):
         float,
         "times the entropy of predictions that are right, added to the loss (LLaDA 2.0's CAP)",
         "--llada2-cap-lambda",
+        ("--llada2-enable-cap", 1.0),
     ] = 0.0
     mask_embedding_noise: Annotated[
         float, "normal noise on the embedding of [MASK] at the first step, in units of the embeddings' mean size"

@@ -23,7 +23,8 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
 
     A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
     a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without help
-    text is not a flag. Underscores in flags read as hyphens. `defaults` override field defaults for this command.
+    text is not a flag. An alias may be a pair ("--flag", value): a switch without argument that stands for the value,
+    unless the field's own flag says another. Underscores in flags read as hyphens. `defaults` override field defaults for this command.
     ValueError from a dataclass's own checks is reported as a usage error.
     """
     parser = _Parser(
@@ -35,7 +36,7 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     for group in groups:
         title = (group.__doc__ or group.__name__).partition("\n")[0].partition(";")[0].rstrip(".")
         section = parser.add_argument_group(title)
-        for name, kind, text, aliases in _flags(group):
+        for name, kind, text, aliases, switches in _flags(group):
             default = defaults.pop(name, group.__dataclass_fields__[name].default)
             shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
             shown = "none" if default is None else shown
@@ -47,10 +48,17 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
                 help=f"{text} [{shown}]".replace("%", "%%"),
                 **_conversion(kind),
             )
+            for flag, value in switches:
+                hint = f"as --{name.replace('_', '-')} {value}"
+                section.add_argument(
+                    flag, dest="switch:" + name, action="store_const", const=value, default=argparse.SUPPRESS, help=hint
+                )
             parser.set_defaults(**{"default:" + name: default})
     if defaults:
         raise TypeError(f"no such field: {sorted(defaults)}")
     values = vars(parser.parse_args([_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]))
+    for name in [name for name in values if name.startswith("switch:")]:
+        values.setdefault(name.removeprefix("switch:"), values.pop(name))
     given = frozenset(name for name in values if not name.startswith("default:"))
     try:
         made = [group(**{n: values.get(n, values["default:" + n]) for n, *_ in _flags(group)}) for group in groups]
@@ -125,8 +133,13 @@ def _conversion(kind: Any) -> dict[str, Any]:
     return {"type": _finite if kinds[0] is float else kinds[0], "metavar": kinds[0].__name__.upper()}
 
 
-def _flags(group: type) -> list[tuple[str, Any, str, list[str]]]:
-    """(name, type, help, aliases) of each annotated field."""
+def _flags(group: type) -> list[tuple[str, Any, str, list[str], list[tuple[str, Any]]]]:
+    """(name, type, help, aliases, switches) of each annotated field."""
     hints = get_type_hints(group, include_extras=True)
-    annotated = {name: hint for name, hint in hints.items() if hasattr(hint, "__metadata__")}
-    return [(name, h.__origin__, h.__metadata__[0], list(h.__metadata__[1:])) for name, h in annotated.items()]
+    found = []
+    for name, hint in hints.items():
+        if hasattr(hint, "__metadata__"):
+            text, *more = hint.__metadata__
+            aliases, switches = ([m for m in more if isinstance(m, kind)] for kind in (str, tuple))
+            found.append((name, hint.__origin__, text, aliases, switches))
+    return found

@@ -66,6 +66,7 @@ class RunConfig:
         int,
         "keep the K best validated weights, and average them at the end into <run-name>_topk_merged.pt (0 = no)",
         "--llada2-topk-merge-k",
+        ("--llada2-topk-merge", 3),
     ] = 0
     dry_run: Annotated[bool, "print shapes, parameters, memory, steps, tokens and estimated hours; train nothing"] = (
         False

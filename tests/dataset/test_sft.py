@@ -48,7 +48,7 @@ def tokenizer():
 def dataset(tmp_path, tokenizer):
     """dataset(rows, all_replies, **flags) -> SFTDataset of a file with these rows, nothing held out by default."""
 
-    def build(rows, all_replies, name="chats.jsonl", **flags):
+    def build(rows, all_replies, name="chats.jsonl", block_size=0, **flags):
         path = tmp_path / name
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
         if not path.exists():
@@ -56,7 +56,7 @@ def dataset(tmp_path, tokenizer):
         config = (SFTData if all_replies else DiffusionSFTData)(
             data=path, cache_dir=tmp_path / "cache", **{"val_fraction": 0.0, **flags}
         )
-        return SFTDataset(config, tokenizer, all_replies, rows_per_step=2)
+        return SFTDataset(config, tokenizer, all_replies, rows_per_step=2, block_size=block_size)
 
     return build
 
@@ -202,6 +202,24 @@ def test_the_fill_is_eos_learnt_and_of_every_length_up_to_the_allowed_one(datase
     for fill in range(7):
         expected = np.log((reply + fill + 1) / reply) / np.log((reply + 7) / reply)
         assert abs(np.mean(np.array(fills) <= fill) - expected) < 4 * np.sqrt(0.25 / 400)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 8])
+def test_for_blocks_eos_fill_the_replys_last_block_and_nothing_more(size, dataset, tokenizer):
+    """Effective length: the least multiple of the block size that holds the row, or all of the row's room."""
+    texts = [{"prompt": "2", "response": "2 " * number} for number in range(1, 9)]
+    rows = dataset([{"messages": MULTI}, *texts], False, block_size=size, max_seq_len=42).train
+    lengths = set()
+    for visit in range(len(rows)):
+        batch = rows.batch(np.array([visit]))
+        effective = int((batch["document_ids"] == 0).sum())
+        own = int(rows.items.lengths[visit])
+        assert effective == min(-(-own // size) * size, 42) == rows.lengths(np.array([visit]))[0]
+        assert (batch["input_ids"][0, own:effective] == tokenizer.eos_token_id).all()
+        assert batch["loss_mask"][0, own:effective].all() and not batch["loss_mask"][0, effective:].any()
+        assert int(batch["loss_mask"].sum() - batch["reply_tokens"]) == effective - own
+        lengths.add(effective - own)
+    assert size == 1 or len(lengths) > 1
 
 
 def test_the_fill_stays_within_the_row(dataset):

@@ -22,14 +22,14 @@ ZERO_MEANS_SOMETHING = {
     *("early_stop_patience", "early_stop_min_delta", "variable_length_prob", "repeat_penalty_weight", "val_fraction"),
     *("repeat_penalty_delay_steps", "repeat_penalty_warmup_steps", "gen_temp", "gen_top_k", "gen_block_size"),
     *("gen_repeat_penalty", "gen_cfg_scale", "ar_temperature", "ar_top_k", "ar_repeat_penalty"),
-    *("rms_norm_eps", "gen_seed", "mask_rate_min"),
+    *("rms_norm_eps", "gen_seed", "mask_rate_min", "block_size", "cap_weight", "mask_embedding_noise", "topk_merge"),
 }
 
 
 def numeric(*groups) -> list[tuple[str, type]]:
     found = []
     for group in groups:
-        for name, kind, _, _ in cli._flags(group):
+        for name, kind, *_ in cli._flags(group):
             number = {int: int, cli._finite: float}.get(cli._conversion(kind).get("type"))
             if number:
                 found.append((name, number))
@@ -140,3 +140,25 @@ def test_an_evaluation_refuses_an_impossible_length(name, length, eval_argv, ref
     argv = [*eval_argv[name], f"--max-seq-len={length}"]
     refused(EVALS[name], argv, "--max-seq-len", length)
     refused(EVALS[name], [*argv, "--eval-max-batches", "1"], "--max-seq-len", length)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--wsd-phase-ratios 0.5,0.5", ["--wsd-phase-ratios", "three"]),
+        ("--wsd-phase-ratios 0.5,0.5,0.5", ["--wsd-phase-ratios", "add up to 1"]),
+        ("--wsd-block-sizes-up 1,0", ["--wsd-block-sizes-up"]),
+        ("--wsd-block-sizes-down 4,x", ["--wsd-block-sizes-down", "list of numbers"]),
+        ("--wsd-block-sizes-up=", ["--wsd-block-sizes-up", "list of numbers"]),
+        ("--block-size 4", ["--block-size", "--use-block-curriculum", "contradict"]),
+        ("--mask-schedule wsd --wsd-min-mask-ratio 0.9 --wsd-max-mask-ratio 0.5", ["--wsd-min-mask-ratio 0.9"]),
+        ("--mask-schedule wsd --wsd-warmup-ratio 0.7", ["--wsd-warmup-ratio 0.7", "together at most 1"]),
+        ("--mask-schedule wsd --mask-rate-max 0.5", ["--mask-rate-max", "--wsd-max-mask-ratio"]),
+        ("--complementary-masks --mask-schedule iid_t", ["--complementary-masks needs --mask-schedule fixed_count"]),
+        ("--time-weighted-loss", ["--time-weighted-loss has no effect without --mask-schedule wsd"]),
+        ("--noise-schedule cosine", ["--noise-schedule has no effect without --mask-schedule iid_t or wsd"]),
+        ("--mask-embedding-noise-steps 5", ["has no effect without a positive --mask-embedding-noise"]),
+    ],
+)
+def test_block_diffusion_refuses_what_cannot_be(flags, words, diffusion_argv, refused):
+    refused(diffusion, [*diffusion_argv, "--max-iters", "1", "--use-block-curriculum", *flags.split()], *words)

@@ -19,6 +19,7 @@ import scripts.eval
 import scripts.train
 from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
+from model.objective import MaskedDiffusion
 from scripts.engine import cli
 from scripts.engine.run import SILENT, TOLD, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
@@ -413,3 +414,30 @@ def test_the_loss_curve_is_drawn(command, pretrain_argv, plots):
     assert sorted(p.name for p in Path("weights").iterdir()) == [
         *("ar.pt", "ar_best.pt", "ar_log.jsonl", "ar_loss.png", "ar_state_dict.pt")
     ]
+
+
+@pytest.mark.parametrize(
+    "flags, cap, block, kept",
+    [
+        ("--llada2-enable-cap", 1.0, None, 0),
+        ("--llada2-cap-lambda 2 --llada2_enable_cap", 2.0, None, 0),
+        ("--llada2-enable-block-diffusion --llada2-topk-merge", 0.0, 32, 3),
+        (
+            "--llada2-block-size 16 --llada2-enable-block-diffusion --llada2-topk-merge --llada2-topk-merge-k 5",
+            0.0,
+            16,
+            5,
+        ),
+    ],
+)
+def test_a_switch_stands_for_a_value_and_gives_way_to_a_typed_one(flags, cap, block, kept):
+    objective, run, given = cli.parse_args("", MaskedDiffusion, RunConfig, argv=flags.split())
+    assert (objective.cap_weight, objective.block_size, run.topk_merge) == (cap, block, kept)
+    assert given == {n for n, v in (("cap_weight", cap), ("block_size", block), ("topk_merge", kept)) if v}
+
+
+def test_a_list_is_numbers_with_commas():
+    objective, _ = cli.parse_args(
+        "", MaskedDiffusion, argv="--wsd-block-sizes-up 1,2,8 --wsd_phase_ratios=0.5,0.25,0.25".split()
+    )
+    assert objective.wsd_block_sizes_up == (1, 2, 8) and objective.wsd_phase_ratios == (0.5, 0.25, 0.25)

@@ -34,8 +34,18 @@ RUNS = {
     ),
     "fixed_count-muon": (diffusion, "--mask-schedule fixed_count --optimizer muon --dropout 0.1"),
     "random-no-packing": (diffusion, "--mask-schedule random --no-packing --lr-schedule cosine"),
+    "llada2": (
+        diffusion,
+        "--mask-schedule wsd --time-weighted-loss --noise-schedule cosine --use-block-curriculum --topk-merge 2 "
+        "--wsd-block-sizes-up 1,4 --wsd-block-sizes-down 8,4 --mask-embedding-noise 1 --mask-embedding-noise-steps 7 "
+        "--accumulation-steps 2 --ema-decay 0.9",
+    ),
     "sft-ar": (train_sft_minimind, "--accumulation-steps 2 --resume-optimizer-state --load-from pretrained/ar.pt"),
     "sft-diffusion": (train_sft_diffusion, "--dropout 0.1 --ema-decay 0.9"),
+    "sft-blocks": (
+        train_sft_diffusion,
+        "--block-size 4 --no-quantize-effective-length --complementary-masks --mask-rate-min 0.3 --mask-rate-max 0.8 --cap-weight 0.5",
+    ),
     "sft-streaming": (train_sft_diffusion, "--streaming --steps-per-epoch 5"),
 }
 
@@ -147,7 +157,12 @@ def events(path: Path) -> list[dict]:
 
 def assert_same_run(run_name: str) -> None:
     """The run in whole/ and the one in parts/ left the same weights, optimizer, averages, counters and losses."""
-    for suffix in (".pt", "_state_dict.pt", "_best.pt"):
+    suffixes, others = (
+        {path.name.removeprefix(run_name) for path in Path(folder).glob(f"{run_name}*.pt")}
+        for folder in ("whole", "parts")
+    )
+    assert suffixes == others >= {".pt", "_state_dict.pt", "_best.pt"}
+    for suffix in suffixes:
         same(computed(Path(f"whole/{run_name}{suffix}")), computed(Path(f"parts/{run_name}{suffix}")), suffix)
     whole, parts = events(Path(f"whole/{run_name}_log.jsonl")), events(Path(f"parts/{run_name}_log.jsonl"))
     assert [row["event"] for row in whole].count("eval") >= 2
@@ -184,7 +199,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", ["ar-everything", "iid_t-everything", "fixed_count-muon"])
+@pytest.mark.parametrize("name", ["ar-everything", "iid_t-everything", "llada2"])
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, moment, whole, command, at):
     module, argv = whole(name)
