@@ -24,8 +24,8 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
     a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without help
     text is not a flag. An alias may be a pair ("--flag", value): a switch without argument that stands for the value,
-    unless the field's own flag says another. Underscores in flags read as hyphens. `defaults` override field defaults for this command.
-    ValueError from a dataclass's own checks is reported as a usage error.
+    unless the field's own flag says another. Underscores in flags read as hyphens. `defaults` override field defaults
+    for this command. ValueError from a dataclass's own checks is reported as a usage error.
     """
     parser = _Parser(
         usage=f"uv run python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'MODULE')} [FLAGS]",

@@ -438,6 +438,6 @@ def test_a_switch_stands_for_a_value_and_gives_way_to_a_typed_one(flags, cap, bl
 
 def test_a_list_is_numbers_with_commas():
     objective, _ = cli.parse_args(
-        "", MaskedDiffusion, argv="--wsd-block-sizes-up 1,2,8 --wsd_phase_ratios=0.5,0.25,0.25".split()
+        "", MaskedDiffusion, argv=["--wsd-block-sizes-up", "1,2,8", "--wsd_phase_ratios=0.5,0.25,0.25"]
     )
     assert objective.wsd_block_sizes_up == (1, 2, 8) and objective.wsd_phase_ratios == (0.5, 0.25, 0.25)

@@ -44,7 +44,8 @@ RUNS = {
     "sft-diffusion": (train_sft_diffusion, "--dropout 0.1 --ema-decay 0.9"),
     "sft-blocks": (
         train_sft_diffusion,
-        "--block-size 4 --no-quantize-effective-length --complementary-masks --mask-rate-min 0.3 --mask-rate-max 0.8 --cap-weight 0.5",
+        "--block-size 4 --no-quantize-effective-length --complementary-masks --mask-rate-min 0.3 --mask-rate-max 0.8 "
+        "--cap-weight 0.5",
     ),
     "sft-streaming": (train_sft_diffusion, "--streaming --steps-per-epoch 5"),
 }
