@@ -62,7 +62,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """What one step wrote. Its tensors are its own copies."""
+    """What one step wrote. Its tensors are its own copies, on the CPU."""
 
     canvas: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
     written: Tensor  # (B, L) bool, written in this step
@@ -74,7 +74,7 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class Decoded:
-    canvas: Tensor  # (B, L) final; what a row that ended had left open is EOS
+    canvas: Tensor  # (B, L) final, on the CPU; what a row that ended had left open is EOS
     new: list[list[int]]  # per row the filled tokens, in order, up to and including the first EOS
     ended: list[bool]  # EOS was produced
     num_forward_passes: int  # network calls of the whole batch
@@ -92,15 +92,18 @@ class Draft:
 
     A row is unfinished until all of it is written, or an EOS and everything open to the left of it: what would follow
     belongs to no text. Rows draw from generators of their own, so no row's text depends on its neighbours.
+
+    What is written where is kept on the CPU, whatever computes the logits: an accelerator would be asked after it, and
+    waited for, several times a step. Noise is drawn where the canvas was.
     """
 
     def __init__(self, canvas: Canvas, config: ModelConfig, seeds: Sequence[int]):
         if len(seeds) != len(canvas.ids):
             raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
-        device = canvas.ids.device
-        self.eos_token_id, self.mask_token_id, self.open = config.eos_token_id, config.mask_token_id, canvas.open
-        self.ids, self.masked = canvas.ids.clone(), canvas.open.clone()
-        self.rows = canvas.open.any(dim=1).nonzero()[:, 0].tolist()  # unfinished
+        self.device = device = canvas.ids.device
+        self.eos_token_id, self.mask_token_id, self.open = config.eos_token_id, config.mask_token_id, canvas.open.cpu()
+        self.ids, self.masked = canvas.ids.cpu().clone(), self.open.clone()
+        self.rows = self.open.any(dim=1).nonzero()[:, 0].tolist()  # unfinished
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
         # float64 is drawn, which MPS does not have.
         self.generators = [torch.Generator("cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
@@ -110,11 +113,11 @@ class Draft:
         """(B, L) bool: open at first, written since."""
         return self.open & ~self.masked
 
-    def spent(self, num_forward_passes: int) -> None:
-        """Note the network calls made in all, the latest of them for the rows unfinished now."""
-        for row in self.rows:
-            self.row_passes[row] += num_forward_passes - self.num_forward_passes
-        self.num_forward_passes = num_forward_passes
+    def spent(self, rows: Sequence[int]) -> None:
+        """Note a network call for these rows."""
+        self.num_forward_passes += 1
+        for row in rows:
+            self.row_passes[row] += 1
 
     def uniform(self, counts: list[int], *shape: int) -> Tensor:
         """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th unfinished row's generator."""
@@ -122,16 +125,17 @@ class Draft:
             torch.rand(count, *shape, generator=generator, dtype=torch.float64, device=generator.device)
             for count, generator in zip(counts, (self.generators[row] for row in self.rows), strict=True)
         ]
-        return torch.cat(draws)
+        return torch.cat(draws) if len(draws) > 1 else draws[0]
 
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor) -> DecodingStep:
         """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it leaves `rows`.
 
         ValueError for a position that is not masked, or a [MASK] to be written.
         """
+        rows, columns, tokens, confidence = (values.cpu() for values in (rows, columns, tokens, confidence))
         if not bool(self.masked[rows, columns].all()) or bool((tokens == self.mask_token_id).any()):
             raise ValueError("only masked positions can be written, and only with tokens other than [MASK]")
-        written, probability = torch.zeros_like(self.masked), torch.zeros(self.ids.shape, device=self.ids.device)
+        written, probability = torch.zeros_like(self.masked), torch.zeros(self.ids.shape)
         written[rows, columns], probability[rows, columns] = True, confidence
         self.ids[rows, columns] = tokens
         self.masked &= ~written

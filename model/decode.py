@@ -70,20 +70,18 @@ def autoregress(
     cache = KVCache(model.config, len(start), longest + int((canvas.lengths - start).max()))
     # In the cache the prompts end together, at slot `longest`: they are padded on the left.
     columns = torch.arange(longest, device=start.device) - (longest - start)[:, None]
-    new, ragged, passes = draft.ids.gather(1, columns.clamp(min=0)), int(start.min()) < longest, 0
+    new, ragged = canvas.ids.gather(1, columns.clamp(min=0)), int(start.min()) < longest
     while draft.rows:
         attention = _left_padded(columns, longest - start, cache) if ragged else {"is_causal": True}
         last = torch.arange(1, len(new) + 1, device=new.device) * new.shape[1] - 1
         logits = model(new, cache=cache, select=last, **attention).float()
         cache.advance(new.shape[1])
-        passes += 1
-        draft.spent(passes)
+        draft.spent(draft.rows)
         rows, columns = torch.tensor(draft.rows, device=new.device), columns[:, -1:] + 1
         logits, column = logits[rows], columns[rows, 0]
         if draw.repeat_penalty > 0:
-            logits = penalise_repeats(
-                logits, draft.ids[rows], draft.written[rows], column, draw.repeat_penalty, draw.repeat_window, eos
-            )
+            ids, written = (values.to(new.device)[rows] for values in (draft.ids, draft.written))
+            logits = penalise_repeats(logits, ids, written, column, draw.repeat_penalty, draw.repeat_window, eos)
         logits = forbid(logits, model.config.mask_token_id)
         uniform = draft.uniform([1] * len(rows), logits.shape[1]) if draw.temperature > 0 else None
         tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)

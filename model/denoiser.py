@@ -4,19 +4,31 @@ Rows are independent processes that share forward passes: each has its own block
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from model.attention_mask import document_mask
 from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
+from model.config import ModelConfig
+from model.denoising_forward import (
+    Active,
+    BlockCached,
+    DualCached,
+    Forward,
+    PrefixCached,
+    Recomputed,
+    UnfusedBlockCached,
+)
 from model.losses import forbid
 from model.remasking import POLICIES, Step, commit, transfer_schedule
 from model.sampling import Draw, guide, penalise_repeats, require_draw, sample_tokens
 from model.transformer import Transformer
+
+DEFAULT_BLOCK_SIZE = 8  # on larger canvases a small model commits to the EOS at their end first: report, section 10
 
 
 @dataclass(frozen=True)
@@ -26,13 +38,19 @@ class DenoisingConfig:
     gen_steps: Annotated[
         int,
         "denoising steps for the whole continuation, at least one per block, at most one per token; "
-        "threshold, factor: those over which the cap grows",
+        "threshold, factor: those over which the cap grows; hybrid: the most",
     ] = 64
     gen_block_size: Annotated[
-        int, "denoise blocks of so many tokens from left to right (0 = the whole continuation at once)"
-    ] = 8  # on larger canvases a small model commits to the EOS at their end first: report, section 10
-    gen_remasking: Annotated[Literal[*POLICIES], "which predictions a step keeps"] = "low_confidence"
-    gen_confidence_threshold: Annotated[float, "threshold: keep predictions of at least this probability"] = 0.9
+        int | None,
+        f"denoise blocks of so many tokens from left to right (0 = the whole continuation at once; none: the size that "
+        f"a checkpoint of block diffusion was trained for, else {DEFAULT_BLOCK_SIZE})",
+    ] = None
+    gen_remasking: Annotated[
+        Literal[*POLICIES],
+        "which predictions a step keeps; hybrid: as threshold, without the cap, but as many as --gen-steps asks for",
+        ("--llada2-enable-parallel-decoding", "threshold"),
+    ] = "low_confidence"
+    gen_confidence_threshold: Annotated[float, "threshold, hybrid: keep predictions of at least this probability"] = 0.9
     gen_factor: Annotated[float, "factor: keep the n best, the n-th having a probability of 1 - factor/(n+1)"] = 1.0
     gen_cap_start_ratio: Annotated[
         float, "threshold, factor: keep at most this share of a block's masked tokens in its first step, ..."
@@ -51,12 +69,21 @@ class DenoisingConfig:
         Literal["free", "confidence", "never"],
         "the end of the text: like any token, kept only after all others of its block, or never",
     ] = "free"
+    gen_cache: Annotated[
+        Literal["auto", "none", "block", "prefix", "dual"],
+        "keys and values kept between steps; block: those of finished blocks, exact (checkpoints of block diffusion); "
+        "prefix, dual: approximate (those of full attention): what is before a block, dual: and behind it, stays as it "
+        "was in the block's first step; auto: block or none",
+    ] = "auto"
+    gen_fuse_commit: Annotated[
+        bool, "compute a finished block's keys and values in the first pass of the next block, not in one of their own"
+    ] = True
 
     def __post_init__(self):
         for name in ("gen_steps", "gen_max_decode_per_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if not 0 <= self.gen_block_size < 2**31:
+        if self.gen_block_size is not None and not 0 <= self.gen_block_size < 2**31:
             raise ValueError(f"--gen-block-size must be a length in tokens or 0, not {self.gen_block_size}")
         for name in ("gen_confidence_threshold", "gen_cap_start_ratio", "gen_cap_end_ratio"):
             if not 0 < getattr(self, name) <= 1:
@@ -71,6 +98,40 @@ class DenoisingConfig:
     def draw(self) -> Draw:
         return Draw(self.gen_temp, self.gen_top_k, self.gen_top_p, self.gen_repeat_penalty, self.gen_repeat_window)
 
+    def fitted(self, model: ModelConfig) -> "DenoisingConfig":
+        """With the block size and the cache that the checkpoint is decoded with in place of `none` and `auto`.
+
+        ValueError for an autoregressive checkpoint, and for settings that its attention does not go with.
+        """
+        if model.attention == "causal":
+            raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")
+        blocks, size, cache = model.attention == "block", self.gen_block_size, self.gen_cache
+        if blocks and size not in (None, model.block_size):
+            raise ValueError(
+                f"--gen-block-size {size} is not {model.block_size}, the block size that this checkpoint was trained "
+                "for; leave it out"
+            )
+        if blocks and cache in ("prefix", "dual"):
+            raise ValueError(
+                f"--gen-cache {cache} is for checkpoints of full attention; this one was trained by block diffusion: "
+                "give block, which is exact, or none"
+            )
+        if not blocks and cache == "block":
+            raise ValueError(
+                "--gen-cache block is for checkpoints of block diffusion; this one has full attention: give none, "
+                "prefix or dual"
+            )
+        if cache == "auto":
+            cache = "block" if blocks else "none"
+        if not self.gen_fuse_commit and cache != "block":
+            raise ValueError(
+                "--no-gen-fuse-commit has no effect without the cache of finished blocks, which checkpoints of block "
+                "diffusion have; leave it out"
+            )
+        if size is None:
+            size = model.block_size if blocks else DEFAULT_BLOCK_SIZE
+        return replace(self, gen_block_size=size, gen_cache=cache)
+
     def steps_of(self, first: int, last: int, num_open: int) -> int:
         """Steps of the block from open position `first` to before `last`: its share by length, at least one."""
         return max(1, self.gen_steps * last // num_open - self.gen_steps * first // num_open)
@@ -81,23 +142,6 @@ class DenoisingConfig:
         ratio = self.gen_cap_start_ratio + (self.gen_cap_end_ratio - self.gen_cap_start_ratio) * progress
         # 25 x 0.08 must be 2, not the next number above it.
         return max(1, min(math.ceil(round(num_masked * ratio, 9)), self.gen_max_decode_per_step))
-
-
-class FullForward:
-    """Logits under full attention, and how many network calls they took."""
-
-    def __init__(self, model: Transformer):
-        self.model, self.num_passes = model, 0
-
-    def logits(self, ids: Tensor, lengths: list[int], wanted: Tensor) -> Tensor:
-        """ids (R, L), of which lengths[r] are row r's own, wanted (R, L) bool -> float32 (N, V), row by row."""
-        length = max(lengths)
-        ids, wanted, attn_mask = ids[:, :length], wanted[:, :length], None
-        if min(lengths) < length:
-            own = torch.tensor(lengths, device=ids.device)[:, None]
-            attn_mask = document_mask((torch.arange(length, device=ids.device) >= own).long())
-        self.num_passes += 1
-        return self.model(ids, attn_mask=attn_mask, select=wanted.flatten().nonzero()[:, 0]).float()
 
 
 @dataclass(frozen=True)
@@ -114,8 +158,11 @@ class Candidates:
 class Denoiser:
     """LLaDA's sampler, a step at a time: predict all masked tokens of each row's active block, keep some.
 
-    Block b of a row is its open positions b * size to (b + 1) * size, in order; a row whose block is full goes on to
-    the next at once. The whole canvas is visible throughout. To drive it oneself, with a say in what is written:
+    A row whose block is full goes on to the next at once. Under full attention, block b of a row is its open positions
+    b * size to (b + 1) * size, in order, and the whole canvas is visible throughout. A checkpoint of block diffusion
+    has the grid that it was trained on: block b is the columns b * size to (b + 1) * size, whatever is given or open in
+    them, and later blocks are not visible, given tokens in them included (an infilled blank is written for what stands
+    before it and in its own block). To drive it oneself, with a say in what is written:
 
         denoiser = Denoiser(model, canvas, config, seeds)
         while not denoiser.finished:
@@ -125,18 +172,21 @@ class Denoiser:
     """
 
     def __init__(self, model: Transformer, canvas: Canvas, config: DenoisingConfig, seeds: Sequence[int]):
-        if model.config.attention != "full":
-            raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")
+        self.config = config = config.fitted(model.config)
         require_context(model)
-        self.model_config, self.config, self.canvas = model.config, config, canvas
-        self.draft, self.forward = Draft(canvas, model.config, seeds), FullForward(model)
-        self.lengths = canvas.lengths.tolist()
-        num_open = canvas.open.sum(dim=1)
-        size = torch.full_like(num_open, config.gen_block_size) if config.gen_block_size else num_open.clamp(min=1)
-        self.block_of = (canvas.open.cumsum(dim=1) - 1) // size[:, None]  # (B, L), of the open positions
-        self.num_open, self.block_size = num_open.tolist(), size.tolist()
-        # Per row: the active block, the steps made in it, and its transfer schedule.
+        self.model_config, self.may_end, self.given = model.config, canvas.may_end, canvas.given.cpu()
+        self.draft, self.lengths = Draft(canvas, model.config, seeds), canvas.lengths.tolist()
+        self.forward = forward_of(model, canvas, config, self.draft)
+        if config.gen_cfg_scale > 0:
+            self.unprompted = forward_of(model, canvas, config, self.draft)
+        self.open_columns = [row.nonzero()[:, 0].tolist() for row in self.draft.open]
+        size = config.gen_block_size or max(map(len, self.open_columns)) or 1
+        self.on_grid, self.block_size = model.config.attention == "block", size
+        place = torch.arange(canvas.ids.shape[1]) if self.on_grid else self.draft.open.cumsum(dim=1) - 1
+        self.block_of = (place // size).expand(canvas.ids.shape)  # (B, L), of the open positions
+        # Per row: the active block, its columns, the steps made in it, and its transfer schedule.
         self.block, self.step = [-1] * len(seeds), [0] * len(seeds)
+        self.span: list[tuple[int, int]] = [(0, 0)] * len(seeds)
         self.schedule: list[list[int]] = [[] for _ in seeds]
 
     @property
@@ -148,17 +198,18 @@ class Denoiser:
         """One forward pass, or two with guidance; writes nothing. ValueError once every row is finished."""
         if self.finished:
             raise ValueError("every row is finished; call finish()")
-        rows = torch.tensor(self.draft.rows, device=self.draft.ids.device)
+        rows = torch.tensor(self.draft.rows)
         masked, block_of = self.draft.masked[rows], self.block_of[rows]
         block = block_of.masked_fill(~masked, block_of.shape[1]).amin(dim=1, keepdim=True)
         active = masked & (block_of == block)
         counts = active.sum(dim=1).tolist()
         self._enter(block[:, 0].tolist(), counts)
         place, columns = active.nonzero(as_tuple=True)
-        logits = self._logits(rows, active, place, columns)
+        logits = self._logits(rows, place, columns)
         draw = self.config.draw
         uniform = self.draft.uniform(counts, logits.shape[1]) if draw.temperature > 0 else None
         tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
+        tokens, confidence = tokens.cpu(), confidence.cpu()
         kept = self._keep(counts, logits, tokens, confidence)
         return Candidates(rows[place], columns, tokens, confidence, kept)
 
@@ -177,36 +228,44 @@ class Denoiser:
         return self.draft.finish()
 
     def _enter(self, blocks: list[int], counts: list[int]) -> None:
-        """Where a row has come to a new block: its schedule from the start."""
+        """Where a row has come to a new block: its place, and its schedule from the start."""
         for row, block, count in zip(self.draft.rows, blocks, counts, strict=True):
             if self.block[row] != block:
+                opened, begin = self.open_columns[row], block * self.block_size
+                end = begin + self.block_size
+                if self.on_grid:
+                    self.span[row] = begin, min(end, self.lengths[row])
+                    first, last = bisect_left(opened, begin), bisect_left(opened, end)
+                else:
+                    first, last = begin, min(end, len(opened))
+                    self.span[row] = opened[first], opened[last - 1] + 1
                 self.block[row], self.step[row] = block, 0
-                size, total = self.block_size[row], self.num_open[row]
-                steps = self.config.steps_of(block * size, min((block + 1) * size, total), total)
-                self.schedule[row] = transfer_schedule(count, steps)
+                self.schedule[row] = transfer_schedule(count, self.config.steps_of(first, last, len(opened)))
 
-    def _logits(self, rows: Tensor, active: Tensor, place: Tensor, columns: Tensor) -> Tensor:
-        """(N, V) float32 of the `active` positions of `rows`, at place, columns (N,), as they are drawn from."""
-        ids, lengths = self.draft.ids[rows], [self.lengths[row] for row in self.draft.rows]
-        logits = self.forward.logits(ids, lengths, active)
+    def _logits(self, rows: Tensor, place: Tensor, columns: Tensor) -> Tensor:
+        """(N, V) float32 of columns (N,) of the rows rows[place], place (N,), as they are drawn from."""
+        lengths = [self.lengths[row] for row in self.draft.rows]
+        start, stop = zip(*(self.span[row] for row in self.draft.rows), strict=True)
+        at = Active(self.draft.rows, self.draft.ids[rows], lengths, list(start), list(stop), place, columns)
+        logits = self.forward.logits(at)
         if self.config.gen_cfg_scale > 0:
-            without = torch.where(self.canvas.given[rows], self.model_config.mask_token_id, ids)
-            logits = guide(logits, self.forward.logits(without, lengths, active), self.config.gen_cfg_scale)
-        self.draft.spent(self.forward.num_passes)
+            without = replace(at, ids=torch.where(self.given[rows], self.model_config.mask_token_id, at.ids))
+            logits = guide(logits, self.unprompted.logits(without), self.config.gen_cfg_scale)
         draw, eos = self.config.draw, self.model_config.eos_token_id
         if draw.repeat_penalty > 0:
-            written = self.draft.written[rows]
+            ids, written, place, columns = (
+                values.to(logits.device) for values in (at.ids, self.draft.written[rows], place, columns)
+            )
             logits = penalise_repeats(
                 logits, ids[place], written[place], columns, draw.repeat_penalty, draw.repeat_window, eos
             )
-        if self.config.gen_eos == "never" or not self.canvas.may_end:
+        if self.config.gen_eos == "never" or not self.may_end:
             forbid(logits, eos)
         return forbid(logits, self.model_config.mask_token_id)
 
     def _keep(self, counts: list[int], logits: Tensor, tokens: Tensor, confidence: Tensor) -> Tensor:
         """(N,) bool: what the remasking policy keeps of the candidates, counts[i] of which are the i-th row's."""
-        count = torch.tensor(counts, device=tokens.device)
-        masked = torch.arange(max(counts), device=tokens.device) < count[:, None]
+        masked = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
         held_back = (tokens == self.model_config.eos_token_id) & (self.config.gen_eos == "confidence")
         quotas, budgets = [], []
         for row, left in zip(self.draft.rows, counts, strict=True):
@@ -214,18 +273,28 @@ class Denoiser:
             quotas.append(schedule[step] if step < len(schedule) - 1 else left)
             budgets.append(self.config.budget(left, step, len(schedule)))
         step = Step(
-            confidence=torch.zeros(masked.shape, device=tokens.device),
+            confidence=torch.zeros(masked.shape),
             masked=masked,
             held_back=torch.zeros_like(masked),
-            quota=torch.tensor(quotas, device=tokens.device),
-            budget=torch.tensor(budgets, device=tokens.device),
+            quota=torch.tensor(quotas),
+            budget=torch.tensor(budgets),
             threshold=self.config.gen_confidence_threshold,
             factor=self.config.gen_factor,
             logits=logits,
-            noise=lambda: self.draft.uniform(counts).float().to(tokens.device),
+            noise=lambda: self.draft.uniform(counts).float(),
         )
         step.confidence[masked], step.held_back[masked] = confidence.masked_fill(held_back, 0.0), held_back
         return commit(self.config.gen_remasking, step)[masked]
+
+
+def forward_of(model: Transformer, canvas: Canvas, config: DenoisingConfig, draft: Draft) -> Forward:
+    """How a fitted config computes the logits of a step."""
+    if config.gen_cache == "none":
+        block_size = config.gen_block_size if model.config.attention == "block" else 0
+        return Recomputed(model, draft.device, block_size, draft.spent)
+    block = BlockCached if config.gen_fuse_commit else UnfusedBlockCached
+    kinds = {"block": block, "prefix": PrefixCached, "dual": DualCached}
+    return kinds[config.gen_cache](model, draft.device, canvas.ids.shape, draft.spent)
 
 
 def denoise(

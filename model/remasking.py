@@ -21,15 +21,15 @@ class Step:
     held_back: Tensor  # (R, W) bool, an EOS that comes after every other candidate of its row
     quota: Tensor  # (R,) int64, tokens to keep by the transfer schedule
     budget: Tensor  # (R,) int64, the most that a policy without a schedule may keep
-    threshold: float  # of `threshold`
+    threshold: float  # of `threshold` and `hybrid`
     factor: float  # of `factor`
     logits: Tensor  # (N, V) at the masked positions, row by row
     noise: Callable[[], Tensor]  # () -> (N,) uniform in [0, 1), each row's from its own generator
 
     def padded(self, values: Tensor) -> Tensor:
-        """values (N,) at the masked positions -> (R, W), 0 on padding."""
-        out = values.new_zeros(self.masked.shape)
-        out[self.masked] = values
+        """values (N,) at the masked positions -> (R, W), 0 on padding, on the device of `masked`."""
+        out = torch.zeros(self.masked.shape, dtype=values.dtype, device=self.masked.device)
+        out[self.masked] = values.to(out.device)
         return out
 
 
@@ -76,11 +76,19 @@ def factor(step: Step) -> Choice:
     return step.confidence, confident.minimum(step.budget)
 
 
+def hybrid(step: Step) -> Choice:
+    """LLaDA 2.0, section 5.4: as `threshold`, but no fewer than the schedule says, so that it bounds the steps. The
+    budget does not apply: there is a least number to keep and no most."""
+    confident = (step.masked & (step.confidence >= step.threshold)).sum(dim=1)
+    return step.confidence, confident.maximum(step.quota)
+
+
 POLICIES: dict[str, Callable[[Step], Choice]] = {
     "low_confidence": low_confidence,
     "random": random_order,
     "threshold": threshold,
     "factor": factor,
+    "hybrid": hybrid,
     "margin": margin,
     "entropy": entropy,
     "left_to_right": left_to_right,

@@ -45,15 +45,17 @@ def sample_tokens(
     if temperature == 0:
         tokens = logits.argmax(dim=-1)
     else:
-        size = logits.shape[-1]
-        scaled = (logits - logits.amax(dim=-1, keepdim=True)).double() / temperature  # the largest is 0: no overflow
+        size, kept = logits.shape[-1], None
+        scaled = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no overflow
         if top_p < 1 or 0 < top_k < size:
             scaled, kept = scaled.topk(min(top_k or size, size), dim=-1)
+            uniform = uniform.gather(-1, kept)
+        scaled = scaled.double() / temperature
+        if top_p < 1:
             mass_before = F.pad(scaled.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
             scaled = scaled.masked_fill(mass_before >= top_p, -math.inf)
-            tokens = kept.gather(-1, _gumbel_argmax(scaled, uniform.gather(-1, kept)))[:, 0]
-        else:
-            tokens = _gumbel_argmax(scaled, uniform)[:, 0]
+        tokens = _gumbel_argmax(scaled, uniform)
+        tokens = (tokens if kept is None else kept.gather(-1, tokens))[:, 0]
     return tokens, probabilities.gather(-1, tokens[:, None])[:, 0]
 
 

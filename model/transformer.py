@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.attention_mask import AttentionMask, BlockMask, block_causal_mask, flex_attend
-from model.cache import KVCache
+from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
 from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_frequencies
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attn_mask: AttentionMask | None,
         is_causal: bool,
-        cache: KVCache | None,
+        cache: KVCache | ColumnCache | None,
     ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H*D) -> (B, H, L, D)
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         attn_mask: AttentionMask | None = None,
         is_causal: bool = False,
         position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | ColumnCache | None = None,
         select: Tensor | None = None,
         canvas: int | None = None,
         perturbation: Tensor | None = None,

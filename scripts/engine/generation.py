@@ -86,10 +86,12 @@ def idle_sampling_flags(*configs: SamplingConfig | DenoisingConfig) -> dict[str,
         needs[f"{prefix}_repeat_window"] = config.draw.repeat_penalty > 0, f"a positive --{prefix}-repeat-penalty"
         if isinstance(config, DenoisingConfig):
             policy, capped = config.gen_remasking, "--gen-remasking threshold or factor"
-            needs["gen_confidence_threshold"] = policy == "threshold", "--gen-remasking threshold"
+            confident = policy in ("threshold", "hybrid")
+            needs["gen_confidence_threshold"] = confident, "--gen-remasking threshold or hybrid"
             needs["gen_factor"] = policy == "factor", "--gen-remasking factor"
             for name in ("gen_cap_start_ratio", "gen_cap_end_ratio", "gen_max_decode_per_step"):
                 needs[name] = policy in ("threshold", "factor"), capped
+            needs["gen_fuse_commit"] = config.gen_cache in ("auto", "block"), "--gen-cache block"
     return needs
 
 

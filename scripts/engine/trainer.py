@@ -146,6 +146,11 @@ class Trainer:
             self.save()
             if self.top.best:
                 self._merge(stop)
+        if (
+            self.trainer.compile
+        ):  # what comes next, samples, has other shapes at every step, and would be compiled for each
+            for layer in self.model.layers:
+                layer._compiled_call_impl = None
         if self.average:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)

@@ -188,9 +188,23 @@ CONFIGS |= {
     "confident": replace(HOT, gen_remasking="threshold", gen_confidence_threshold=0.2, gen_cap_start_ratio=0.5),
     "EOS last": replace(HOT, gen_eos="confidence", gen_block_size=3),
     "never": replace(HOT, gen_eos="never"),
+    "prefix cache": replace(HOT, gen_cache="prefix", gen_block_size=3),
+    "dual cache": replace(HOT, gen_cache="dual", gen_block_size=3),
+    "dual cache, guided": replace(GREEDY, gen_cache="dual", gen_block_size=2, gen_cfg_scale=0.7),
     "AR greedy": AR_GREEDY,
     "AR hot": AR_HOT,
+    "blocks": HOT,
+    "blocks recomputed": replace(HOT, gen_cache="none"),
+    "blocks confident": replace(HOT, gen_remasking="hybrid", gen_confidence_threshold=0.2, gen_eos="confidence"),
+    "blocks guided": replace(GREEDY, gen_cfg_scale=0.7),
 }
+
+
+def trained_for(name):
+    """The changes to a model that make it one for the config of this name."""
+    if isinstance(CONFIGS[name], SamplingConfig):
+        return {"attention": "causal"}
+    return {"attention": "block", "block_size": 3} if name.startswith("blocks") else {"attention": "full"}
 
 
 @pytest.mark.parametrize("filling", [continuing, infilling])
@@ -202,7 +216,7 @@ def test_a_batch_decodes_as_its_rows_do_alone_in_any_order(name, filling, ending
         return  # it cannot
     if not autoregressive:
         config = replace(config, gen_steps=5)
-    model = ending_model(2.0, attention="causal" if autoregressive else "full")
+    model = ending_model(2.0, **trained_for(name))
     canvas = filling(model)
     seeds = [100 + row for row in range(len(canvas.ids))]
     together = decode(model, canvas, config, seeds)
@@ -220,10 +234,10 @@ def test_a_batch_decodes_as_its_rows_do_alone_in_any_order(name, filling, ending
         assert together.num_forward_passes == max(together.row_passes)
 
 
-@pytest.mark.parametrize("name", ["random hot", "low_confidence hot", "AR hot"])
+@pytest.mark.parametrize("name", ["random hot", "low_confidence hot", "AR hot", "blocks"])
 def test_the_seed_decides_the_text(name, tiny_model):
     config = CONFIGS[name]
-    model = tiny_model(attention="causal" if isinstance(config, SamplingConfig) else "full")
+    model = tiny_model(**trained_for(name))
     texts = decode(model, continuing(model, [[1, 5]] * 3), config, [1, 2, 1]).new
     assert texts[0] == texts[2] != texts[1]
 
@@ -235,7 +249,7 @@ def test_every_open_position_is_written_once_and_nothing_else_ever_changes(name,
     autoregressive = isinstance(config, SamplingConfig)
     if autoregressive and filling is infilling:
         return  # it cannot
-    model = ending_model(1.0, attention="causal" if autoregressive else "full")
+    model = ending_model(1.0, **trained_for(name))
     canvas = filling(model)
     seen = []
     decoded = decode(model, canvas, config, range(len(canvas.ids)), seen.append)
@@ -260,7 +274,7 @@ def test_every_open_position_is_written_once_and_nothing_else_ever_changes(name,
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_passes_counted_are_the_calls_of_the_network(name, ending_model, monkeypatch):
     config = CONFIGS[name]
-    model = ending_model(1.0, attention="causal" if isinstance(config, SamplingConfig) else "full")
+    model = ending_model(1.0, **trained_for(name))
     calls = spied(model, monkeypatch)
     decoded = decode(model, continuing(model), config, range(5))
     assert decoded.num_forward_passes == len(calls)
@@ -272,8 +286,8 @@ def test_the_passes_counted_are_the_calls_of_the_network(name, ending_model, mon
 
 
 def test_decoding_in_bfloat16_reports_probabilities_in_float32(tiny_model):
-    for config, kind in ((AR_HOT, "causal"), (replace(HOT, gen_cfg_scale=0.5), "full")):
-        model, seen = tiny_model(attention=kind), []
+    for name in ("AR hot", "guided", "dual cache", "blocks", "blocks recomputed"):
+        config, model, seen = CONFIGS[name], tiny_model(**trained_for(name)), []
         with torch.autocast("cpu", dtype=torch.bfloat16):
             decode(model, continuing(model), config, range(5), seen.append)
         assert {step.confidence.dtype for step in seen} == {torch.float32}
@@ -316,6 +330,7 @@ def test_a_text_without_blanks_is_done(tiny_model):
         (lambda: DenoisingConfig(gen_confidence_threshold=1.5), r"--gen-confidence-threshold must be in \(0, 1\]"),
         (lambda: DenoisingConfig(gen_cap_end_ratio=0), r"--gen-cap-end-ratio must be in \(0, 1\]"),
         (lambda: DenoisingConfig(gen_repeat_window=0), "--gen-repeat-window must be at least 1"),
+        (lambda: DenoisingConfig(gen_block_size=-1), "--gen-block-size must be a length in tokens or 0, not -1"),
     ],
 )
 def test_settings_that_cannot_be_are_named(make, word):

@@ -46,9 +46,12 @@ def test_the_transfer_schedule_spreads_all_tokens_evenly(n, steps):
     assert len(schedule) == min(n, steps)
 
 
-@pytest.mark.parametrize("policy", ["low_confidence", "margin", "entropy", "left_to_right", "threshold", "factor"])
+@pytest.mark.parametrize(
+    "policy", ["low_confidence", "margin", "entropy", "left_to_right", "threshold", "factor", "hybrid"]
+)
 def test_ties_are_committed_from_the_left(policy):
-    step = step_of([[0.5] * 500, [0.5] * 2], quota=2, budget=2, threshold=0.5, factor=2.0)
+    bound = 0.6 if policy == "hybrid" else 0.5
+    step = step_of([[0.5] * 500, [0.5] * 2], quota=2, budget=2, threshold=bound, factor=2.0)
     assert kept(policy, step) == [{0, 1}, {0, 1}]
 
 
@@ -59,7 +62,8 @@ def test_padding_is_never_kept_and_what_is_held_back_comes_last(policy, number):
     for _ in range(50):
         rows = some_rows(draw)
         held = [(r, c) for r, row in enumerate(rows) for c in range(len(row)) if draw.random() < 0.4]
-        step = step_of(rows, number, number, 0.01, 100.0, held, torch.randn(sum(map(len, rows)), 5))
+        bound = 2.0 if policy == "hybrid" else 0.01  # all by the schedule, or all by the budget
+        step = step_of(rows, number, number, bound, 100.0, held, torch.randn(sum(map(len, rows)), 5))
         for r, (row, found) in enumerate(zip(rows, kept(policy, step), strict=True)):
             assert len(found) == min(number, len(row)) and found <= set(range(len(row)))
             free = set(range(len(row))) - {c for i, c in held if i == r}
@@ -95,6 +99,18 @@ def test_factor_keeps_the_largest_n_whose_nth_best_is_confident_enough(f, budget
         best = sorted(range(len(row)), key=lambda i: (-row[i], i))
         n = max([n for n in range(1, len(row) + 1) if row[best[n - 1]] >= 1 - f / (n + 1)], default=1)
         assert found == set(best[: min(n, budget)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("quota", [1, 2, 5, 20])
+@pytest.mark.parametrize("bound", [0.3, 0.8, 0.97, 1.0])
+def test_hybrid_keeps_all_that_reach_the_threshold_or_the_quota_if_they_are_fewer(bound, quota, seed):
+    """LLaDA 2.0: A = {i: confidence >= bound}; A if |A| >= quota, else the quota's most confident. No budget."""
+    rows = some_rows(random.Random(seed))
+    for row, found in zip(rows, kept("hybrid", step_of(rows, quota, 1, bound)), strict=True):
+        reaching = {i for i, confidence in enumerate(row) if confidence >= bound}
+        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
+        assert found == (reaching if len(reaching) >= quota else set(best[:quota]))
 
 
 def test_margin_and_entropy_look_at_the_whole_distribution():

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.cache import KVCache
+from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -110,6 +110,36 @@ def test_tokens_written_again_replace_the_current_ones_in_the_cache(tiny_model):
     torch.testing.assert_close(cached, model(ids, attn_mask=block_causal_mask(8, 4))[:, 4:], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="holds 8 positions"):
         model(ids[:, :5], cache=cache)
+
+
+def test_columns_are_cached_for_rows_at_different_places(tiny_model):
+    """Rows feed different columns, padded to the widest; one is left out of a pass, another one leaves for good."""
+    model, ids = tiny_model(num_key_value_heads=2), torch.randint(24, (3, 8))
+    whole, cache = model(ids, is_causal=True), ColumnCache(model.config, 3, 8)
+
+    def fed(row_ids, spans, aimed=None):
+        """Logits of causal passes; spans: row -> (first, last)."""
+        width, stop = max(last - first for first, last in spans), max(last for _, last in spans)
+        columns = torch.tensor([[c if c < last else 8 for c in range(f, f + width)] for f, last in spans])
+        cache.aim(aimed, columns, stop)
+        attn_mask = (columns[:, :, None] >= torch.arange(stop))[:, None]
+        tokens = row_ids.gather(1, columns.clamp(max=7))
+        return model(tokens, position_ids=columns, attn_mask=attn_mask, cache=cache)
+
+    def check(found, rows, spans):
+        for one, row, (first, last) in zip(found, rows, spans, strict=True):
+            torch.testing.assert_close(one[: last - first], whole[row, first:last], rtol=1e-5, atol=1e-5)
+
+    check(fed(ids, spans := [(0, 5), (0, 2), (0, 3)]), range(3), spans)
+    fed((ids + 1) % 24, [(5, 6), (2, 6), (3, 4)])  # overwritten below
+    check(fed(ids[[0, 2]], spans := [(5, 7), (3, 6)], torch.tensor([0, 2])), (0, 2), spans)
+    cache.keep(torch.tensor([1, 2]))
+    check(fed(ids[1:], spans := [(2, 8), (6, 8)]), (1, 2), spans)
+    cache.aim(None, slice(6, 8), 8)
+    attn_mask = block_causal_mask(8, 1)[:, :, 6:]
+    check(
+        model(ids[1:, 6:], position_ids=torch.tensor([[6, 7]]), attn_mask=attn_mask, cache=cache), (1, 2), [(6, 8)] * 2
+    )
 
 
 @pytest.mark.parametrize("is_causal", [True, False])

@@ -56,6 +56,7 @@ IDLE = [
     (["--gen-cap-start-ratio", "0.2"], "--gen-cap-start-ratio has no effect without --gen-remasking threshold or"),
     (["--gen-remasking", "margin", "--gen-cap-end-ratio", "0.2"], "--gen-cap-end-ratio"),
     (["--gen-max-decode-per-step", "3"], "--gen-max-decode-per-step"),
+    (["--gen-cache", "none", "--no-gen-fuse-commit"], "--gen-fuse-commit has no effect without --gen-cache block"),
 ]
 
 
