@@ -85,6 +85,11 @@ class ModelConfig:
             raise ValueError(f"block_size {self.block_size} does not go with attention {self.attention!r}")
 
     @property
+    def autoregressive(self) -> bool:
+        """Whether a token is predicted at the one before it; else it is at its own place, by diffusion."""
+        return self.attention == "causal"
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 

@@ -89,7 +89,11 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
         points = [p for p in points if p[1] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle=":", label=label)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=log_path.stem.removesuffix("_log"))
+    axes.set(
+        xlabel="step",
+        ylabel="loss (per pair)" if any("dpo" in row.get("stage", "") for row in rows) else "loss (nats per token)",
+        title=log_path.stem.removesuffix("_log"),
+    )
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=2, frameon=False)

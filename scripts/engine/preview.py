@@ -106,4 +106,4 @@ def show_batch(
         counts = f"{int(scored[row].sum())} scored tokens"
         if masked.any():
             counts = f"{int(masked[row].sum())} masked of {int(scored[row].sum())} maskable"
-        print(f"row {indices[row]}: {counts}\n{''.join(pieces)}\n")
+        print(f"row {indices[row % len(indices)]}: {counts}\n{''.join(pieces)}\n")

@@ -23,6 +23,7 @@ SILENT = {
 }
 TOLD = {
     "load_from",
+    "reference_from",  # whose contents are compared
     "resume_optimizer_state",
     "data",
     "tokenizer_dir",

@@ -69,6 +69,11 @@ def train_stage(
             f"{run.state_path} was trained on other contents of {data.source}; "
             "give the same file, or choose another --run-name"
         )
+    if state and state["data"].get("reference_sha256") != dataset.meta.get("reference_sha256"):
+        raise ValueError(
+            f"{run.state_path} was tuned against another reference than {objective.reference_from}; "
+            "give the same weights with --reference-from, or choose another --run-name"
+        )
     print(_header(stage, model, dataset, configs, state), flush=True)
     for note in notes:
         print(f"resuming with another setting: {note}")

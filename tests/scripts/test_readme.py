@@ -29,6 +29,10 @@ TINY = {
     "scripts.eval.likelihood": "--dtype float32",
     "scripts.train.train_sft_minimind": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
     "scripts.train.train_sft_diffusion": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
+    "scripts.train.train_dpo_minimind": "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1",
+    "scripts.train.train_dpo_diffusion": (
+        "--dtype float32 --batch-size 4 --max-seq-len 96 --log-interval 1 --dpo-num-masks 1"
+    ),
     "scripts.eval.eval_sft_one_prompt": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
     "scripts.eval.eval_sft": "--dtype float32 --max-new-tokens 32 --prompts-per-language 2 --steps 2,4",
     "scripts.eval.report": "--dtype float32 --eval-batch-size 8",
@@ -79,6 +83,8 @@ def workplace(tmp_path_factory):
         for i in range(20)
     )
     (folder / "dataset" / "sft_mini_512.jsonl").write_text(rows, encoding="utf-8")
+    rows = "".join(json.dumps({"prompt": f"{i}?", "chosen": f"第{i}天", "rejected": "?"}) + "\n" for i in range(20))
+    (folder / "dataset" / "dpo.jsonl").write_text(rows, encoding="utf-8")
     quiz = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
     (folder / "dataset" / "quiz.jsonl").write_text(json.dumps(quiz) + "\n", encoding="utf-8")
     speech = "ROMEO:\nWhat light is this that breaks?\n\nJULIET:\nNone, sir; it is a test.\n\n"

@@ -1,0 +1,171 @@
+"""Direct preference optimisation: a policy learns to prefer one reply to another, measured against a frozen reference.
+
+A batch holds B pairs as 2B rows, the chosen replies before the rejected ones: (2B, L) tensors as in model/objective.py,
+loss_mask True on a reply and its EOS alone. Log-likelihoods are sums over a reply, in nats, not means.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from model.block_diffusion import predict
+from model.checkpoint import ADJUSTABLE
+from model.config import ModelConfig
+from model.forward_process import Noised, StepNoise, lowest
+from model.likelihood import GOLDEN
+from model.losses import forbid, sum_by_row, token_nats
+from model.objective import Batch, NextToken, RowLoss
+from model.transformer import Transformer
+
+VALIDATION_MASKS = 8
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Preferences."""
+
+    unit = "per pair"
+
+    dpo_beta: Annotated[float, "preference that a nat of log-likelihood gained over the reference stands for"] = 0.1
+    dpo_sft_weight: Annotated[float, "weight of the chosen reply's own loss, in nats per token (0 = off)"] = 0.0
+    reference_from: Annotated[Path | None, "weights of the frozen reference (none: those of --load-from)"] = None
+    reference: Transformer | None = None  # in eval mode and without gradient; set before the first call
+
+    def __post_init__(self):
+        if self.dpo_beta <= 0:
+            raise ValueError(f"--dpo-beta must be positive, not {self.dpo_beta}")
+        if self.dpo_sft_weight < 0:
+            raise ValueError(f"--dpo-sft-weight must not be negative, not {self.dpo_sft_weight}")
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """Settings of the model that say how its weights are decoded: those of the reference."""
+        return {"attention": self.reference.config.attention, "block_size": self.reference.config.block_size}
+
+    def for_weights(self, config: ModelConfig) -> "Preference":
+        """ValueError if the weights that training starts from are of another shape or kind than the reference."""
+        found, expected = asdict(self.reference.config), asdict(config)
+        wrong = [name for name in expected if name not in ADJUSTABLE and found[name] != expected[name]]
+        if wrong:
+            told = ", ".join(f"{name} {found[name]} (the weights to tune have {expected[name]})" for name in wrong)
+            raise ValueError(f"--reference-from {self.reference_from} has {told}; give the checkpoint they come from")
+        return self
+
+    def for_validation(self) -> "Preference":
+        """The preference loss alone."""
+        return replace(self, dpo_sft_weight=0.0)
+
+    def compare(self, policy: Tensor, reference: Tensor, batch: Batch) -> RowLoss:
+        """-log sigmoid(margin) (DPO, Eq. 7), from the nats (2B,) that the replies cost either model.
+
+        margin = beta ((log p(w) - log ref(w)) - (log p(l) - log ref(l))), w chosen and l rejected. In the averages, a
+        pair without a margin, as all are before the first step, counts half in the accuracy.
+        """
+        chosen_gain, rejected_gain = (reference - policy).chunk(2)
+        margin = self.dpo_beta * (chosen_gain - rejected_gain)
+        nats, pairs = -F.logsigmoid(margin), torch.ones_like(margin)
+        if self.dpo_sft_weight:
+            tokens = batch["loss_mask"].sum(dim=1).chunk(2)[0]
+            nats = nats + self.dpo_sft_weight * policy.chunk(2)[0] / tokens
+        logged = {
+            "accuracy": (margin.sign() + 1) / 2,
+            "margin": margin,
+            "chosen_gain": chosen_gain,
+            "rejected_gain": rejected_gain,
+        }
+        return RowLoss(nats, pairs, {name: (value.detach().sum(), pairs.sum()) for name, value in logged.items()})
+
+
+@dataclass(frozen=True)
+class ExactDPO(Preference):
+    """Preferences."""
+
+    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
+        policy = NextToken()(model, batch, noise).nats
+        with torch.no_grad():
+            reference = NextToken()(self.reference, batch, noise).nats
+        return self.compare(policy, reference, batch)
+
+
+@dataclass(frozen=True)
+class DiffusionDPO(Preference):
+    """Preferences; each reply's log-likelihood is estimated by its lower bound.
+
+    The bound is LLaDA's Eq. 6, or for a block checkpoint that of each block given the clean ones before it (LLaDA 2.0,
+    section 5.3). Noise in the margin costs preference, so its variance is kept low as in LLaDA 1.5 (VRPO): several
+    masks, each with a count of its own, and the same ones for policy and reference. The two replies of a pair draw
+    theirs independently.
+    """
+
+    dpo_num_masks: Annotated[int, "masks drawn for each reply; time grows with it, memory does not"] = 4
+    shared_masks: bool = True  # False is for measuring what sharing is worth
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 1 <= self.dpo_num_masks <= 1024:
+            raise ValueError(f"--dpo-num-masks must be from 1 to 1024, not {self.dpo_num_masks}")
+
+    def for_validation(self) -> "DiffusionDPO":
+        """The preference loss alone, with the same number of masks in every run: fewer of them raise it."""
+        return replace(super().for_validation(), dpo_num_masks=VALIDATION_MASKS, shared_masks=True)
+
+    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
+        policy, reference, mask_id = 0.0, 0.0, model.config.mask_token_id
+        for sample in range(self.dpo_num_masks):
+            noised = self.corrupt(batch, mask_id, noise, sample)
+            # Computed again for the gradient, lest the activations of all masks be kept.
+            policy = policy + checkpoint(bound, model, batch, noised, use_reentrant=False)
+            if not self.shared_masks:
+                noised = self.corrupt(batch, mask_id, noise, sample, "reference")
+            with torch.no_grad():
+                reference = reference + bound(self.reference, batch, noised)
+        return self.compare(policy / self.dpo_num_masks, reference / self.dpo_num_masks, batch)
+
+    def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise, sample: int = 0, purpose: str = "policy") -> Noised:
+        """The batch with mask number `sample`: k_b of the n_b maskable tokens of block b masked, weight n_b / k_b.
+
+        k_b ~ U{1..n_b} is systematic: a block's counts fall into equal strata of {1..n_b} over the masks, and golden
+        ratios spread those of a row's blocks.
+        """
+        weights, size = [], self.reference.config.block_size
+        for side, maskable in zip(("chosen", "rejected"), batch["loss_mask"].chunk(2), strict=True):
+            strata = noise.uniform(f"{purpose}/{side}/count", len(maskable)) + sample / self.dpo_num_masks
+            keys = noise.uniform(f"{purpose}/{side}/mask {sample}", *maskable.shape)
+            weights.append(count_weights(maskable, size, strata, keys))
+        weight = torch.cat(weights)
+        noised = torch.where(weight > 0, mask_id, batch["input_ids"])
+        return Noised(noised, weight > 0, weight, batch["loss_mask"].sum(dim=1).float())
+
+
+def count_weights(maskable: Tensor, block_size: int, strata: Tensor, keys: Tensor) -> Tensor:
+    """float32 (B, L): n_b / k_b where one of block b's k_b masks falls, 0 elsewhere; n_b maskable (B, L) positions.
+
+    Blocks are counted from each row's start; block_size 0: the row is one block. Block b of a row at `strata` (B, 1)
+    masks the share (strata + b * golden ratio) mod 1 of its tokens, rounded up, those with the lowest keys (B, L).
+    """
+    rows, length = maskable.shape
+    size = min(block_size or length, length)
+
+    def blocks(values: Tensor) -> Tensor:
+        return F.pad(values, (0, -length % size)).view(-1, size)
+
+    eligible = blocks(maskable)
+    total = eligible.sum(dim=1)
+    share = (strata + GOLDEN * torch.arange(len(eligible) // rows, device=maskable.device)).flatten() % 1.0
+    k = (1 + (share * total).long()).minimum(total)
+    weight = lowest(blocks(keys), eligible, k) * (total / k.clamp(min=1))[:, None]
+    return weight.view(rows, -1)[:, :length]
+
+
+def bound(model: Transformer, batch: Batch, noised: Noised) -> Tensor:
+    """(R,) weighted sums of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
+    input_ids, size = batch["input_ids"], model.config.block_size
+    positions = noised.scored.flatten().nonzero()[:, 0]
+    logits = predict(model, noised.input_ids, input_ids, batch.get("document_ids"), size, positions)
+    nats = token_nats(forbid(logits, model.config.mask_token_id), input_ids.flatten()[positions])
+    return sum_by_row(nats * noised.weight.flatten()[positions], positions, *input_ids.shape)
