@@ -18,7 +18,7 @@ from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, Loaded
+from scripts.engine.evaluation import CheckpointConfig, Loaded, note_on_blanks
 from scripts.engine.generation import (
     BLANK,
     Conversation,
@@ -214,6 +214,8 @@ class Chat:
             replying = self._within_reach(self.messages[:-1], len(row) - 1)
         else:
             replying = None
+        if note := note_on_blanks(self.loaded):
+            print(f"({note})")
         _, start = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, replying)
         self._show(infill, rest, rest, self.chat.blank_tokens, replying, start=start)
 
@@ -238,7 +240,8 @@ class Chat:
         if name.startswith("gen_"):
             self._require_diffusion(command)
         try:
-            self.config = replace(self.config, **{name: value})
+            config = replace(self.config, **{name: value})
+            self.config = config.fitted(self.loaded.model.config) if self.is_diffusion else config
         except ValueError as error:
             raise ValueError(str(error).replace(_flag(name), command)) from None
         print(f"({_flag(name)} {value})")
@@ -288,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
         max_seq_len=512,
     )
     loaded = checkpoint.load(runtime)
-    is_diffusion = loaded.model.config.attention != "causal"
+    is_diffusion = loaded.kind == "diffusion"
     for group, used, kind in (
         (sampling, not is_diffusion, "an autoregressive"),
         (denoising, is_diffusion, "a diffusion"),
@@ -298,9 +301,9 @@ def main(argv: list[str] | None = None) -> None:
         idle = idle_sampling_flags(group)
         refuse_idle(given, **{name: idle[name] for name in idle if name.endswith("repeat_window")})
     refuse_idle(given, blank_tokens=(is_diffusion, "a diffusion checkpoint"))
-    config = denoising if is_diffusion else sampling
+    config = denoising.fitted(loaded.model.config) if is_diffusion else sampling
     talk = Chat(loaded, config, continuation, prompting, chat, runtime, checkpoint.max_seq_len)
-    print(f"{checkpoint.checkpoint}, {'diffusion' if is_diffusion else 'autoregressive'}; /help lists the commands")
+    print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")
     if note := note_on_template(checkpoint.checkpoint, loaded, talk.wraps):
         print(f"({note})")
     if not talk.wraps:

@@ -10,16 +10,18 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dataset.jsonl import content_hash, language_of
 from dataset.sft import Messages, read_conversations
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
-from scripts.engine.evaluation import Loaded
+from scripts.engine.evaluation import Loaded, ratio_error, window_nats
 from scripts.engine.generation import Prompt, generate_batch, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.watching import on_screen
+from scripts.engine.windows import DataEvalConfig, Window
 
 COLUMNS = (  # of the table
     "tokens",
@@ -28,6 +30,7 @@ COLUMNS = (  # of the table
     "longest_repeat",
     "premature",
     "overrun",
+    "judged",
     "forward_passes",
     "tokens_per_pass",
     "tokens_per_second",
@@ -54,6 +57,8 @@ class Answer:
     ended: bool
     num_forward_passes: int = 0
     seconds: float = 0.0
+    judged_nats: float | None = None  # what a judge, an autoregressive model, makes of it and its EOS; see `judge`
+    judged_tokens: int = 0
 
 
 def questions_of(
@@ -144,6 +149,25 @@ def answer_all(
     return answers
 
 
+def judge(
+    loaded: Loaded, questions: list[Question], answers: list[Answer], runtime: RuntimeConfig, max_length: int
+) -> list[Answer]:
+    """The answers with their nats under an autoregressive model, given their prompts: what it would find odd costs
+    much. Text that repeats itself costs little; look at longest_repeat, too."""
+    windows = []
+    for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        prompt = encode_chat(loaded.tokenizer, question.messages, True)
+        reply = encode(loaded.tokenizer, answer.text) + [loaded.tokenizer.eos_token_id] * answer.ended
+        windows.append(Window(number, (prompt + reply)[:max_length], 0, len(prompt)))
+    written = [window for window in windows if len(window.ids) > window.begin]  # nothing was written, not even EOS
+    nats, _ = window_nats(loaded.model, loaded.tokenizer, written, DataEvalConfig(), runtime)
+    costs = {window.document: cost for window, cost in zip(written, nats.tolist(), strict=True)}
+    return [
+        replace(answer, judged_nats=costs.get(number, 0.0), judged_tokens=len(window.ids) - window.begin)
+        for number, (answer, window) in enumerate(zip(answers, windows, strict=True))
+    ]
+
+
 def figures_of(
     tokenizer: PreTrainedTokenizerFast, answers: dict[str, list[Answer]], questions: Sequence[Question]
 ) -> dict[str, dict[str, dict[str, Any]]]:
@@ -166,7 +190,8 @@ def describe(
     distinct_n: distinct token n-grams / all n-grams, over all answers together; it falls as there are more of them.
     longest_repeat: length of the longest token sequence that an answer contains twice, as a share of the answer.
     premature: ended below a quarter of the reference's length. overrun: did not end. Tokens count up to EOS, that
-    included. What was not computed, as references, has no cost (None).
+    included. judged: nats per token under a judge and their standard error. What was not computed, as references,
+    has no cost (None).
     """
     ids = [encode(tokenizer, answer.text) for answer in answers]
     seconds = sum(answer.seconds for answer in answers)
@@ -179,10 +204,19 @@ def describe(
         "longest_repeat": mean_and_error([longest_repeat(one) / max(len(one), 1) for one in ids]),
         "premature": mean_and_error([float(is_premature(a, r)) for a, r in zip(answers, reference, strict=True)]),
         "overrun": mean_and_error([float(not answer.ended) for answer in answers]),
+        "judged": _judged(answers),
         "forward_passes": mean_and_error([answer.num_forward_passes for answer in answers]) if passes else None,
         "tokens_per_pass": tokens / passes if passes else None,
         "tokens_per_second": tokens / seconds if seconds else None,
     }
+
+
+def _judged(answers: Sequence[Answer]) -> tuple[float, float] | None:
+    if any(answer.judged_nats is None for answer in answers):
+        return None
+    nats = np.array([answer.judged_nats for answer in answers])
+    tokens = np.array([answer.judged_tokens for answer in answers], dtype=float)
+    return float(nats.sum() / tokens.sum()), ratio_error(nats, tokens)
 
 
 def is_premature(answer: Answer, reference: Answer) -> bool:
@@ -226,7 +260,8 @@ def table(figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     return [
         *lines,
         "mean +- standard error over the answers; distinct_n: of all answers together; longest_repeat: share of an "
-        "answer; premature: ended below a quarter of the reference; overrun: no end; tokens count up to EOS",
+        "answer; premature: ended below a quarter of the reference; overrun: no end; judged: nats per token under "
+        "--judge; tokens count up to EOS",
     ]
 
 

@@ -2,7 +2,8 @@
 
 A choice is scored as a reply to its question in the chat template, or as the plain continuation of BOS and the
 question. Its own tokens alone are scored, as lm-eval does: EOS would ask how likely the reply is to end there, which
-favours choices that look like whole sentences, and is not the question.
+favours choices that look like whole sentences, and is not the question. A diffusion model sees where a choice ends, a
+block model within the choice's last block.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Likelihood of the documents or replies of a file under a checkpoint of either kind, on the same tokens."""
+"""Likelihood of the documents or replies of a file under a checkpoint of any kind, on the same tokens."""
 
 import hashlib
 import math
@@ -12,7 +12,7 @@ import numpy as np
 from dataset.jsonl import read_lines
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, encode_chat, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
-from model.likelihood import masked_nats, row_nats
+from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
 from scripts.engine.loader import to_device
 from scripts.engine.metrics import or_none
@@ -64,6 +64,22 @@ class Loaded(NamedTuple):
     stage: str  # the command that trained it
 
     @property
+    def kind(self) -> str:
+        """One of KINDS."""
+        return "autoregressive" if self.model.config.autoregressive else "diffusion"
+
+    @property
+    def attention(self) -> dict[str, Any]:
+        """Who sees whom, and the tokens of a block (0: there are none), as the files of results say it."""
+        return {name: getattr(self.model.config, name) for name in ("attention", "block_size")}
+
+    @property
+    def described(self) -> str:
+        """The kind, and the block size where there is one."""
+        size = self.model.config.block_size
+        return f"{self.kind} in blocks of {size} token{'s' * (size > 1)}" if size else self.kind
+
+    @property
     def speaks_chat(self) -> bool:
         """Whether it was trained on conversations, so that a prompt belongs into the chat template."""
         return "sft" in self.stage or "dpo" in self.stage
@@ -83,19 +99,16 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
     return Loaded(model, tokenizer, payload["stage"])
 
 
-# attention of a checkpoint -> what it is called, and the flag that takes it
-KINDS = {"causal": ("autoregressive", "--minimind-checkpoint"), "full": ("diffusion", "--diffusion-checkpoint")}
+KINDS = {"autoregressive": "--minimind-checkpoint", "diffusion": "--diffusion-checkpoint"}  # and the flag of each
 
 
 def load_kind(
-    path: Path, attention: str, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
+    path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
 ) -> Loaded:
     """`load_for_use` where a flag says of which kind a checkpoint is; ValueError if it is of the other."""
     loaded = load_for_use(path, tokenizer, max_length, runtime)
-    found = loaded.model.config.attention
-    if found != attention:
-        kind, flag = KINDS[found]
-        raise ValueError(f"{path}, given as {KINDS[attention][1]}, is {kind}; give it as {flag}")
+    if loaded.kind != kind:
+        raise ValueError(f"{path}, given as {KINDS[kind]}, is {loaded.kind}; give it as {KINDS[loaded.kind]}")
     return loaded
 
 
@@ -159,10 +172,34 @@ def evaluate_replies(
     Every reply token and one EOS per reply are scored. A diffusion model scores a reply on a canvas of fixed size
     (`canvas`, see `reply_windows`): on one of just its length, where the reply ends would be given. The fill's nats
     count, its tokens do not. That bounds -log p(reply, EOS, fill), which is no less than -log p(reply, EOS), the
-    event that an autoregressive model is scored on.
+    event that an autoregressive model is scored on. The canvas of a block model ends with a block, whatever `canvas`.
     """
-    found = reply_windows(tokenizer, config, max_length, canvas if model.config.attention == "full" else 0)
+    found = reply_windows(tokenizer, config, max_length, *canvas_of(model, canvas))
     return _likelihoods(model, tokenizer, found.conversations, found.windows, config, runtime), found
+
+
+def note_on_blanks(loaded: Loaded) -> str | None:
+    """A sentence where blanks are filled without knowing all that stands around them."""
+    if not loaded.model.config.block_size:
+        return None
+    size = loaded.model.config.block_size
+    return f"blanks are filled in blocks of {size} tokens: what stands behind a blank's own block is not seen by it"
+
+
+def flags_of_models(*models: Loaded) -> dict[str, tuple[bool, str]]:
+    """For `refuse_idle`: the flags of likelihoods that have an effect only on models of some attention."""
+    configs = [one.model.config for one in models]
+    drawn = any(draws_masks(config) for config in configs)
+    full = any(config.attention == "full" for config in configs)
+    diffusion = not all(config.autoregressive for config in configs)
+    masks = drawn, "masks to be drawn: of small blocks all are tried" if diffusion else "a diffusion model"
+    blocks = full, "a model of whole rows: a block ends the canvas" if diffusion else "a diffusion model"
+    return {"num_samples": masks, "cond_ll_nmc": masks, "canvas": blocks}
+
+
+def canvas_of(model: Transformer, canvas: int) -> tuple[int, int]:
+    """Canvas and block size, of which `reply_windows` is to fill one with EOS for this model; (0, 0): neither."""
+    return (canvas if model.config.attention == "full" else 0), model.config.block_size
 
 
 def window_nats(
@@ -213,7 +250,8 @@ def add_nats(
 
 
 def kind_of(model: Transformer) -> str:
-    return "exact" if model.config.attention == "causal" else "upper bound"
+    """The chain rule is exact, be the next token predicted at the last one or in a block of its own."""
+    return "exact" if model.config.autoregressive or model.config.block_size == 1 else "upper bound"
 
 
 def by_language(members: list[Member], languages: list[str]) -> dict[str, list[Member]]:
@@ -253,7 +291,8 @@ def response_likelihood(
 ) -> dict[str, float]:
     """log p(response | prompt) in nats, a lower bound for a diffusion model (LLaDA Eq. 6). The prompt is BOS and its
     text, or with `chat_wrap` a user's turn and the opened assistant's; see `condition_and_responses`; EOS is not
-    scored. ValueError if the response is empty or both are together longer than `max_length` tokens."""
+    scored, and as nothing stands behind the response, a diffusion model is told where it ends. ValueError if the
+    response is empty or both are together longer than `max_length` tokens."""
     if not response:
         raise ValueError("the response to be scored is empty")
     condition, (answer,) = condition_and_responses(tokenizer, prompt, [response], chat_wrap)
@@ -269,6 +308,17 @@ def response_likelihood(
         "mask_standard_error": or_none(math.sqrt(float(result.variance))),
         "tokens": len(answer),
     }
+
+
+def response_line(model: Transformer, score: dict[str, float], num_samples: int) -> str:
+    """A `response_likelihood` in words."""
+    error = score["mask_standard_error"]  # none for a single mask
+    shown = "" if error is None or not draws_masks(model.config) else f" +- {error:.4f}"
+    sign = "=" if kind_of(model) == "exact" else ">="
+    masks = f"{num_samples} masks" if draws_masks(model.config) else "all masks"
+    return (
+        f"log p(response | prompt) {sign} {score['log_likelihood']:.4f}{shown} nats ({score['tokens']} tokens, {masks})"
+    )
 
 
 def condition_and_responses(

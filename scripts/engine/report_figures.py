@@ -3,7 +3,7 @@
 import io
 from typing import Any
 
-from scripts.engine.report_results import AR, KIND, Estimate, Metric, Point, Row
+from scripts.engine.report_results import AR, KIND, Estimate, Metric, Point, Row, is_bound
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
 MARKERS = "osD^v<>Ph"
@@ -61,7 +61,7 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
     )
     for axis, (metric, some) in zip(axes, chosen.items(), strict=True):
         for number, model in enumerate(models):
-            bound = "" if model["kind"] == AR else ", upper bound"
+            bound = ", upper bound" if is_bound(model) else ""
             values = [row.values[model["name"]] for _, row in some]
             _bars(axis, number, len(models), values, short[model["name"]] + bound)
         labels = [f"{name}\n{row.group} ({row.count:,})" for name, row in some] if axis is axes[0] else [""] * len(some)
@@ -75,7 +75,7 @@ def draw_likelihood(report: dict[str, Any], rows: dict[str, list[Row]]) -> bytes
 
 
 def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | None) -> bytes | None:
-    """Quality against forward passes and against seconds per answer, one line for each policy."""
+    """Quality against forward passes and against seconds per answer, one line for each policy of each model."""
     if found is None:
         return None
     metric, points = found
@@ -84,6 +84,7 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
 
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
     lines = dict.fromkeys((point.model, point.policy) for point in points)
+    alone = len({model for model, policy in lines if policy != AR}) == 1
     colours = iter(COLOURS[1:] * 9)
     for number, (model, policy) in enumerate(lines):
         some = [point for point in points if (point.model, point.policy) == (model, policy)]
@@ -92,7 +93,7 @@ def draw_frontier(report: dict[str, Any], found: tuple[Metric, list[Point]] | No
             if policy == AR
             else {"color": next(colours), "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
         )
-        label = f"{short[model]}, key/value cache" if policy == AR else policy
+        label = f"{short[model]}, key/value cache" if policy == AR else policy if alone else f"{short[model]}, {policy}"
         for axis, cost in zip(axes, ("passes", "seconds"), strict=True):
             costs = [getattr(point, cost).value for point in some]
             quality = [point.quality for point in some]

@@ -43,10 +43,10 @@ class Request:
 
     @property
     def checkpoints(self) -> list[tuple[str, Path]]:
-        """(attention, file) of every model, autoregressive ones first."""
+        """(kind, file) of every model, autoregressive ones first."""
         both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
         given = [(kind, names) for kind, names in both if names is not None]
-        return [(kind, path) for kind, names in given for path in paths_in(names, KINDS[kind][1])]
+        return [(kind, path) for kind, names in given for path in paths_in(names, KINDS[kind])]
 
     @property
     def folder(self) -> Path:
@@ -78,9 +78,9 @@ def check_flags(
     denoising: DenoisingConfig,
     given: frozenset[str],
 ) -> None:
-    """ValueError for typed flags that would be ignored. kinds: attentions of the models; sources: (format, split)."""
+    """ValueError for typed flags that would be ignored. kinds: those of the models; sources: (format, split)."""
     forms = {form for form, _ in sources}
-    asked, diffusion = bool(forms & set(ANSWERED)), "full" in kinds
+    asked, diffusion = bool(forms & set(ANSWERED)), "diffusion" in kinds
     drawn = asked and frontier.frontier_questions > 0
     words = "questions that are answered in words"
     scored = "text, conversations, multiple choice, poems or open questions", forms != {"questions"}
@@ -101,9 +101,8 @@ def check_flags(
             (drawn and diffusion, "a frontier of a diffusion model"),
         ),
     )
-    for attention, config in (("causal", sampling), ("full", denoising)):
-        flag = KINDS[attention][1]
-        refuse_idle(given, **dict.fromkeys((f.name for f in fields(config)), (attention in kinds, flag)))
+    for (kind, flag), config in zip(KINDS.items(), (sampling, denoising), strict=True):
+        refuse_idle(given, **dict.fromkeys((f.name for f in fields(config)), (kind in kinds, flag)))
         refuse_idle(given, **dict.fromkeys((f.name for f in fields(config)), (asked, words)))
         used = [config]
         if drawn:

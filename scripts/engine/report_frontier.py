@@ -18,7 +18,7 @@ FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # wh
 
 @dataclass(frozen=True)
 class FrontierConfig:
-    """Quality against cost, of the first model of each kind."""
+    """Quality against cost, of the first model of each kind and block size."""
 
     frontier_questions: Annotated[
         int,
@@ -88,7 +88,7 @@ def measure_frontier(setup: Setup, config: FrontierConfig, section: Section) -> 
     items, models = section["items"][: config.frontier_questions], {}
     batch_size = setup.config.batch_size or 1
     for name, loaded in setup.models.items():
-        models.setdefault(loaded.model.config.attention, name)
+        models.setdefault(loaded.described, name)
     tried = {
         name: list(samplers(config, setup.sampler(name), setup.continuation.max_new_tokens)) for name in models.values()
     }

@@ -6,7 +6,7 @@ To add a format of rows: its fields and a function (Setup, Source) -> section, l
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine import choices
 from scripts.engine.answers import Answer, Question, answer_all
-from scripts.engine.evaluation import Loaded, add_nats, data_digest
+from scripts.engine.evaluation import Loaded, add_nats, canvas_of, data_digest
 from scripts.engine.generation import PromptConfig, prompt_tokens
 from scripts.engine.metrics import or_none
 from scripts.engine.runtime import RuntimeConfig
@@ -34,6 +34,7 @@ from scripts.engine.windows import (
 
 LABELS = ("split", "kind", "direction", "seen_in_pretrain")  # fields that rows may be told apart by
 BATCH_SIZE = 32  # of answers
+WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
 
 Section = dict[str, Any]
 
@@ -54,7 +55,9 @@ class MeasureConfig:
     ] = "all"
     val_fraction: Annotated[float, "share of the rows that training held out"] = 0.005
     eval_batch_size: Annotated[int, "rows per forward pass where likelihoods are computed"] = 32
-    num_samples: Annotated[int, "diffusion: masks drawn per row for the bound", "--nmc"] = 16
+    num_samples: Annotated[
+        int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
+    ] = 16
     canvas: Annotated[
         int, "conversations, diffusion: tokens that a reply and its EOS stand on, as in scripts.eval.likelihood"
     ] = 128
@@ -112,7 +115,8 @@ class Setup:
         return {self.prompting.wraps(loaded) for loaded in self.models.values()}
 
     def sampler(self, name: str) -> SamplingConfig | DenoisingConfig:
-        return self.sampling if self.models[name].model.config.attention == "causal" else self.denoising
+        one = self.models[name]
+        return self.sampling if one.kind == "autoregressive" else self.denoising.fitted(one.model.config)
 
 
 def paths_in(names: str, flag: str) -> list[Path]:
@@ -196,7 +200,7 @@ def _of_text(setup: Setup, source: Source) -> Section:
 def _of_chat(setup: Setup, source: Source) -> Section:
     config, limit = setup.config.choosing(source, setup.config.max_rows), setup.config.max_seq_len
     found = {  # all score the same replies, diffusion models on a canvas
-        canvas: reply_windows(setup.tokenizer, config, limit, canvas)
+        canvas: reply_windows(setup.tokenizer, config, limit, *canvas)
         for canvas in {_canvas(setup, n) for n in setup.models}
     }
     windows = {name: found[_canvas(setup, name)].windows for name in setup.models}
@@ -205,8 +209,8 @@ def _of_chat(setup: Setup, source: Source) -> Section:
     return section | {"left_out": {"too_long": any_of.too_long, "empty": any_of.empty}}
 
 
-def _canvas(setup: Setup, name: str) -> int:
-    return setup.config.canvas if setup.models[name].model.config.attention == "full" else 0
+def _canvas(setup: Setup, name: str) -> tuple[int, int]:
+    return canvas_of(setup.models[name].model, setup.config.canvas)
 
 
 def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: dict[str, list[Window]]) -> Section:
@@ -345,11 +349,14 @@ def answers_of(
 
 
 def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
-    return [asdict(answer) | {"ids": encode(setup.tokenizer, answer.text)} for answer in answers]
+    return [
+        {name: getattr(answer, name) for name in WRITTEN} | {"ids": encode(setup.tokenizer, answer.text)}
+        for answer in answers
+    ]
 
 
 def answer_in(result: dict[str, Any]) -> Answer:
-    return Answer(**{name: result[name] for name in Answer.__dataclass_fields__})
+    return Answer(**{name: result[name] for name in WRITTEN})
 
 
 def _fits(setup: Setup, source: Source, asked: Asked) -> bool:

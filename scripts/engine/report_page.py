@@ -6,12 +6,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
 
-from model.decode import DenoisingConfig, SamplingConfig
+from model.likelihood import ENUMERATED
 from scripts.engine.report_couplets import DIRECTIONS, reversals_of
 from scripts.engine.report_figures import draw_frontier, draw_likelihood, draw_quality
 from scripts.engine.report_items import ANSWERED, FORMS, Section
 from scripts.engine.report_results import (
-    AR,
     DIFFUSION,
     DISTINCT,
     METRICS,
@@ -20,12 +19,13 @@ from scripts.engine.report_results import (
     Point,
     Row,
     columns_of,
+    is_bound,
     pairs_of,
     points_of,
     quality_of,
     rows_of,
 )
-from scripts.engine.report_sampling import cap_of, sampling_of
+from scripts.engine.report_sampling import CACHES, cap_of, sampler_of, sampling_of
 from scripts.engine.report_schema import FACTS, check_schema
 from scripts.engine.report_statistics import RESAMPLES
 from scripts.engine.watching import on_screen
@@ -37,7 +37,7 @@ PICTURES = {
     "likelihood.png": "likelihood",
     "frontier.png": "quality against cost",
 }
-FORMAT = 1  # of report.json
+FORMAT = 2  # of report.json
 ENOUGH = 20  # rows; the bootstrap of fewer is too sure of itself
 
 
@@ -98,10 +98,17 @@ def draw(report: Report, folder: Path, show: int | None) -> list[Path]:
 def _head(report: Report) -> list[str]:
     settings = report["settings"]
     lines = ["# Autoregressive and diffusion models on the same rows", ""]
-    lines += ["| model | checkpoint | trained by | asked | SHA-256 |", "| --- | --- | --- | --- | --- |"]
+    lines += ["| model | attention | checkpoint | trained by | asked | SHA-256 |", "|" + " --- |" * 6]
     for model in report["models"]:
         asked = "in the chat template" if model["chat_wrap"] else "as plain text"
-        cells = model["name"], f"`{model['checkpoint']}`", model["stage"], asked, f"`{model['sha256'][:12]}`"
+        cells = (
+            model["name"],
+            _attention(model),
+            f"`{model['checkpoint']}`",
+            model["stage"],
+            asked,
+            f"`{model['sha256'][:12]}`",
+        )
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| | |", "| --- | --- |", f"| command | `{report['command']}` |"]
     lines += [f"| {name} | {report[name]} |" for name in FACTS]
@@ -111,22 +118,43 @@ def _head(report: Report) -> list[str]:
     ]
     kinds = {model["kind"] for model in report["models"]}
     if DIFFUSION in kinds:
-        lines.append(f"| diffusion likelihoods | {settings['num_samples']} masks drawn per row |")
+        lines.append(f"| diffusion likelihoods | {_masks(report)} |")
     if any(section["format"] in ANSWERED for section in report["sources"]):
-        for kind, config in ((AR, SamplingConfig), (DIFFUSION, DenoisingConfig)):
-            lines += [f"| {kind} answers | {sampling_of(report, config)} |"] if kind in kinds else []
+        lines += _samplings(report)
     return [
         *lines,
         "",
         "Likelihoods are exact for an autoregressive (AR) model (chain rule). For a diffusion model they are an "
-        "upper bound of its nats (LLaDA Eq. 6), marked <=, so that the model itself may be better than shown; "
-        "where a bound is subtracted, so is its looseness. Shares have Wilson intervals, all else standard errors "
-        f"(+-), over rows; differences have intervals of a paired bootstrap over rows, {RESAMPLES:,} resamples, "
-        "and none where all resamples are equal, as those of answers that are all wrong. "
+        "upper bound of its nats (LLaDA Eq. 6; in blocks, LLaDA 2.0 Eq. 1), marked <=, so that the model itself may be "
+        "better than shown; where a bound is subtracted, so is its looseness. Shares have Wilson intervals, all else "
+        "standard errors (+-), over rows; differences have intervals of a paired bootstrap over rows, "
+        f"{RESAMPLES:,} resamples, and none where all resamples are equal, as those of answers that are all wrong. "
         f"Intervals are of 95 %. A difference is **bold** where its interval holds no 0, and rests on {ENOUGH} rows or "
         "more; of those that are nothing, one in twenty is bold by chance.",
         "",
     ]
+
+
+def _samplings(report: Report) -> list[str]:
+    """How answers were sampled: by kind, or by model where those of a kind differ."""
+    found: dict[str, dict[str, str]] = {}
+    for model in report["models"]:
+        found.setdefault(model["kind"], {})[model["name"]] = sampling_of(report, model)
+    some = [{kind: texts.popitem()[1]} if len(set(texts.values())) == 1 else texts for kind, texts in found.items()]
+    return [f"| {name} answers | {text} |" for texts in some for name, text in texts.items()]
+
+
+def _attention(model: dict[str, Any]) -> str:
+    """Who sees whom."""
+    return f"blocks of {model['block_size']}" if model["block_size"] else model["attention"]
+
+
+def _masks(report: Report) -> str:
+    """How many masks the diffusion models' likelihoods rest on."""
+    sizes = [model["block_size"] for model in report["models"] if model["kind"] == DIFFUSION]
+    small = [0 < size <= ENUMERATED for size in sizes]
+    parts = [] if all(small) else [f"{report['settings']['num_samples']} masks drawn per row"]
+    return "; ".join([*parts, f"all masks of blocks of up to {ENUMERATED} tokens"] if any(small) else parts)
 
 
 def _pictures(pictures: dict[str, bytes]) -> list[str]:
@@ -160,12 +188,12 @@ def _chance(section: Section) -> str:
 
 def _table(report: Report, rows: list[Row]) -> list[str]:
     names, pairs = [model["name"] for model in report["models"]], pairs_of(report["models"])
-    kinds = {model["name"]: model["kind"] for model in report["models"]}
+    bounds = {model["name"]: is_bound(model) for model in report["models"]}
     header = ["metric", "rows of", "number", *names, *(f"{first} - {second}" for first, second in pairs)]
     lines = [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in rows:
         cells = [row.metric.name, row.group, f"{row.count:,}"]
-        cells += [_value(row.metric, row.values[name], kinds[name]) for name in names]
+        cells += [_value(row.metric, row.values[name], bounds[name]) for name in names]
         cells += [_difference(row.metric, row.differences.get(second), row.count) for _, second in pairs]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
@@ -176,21 +204,21 @@ def _reversals(report: Report, section: Section) -> list[str]:
     rows = reversals_of(section, report["models"])
     if not rows:
         return []
-    kinds = {model["name"]: model["kind"] for model in report["models"]}
+    bounds = {model["name"]: is_bound(model) for model in report["models"]}
     header = ["metric", "model", "couplets", *DIRECTIONS, " - ".join(DIRECTIONS)]
     lines = ["Forward against backward, paired by couplet, the couplets being drawn again:", ""]
     lines += [f"| {' | '.join(header)} |", f"|{' --- |' * len(header)}"]
     for row in rows:
-        ways = (_value(row.metric, Estimate(value), kinds[row.model]) for value in (row.forward, row.backward))
+        ways = (_value(row.metric, Estimate(value), bounds[row.model]) for value in (row.forward, row.backward))
         cells = [row.metric.name, row.model, f"{row.count:,}", *ways]
         lines.append(f"| {' | '.join([*cells, _difference(row.metric, row.difference, row.count)])} |")
     return [*lines, ""]
 
 
-def _value(metric: Metric, found: Estimate, kind: str) -> str:
+def _value(metric: Metric, found: Estimate, bound: bool = False) -> str:
     if found.value is None:
         return "-"
-    sign, digits = "<= " if metric.bound and kind == DIFFUSION else "", metric.digits
+    sign, digits = "<= " if metric.bound and bound else "", metric.digits
     if found.low is not None:
         return f"{sign}{found.value:z.{digits}f} [{found.low:z.{digits}f}, {found.high:z.{digits}f}]"
     return f"{sign}{found.value:z.{digits}f}" + ("" if found.error is None else f" +- {found.error:z.{digits}f}")
@@ -249,14 +277,13 @@ def _frontier(report: Report, found: tuple[Metric, list[Point]] | None) -> list[
         "## Quality against cost",
         "",
         f"{frontier['items']:,} rows of {frontier['source']}, {frontier['batch_size']} at a time; quality is "
-        f"{metric.name}. AR has a key/value cache; diffusion computes the whole canvas in every forward "
-        f"pass.{capped}",
+        f"{metric.name}. AR has a key/value cache{_caches(report)}.{capped}",
         "",
         "| model | policy | setting | quality | first line - this | forward passes | seconds/answer | tokens/s |",
         "|" + " --- |" * 8,
     ]
     for point in points:
-        cells = [point.model, point.policy, point.setting, _value(metric, point.quality, "")]
+        cells = [point.model, point.policy, point.setting, _value(metric, point.quality)]
         cells += [
             _difference(metric, point.difference, frontier["items"]),
             f"{point.passes.value:.1f} +- {point.passes.error or 0:.1f}",
@@ -264,6 +291,14 @@ def _frontier(report: Report, found: tuple[Metric, list[Point]] | None) -> list[
         cells += [f"{point.seconds.value:.4f} +- {point.seconds.error or 0:.4f}", f"{point.tokens_per_second:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
+
+
+def _caches(report: Report) -> str:
+    """What the diffusion models of the frontier keep between their steps."""
+    shown = {point["model"] for point in report["frontier"]["points"]}
+    models = [model for model in report["models"] if model["kind"] == DIFFUSION and model["name"] in shown]
+    found = {_attention(model): CACHES[sampler_of(report, model).gen_cache] for model in models}
+    return "".join(f"; diffusion ({attention}): {words}" for attention, words in found.items())
 
 
 def _glossary(report: Report) -> list[str]:

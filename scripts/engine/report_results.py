@@ -194,6 +194,11 @@ DISTINCT = [
 ]
 
 
+def is_bound(model: dict[str, Any]) -> bool:
+    """Whether its likelihoods are bounds: of blocks of one token they are exact."""
+    return model["kind"] == DIFFUSION and model["block_size"] != 1
+
+
 def quality_of(form: str) -> Metric:
     """What the frontier shows."""
     return METRICS[form][0]

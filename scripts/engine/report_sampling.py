@@ -3,18 +3,35 @@
 from dataclasses import fields
 from typing import Any
 
+from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 
 ENDS = {"free": "like any token", "confidence": "after all other tokens of its block", "never": "never"}
 
 
-def sampling_of(report: dict[str, Any], kind: type[SamplingConfig] | type[DenoisingConfig]) -> str:
-    """What the answers of the autoregressive or of the diffusion models were drawn with."""
-    settings = report["settings"]
-    continuation, config = (
-        made(**{field.name: settings[field.name] for field in fields(made)}) for made in (ContinuationConfig, kind)
-    )
-    length = continuation.max_new_tokens
+CACHES = {
+    "none": "nothing is kept from one forward pass to the next",
+    "block": "keys and values of finished blocks are kept, which is exact",
+    "prefix": "keys and values before a block are kept as they were in its first step, an approximation",
+    "dual": "keys and values around a block are kept as they were in its first step, an approximation",
+}
+
+
+def sampler_of(report: dict[str, Any], model: dict[str, Any]) -> SamplingConfig | DenoisingConfig:
+    """The settings that a model of the report answered with. ValueError: they do not go with its attention."""
+    decoding = ModelConfig(attention=model["attention"], block_size=model["block_size"])
+    if decoding.autoregressive:
+        return _made(report, SamplingConfig)
+    return _made(report, DenoisingConfig).fitted(decoding)
+
+
+def _made(report: dict[str, Any], kind: type) -> Any:
+    return kind(**{field.name: report["settings"][field.name] for field in fields(kind)})
+
+
+def sampling_of(report: dict[str, Any], model: dict[str, Any]) -> str:
+    """What the answers of a model were drawn with."""
+    length, config = _made(report, ContinuationConfig).max_new_tokens, sampler_of(report, model)
     if isinstance(config, SamplingConfig):
         parts = ["one token after the other", *_draw(config), f"at most {length} new tokens"]
     else:
@@ -26,6 +43,7 @@ def sampling_of(report: dict[str, Any], kind: type[SamplingConfig] | type[Denois
             f"canvas of {length} masked tokens, as many as may be written",
             *_draw(config),
             f"EOS kept {ENDS[config.gen_eos]}",
+            CACHES[config.gen_cache],
         ]
         parts += [f"classifier-free guidance {config.gen_cfg_scale:g}"] if config.gen_cfg_scale else []
     return "; ".join(parts)

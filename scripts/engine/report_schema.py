@@ -5,13 +5,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.report_items import ANSWERED, LABELS
+from scripts.engine.report_sampling import sampler_of
 
 Shape = Mapping[str, type | tuple[type, ...]]
 
 NUMBER = (int, float)
 FACTS = ("commit", "device", "processor", "python", "torch", "transformers", "tokenizer")
 REPORT: Shape = {"command": str, "models": list, "settings": dict, "sources": list, "frontier": (dict, type(None))}
-MODEL: Shape = dict.fromkeys(("name", "kind", "checkpoint", "sha256", "stage"), str) | {"chat_wrap": bool}
+MODEL: Shape = dict.fromkeys(("name", "kind", "attention", "checkpoint", "sha256", "stage"), str) | {
+    "block_size": int,
+    "chat_wrap": bool,
+}
 SETTINGS: Shape = {"seed": int, "max_seq_len": int, "num_samples": int, "show": (int, type(None))}
 SECTION: Shape = dict.fromkeys(("name", "path", "format", "split", "sha256"), str) | {
     "bundled": bool,
@@ -53,6 +57,8 @@ def check_schema(report: Mapping[str, Any]) -> None:
     _all(report["models"], MODEL, "models")
     if not report["models"]:
         raise ValueError("it holds no model")
+    for model in report["models"]:
+        sampler_of(report, model)
     names = [model["name"] for model in report["models"]]
     for number, section in enumerate(report["sources"]):
         _check(section, SECTION, f"sources[{number}]")

@@ -33,7 +33,9 @@ class DataEvalConfig:
     eval_max_batches: Annotated[int | None, "evaluate a random sample that fills about so many batches (none: all)"] = (
         None
     )
-    num_samples: Annotated[int, "diffusion: masks drawn per row for the bound", "--nmc"] = 16
+    num_samples: Annotated[
+        int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
+    ] = 16
 
     def __post_init__(self):
         for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
@@ -69,7 +71,10 @@ class Document:
 def windows_of(
     tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int
 ) -> tuple[list[Document], list[Window]]:
-    """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches."""
+    """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches.
+
+    A diffusion model is told where a window ends, a block model within its last block, which may be short.
+    """
     texts = chosen_texts(config)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     documents, windows = [], []
@@ -141,14 +146,16 @@ class ReplyWindows(NamedTuple):
     windows: list[Window]
     too_long: int  # replies left out because they end behind the context
     empty: int  # replies left out because they have no text
-    unfilled: int  # replies scored on a canvas without room for more
+    unfilled: int  # replies scored on a canvas without room for more, so that where they end is given away
 
 
 def reply_windows(
-    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, canvas: int
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, canvas: int = 0, block_size: int = 0
 ) -> ReplyWindows:
-    """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens or, where the context ends before it,
-    of what is left; the rest of the canvas is EOS, too, scored and not counted. ValueError: nothing can be scored."""
+    """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens; block_size > 0: on one that ends with
+    the block of so many tokens, counted from the beginning of the conversation, in which the reply ends, for what lies
+    behind it is never seen. Where the context ends before it, the canvas is what is left. The rest of the canvas is
+    EOS, too, scored and not counted. ValueError: nothing can be scored."""
     conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
     rows = (messages for _, messages in read_conversations(config.eval_data))
     chosen = chosen_rows(rows, config, lambda messages: render_chat(messages, False))
@@ -163,8 +170,9 @@ def reply_windows(
             too_long += sum(end > max_length for text, (_, end) in zip(texts, spans, strict=True) if text)
             scored = [(t, span) for t, span in zip(texts, spans, strict=True) if t and span[1] <= max_length]
             for _, (begin, end) in scored:
-                fill = max(min(canvas, max_length - begin) - (end - begin), 0)
-                unfilled += not fill
+                wanted = -end % block_size if block_size else canvas - (end - begin)
+                fill = max(min(wanted, max_length - end), 0)
+                unfilled += not fill and (wanted > 0 or not block_size)
                 canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
                 windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
             if scored:

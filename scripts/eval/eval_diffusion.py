@@ -9,10 +9,11 @@
     uv run python -m scripts.eval.eval_diffusion --checkpoint weights/diffusion_state_dict.pt \\
         --prompt "Two and two make" --cond-ll-response " four."
 
-The network's shape comes from the checkpoint; no flag describes it.
+The network's shape comes from the checkpoint, and so do its blocks, if it has any; no flag describes them.
 """
 
 import json
+import sys
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
@@ -24,8 +25,11 @@ from scripts.engine.evaluation import (
     as_json,
     circumstances,
     evaluate_file,
+    flags_of_models,
     masked_cross_entropy,
+    note_on_blanks,
     response_likelihood,
+    response_line,
 )
 from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, in_effect, infill
 from scripts.engine.runtime import RuntimeConfig
@@ -38,9 +42,7 @@ class Request:
     """What to do."""
 
     prompt: Annotated[str | None, "text to continue, or the condition of --cond-ll-response"] = None
-    infill: Annotated[str | None, "text whose blanks (___) are filled; in the chat template, the reply to --prompt"] = (
-        None
-    )
+    infill: Annotated[str | None, "text whose blanks (___) are filled; in the chat template a reply to --prompt"] = None
     blank_tokens: Annotated[int, "tokens in place of each blank"] = 8
     cond_ll_response: Annotated[
         str | None, "instead of generating, the log-likelihood of this response to --prompt"
@@ -84,22 +86,18 @@ def main(argv: list[str] | None = None) -> None:
     if request.prompt is None and request.infill is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
     refuse_unused(request, data, denoising, given)
-    loaded = checkpoint.load(runtime)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if model.config.attention != "full":
+    model, tokenizer, _ = loaded = checkpoint.load(runtime)
+    if loaded.kind != "diffusion":
         raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
+    refuse_idle(given, **flags_of_models(loaded))
+    denoising = denoising.fitted(model.config)
     configs = checkpoint, data, prompting, continuation, denoising
-    result, lines = circumstances(runtime, tokenizer, data.eval_data, *configs), []
+    result = loaded.attention | circumstances(runtime, tokenizer, data.eval_data, *configs)
+    lines = [f"{checkpoint.checkpoint}: {loaded.described}"] if model.config.block_size else []
     if request.cond_ll_response is not None:
         scored = request.prompt, request.cond_ll_response, request.cond_ll_nmc, checkpoint.max_seq_len
-        score = response_likelihood(model, tokenizer, *scored, runtime, prompting.wraps(loaded))
-        result["conditional"] = score
-        error = score["mask_standard_error"]  # none for a single mask
-        shown = "" if error is None else f" +- {error:.4f}"
-        lines.append(
-            f"log p(response | prompt) >= {score['log_likelihood']:.4f}{shown} nats "
-            f"({score['tokens']} tokens, {request.cond_ll_nmc} masks)"
-        )
+        result["conditional"] = score = response_likelihood(model, tokenizer, *scored, runtime, prompting.wraps(loaded))
+        lines.append(response_line(model, score, request.cond_ll_nmc))
     elif request.generating:
         recorder = Recorder(tokenizer, tracing.trace)
         info = {"prompt": request.infill or request.prompt, "checkpoint": checkpoint.checkpoint}
@@ -142,6 +140,8 @@ def write(request: Request, prompting: PromptConfig, loaded: Loaded, *more: Any)
     """The prompt continued, or the blanks filled."""
     if request.infill is None:
         return generate(loaded.model, loaded.tokenizer, prompting.put(request.prompt, loaded), *more)
+    if note := note_on_blanks(loaded):
+        print("note:", note, file=sys.stderr)
     blanks = request.infill, request.blank_tokens, prompting.replied_to(request.prompt, loaded)
     return infill(loaded.model, loaded.tokenizer, *blanks, *more)
 

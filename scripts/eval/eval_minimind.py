@@ -58,8 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     loaded = checkpoint.load(runtime)
     model, tokenizer = loaded.model, loaded.tokenizer
-    if model.config.attention != "causal":
-        raise ValueError(f"{checkpoint.checkpoint} was trained by diffusion; use scripts.eval.eval_diffusion")
+    if loaded.kind != "autoregressive":
+        raise ValueError(f"{checkpoint.checkpoint} was trained by {loaded.described}; use scripts.eval.eval_diffusion")
     result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, prompting, continuation, sampling)
     if request.prompt is not None:
         prompt = prompting.put(request.prompt, loaded)

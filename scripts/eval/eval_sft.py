@@ -11,21 +11,28 @@ unedited.
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from model.remasking import POLICIES
-from scripts.engine.answers import answer_all, figures_of, note_on_template, questions_of, references, samples, table
+from scripts.engine.answers import (
+    answer_all,
+    figures_of,
+    judge,
+    note_on_template,
+    questions_of,
+    references,
+    samples,
+    table,
+)
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import circumstances, load_kind
+from scripts.engine.evaluation import KINDS, circumstances, load_for_use, load_kind
 from scripts.engine.generation import idle_sampling_flags
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
-
-ADAPTIVE = ("threshold", "factor")
+from scripts.engine.samplers import SamplerGrid
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,9 @@ class Request:
     max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len"] = 512
     prompts_per_language: Annotated[int, "prompts answered in each language"] = 50
     batch_size: Annotated[int, "prompts answered together; 1 for the speed of a single user"] = 1
-    policies: Annotated[str | None, "comma-separated: try these policies instead of --gen-remasking"] = None
-    steps: Annotated[str | None, "comma-separated: try these step counts instead of --gen-steps"] = None
+    judge: Annotated[
+        Path | None, "an autoregressive checkpoint: also tell how many nats per token it gives the answers"
+    ] = None
     show: Annotated[int, "answers of each model printed per language"] = 3
     json: Annotated[Path | None, "write everything, each answer included, to this file"] = None
 
@@ -54,50 +62,32 @@ class Request:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.show < 0:
             raise ValueError(f"--show must not be negative, not {self.show}")
-        unknown = [name for name in _parts(self.policies) if name not in POLICIES]
-        if unknown:
-            raise ValueError(f"--policies: {unknown[0]!r} is not one of {', '.join(POLICIES)}")
-        if not all(part.isdecimal() and int(part) for part in _parts(self.steps)):
-            raise ValueError(f"--steps {self.steps}: expected positive numbers, separated by commas")
-
-    def samplers(self, denoising: DenoisingConfig) -> dict[str, DenoisingConfig]:
-        """name -> settings, for every policy and step count asked for; a policy that commits by confidence takes as
-        many steps as it needs, and is tried once."""
-        policies = _parts(self.policies) or [denoising.gen_remasking]
-        steps = [int(part) for part in _parts(self.steps)] or [denoising.gen_steps]
-        return {
-            policy if adaptive else f"{policy}, {count} steps": replace(
-                denoising, gen_remasking=policy, gen_steps=denoising.gen_steps if adaptive else count
-            )
-            for policy in policies
-            for adaptive in [policy in ADAPTIVE]
-            for count in steps
-        }
-
-
-def _parts(names: str | None) -> list[str]:
-    """What stands between the commas."""
-    return [] if names is None else [name.strip() for name in names.split(",")]
 
 
 def main(argv: list[str] | None = None) -> None:
-    request, continuation, sampling, denoising, runtime, given = parse_args(
-        __doc__, Request, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig, argv=argv
+    request, grid, continuation, sampling, denoising, runtime, given = parse_args(
+        __doc__, Request, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig, argv=argv
     )
-    check_flags(request, sampling, denoising, given)
+    check_flags(request, grid, sampling, denoising, given)
     if request.json:
         require_writable(request.json, "--json")
     tokenizer = load_tokenizer(request.tokenizer_dir)
-    paths = {"causal": request.minimind_checkpoint, "full": request.diffusion_checkpoint}
+    paths = dict(zip(KINDS, (request.minimind_checkpoint, request.diffusion_checkpoint), strict=True))
     loaded = {
         kind: load_kind(path, kind, tokenizer, request.max_seq_len, runtime) for kind, path in paths.items() if path
     }
+    critic = load_for_use(request.judge, tokenizer, request.max_seq_len, runtime) if request.judge else None
+    if critic and not critic.model.config.autoregressive:
+        raise ValueError(f"--judge {request.judge} is {critic.described}; give an autoregressive checkpoint")
     for kind, one in loaded.items():
+        if one.model.config.block_size:
+            print(f"{paths[kind]}: {one.described}", file=sys.stderr)
         if note := note_on_template(paths[kind], one, wraps=True):
             print(note, file=sys.stderr)
-    samplers = {"AR": ("causal", sampling)} if "causal" in loaded else {}
-    if "full" in loaded:
-        samplers |= {name: ("full", config) for name, config in request.samplers(denoising).items()}
+    samplers = {"AR": ("autoregressive", sampling)} if "autoregressive" in loaded else {}
+    if "diffusion" in loaded:
+        fitted = denoising.fitted(loaded["diffusion"].model.config)
+        samplers |= {name: ("diffusion", config) for name, config in grid.samplers(fitted).items()}
     room = continuation.max_new_tokens, request.max_seq_len
     questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room)
     answers = {"reference": references(tokenizer, questions)}
@@ -105,24 +95,33 @@ def main(argv: list[str] | None = None) -> None:
         answers[name] = answer_all(
             loaded[kind], questions, name, request.batch_size, continuation, config, runtime, request.max_seq_len
         )
+    if critic:
+        answers = {name: judge(critic, questions, made, runtime, request.max_seq_len) for name, made in answers.items()}
     figures = figures_of(tokenizer, answers, questions)
     fitting = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "rows")
     print(f"{request.eval_data}: {counts['rows']} rows, of which these fit: {fitting}")
     print("\n".join([*table(figures), *samples(answers, questions, request.show)]))
     if request.json:
         result = {
+            "models": {kind: one.attention for kind, one in loaded.items()},
             "questions": [asdict(question) for question in questions],
             "fitting": counts,
             "samplers": {name: asdict(config) for name, (_, config) in samplers.items()},
             "figures": figures,
             "answers": {name: [asdict(answer) for answer in made] for name, made in answers.items()},
-            **circumstances(runtime, tokenizer, request.eval_data, request, continuation),
+            **circumstances(runtime, tokenizer, request.eval_data, request, grid, continuation),
         }
         request.json.parent.mkdir(parents=True, exist_ok=True)
         request.json.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
-def check_flags(request: Request, sampling: SamplingConfig, denoising: DenoisingConfig, given: frozenset[str]) -> None:
+def check_flags(
+    request: Request,
+    grid: SamplerGrid,
+    sampling: SamplingConfig,
+    denoising: DenoisingConfig,
+    given: frozenset[str],
+) -> None:
     """ValueError for typed flags that would be ignored."""
     for config, path, flag in (
         (sampling, request.minimind_checkpoint, "--minimind-checkpoint"),
@@ -130,18 +129,9 @@ def check_flags(request: Request, sampling: SamplingConfig, denoising: Denoising
     ):
         refuse_idle(given, **dict.fromkeys((f.name for f in fields(config)), (path is not None, flag)))
     diffusion = request.diffusion_checkpoint is not None, "--diffusion-checkpoint"
-    refuse_idle(given, policies=diffusion, steps=diffusion)
-    configs = list(request.samplers(denoising).values())
-    adaptive = [config.gen_remasking in ADAPTIVE for config in configs]
-    refuse_idle(
-        given,
-        gen_remasking=(request.policies is None, "one policy: --policies names several"),
-        gen_steps=(request.steps is None or any(adaptive), "one step count: --steps names several"),
-        steps=(not all(adaptive), "a policy other than threshold and factor, which take as many as they need"),
-    )
-    needs = [idle_sampling_flags(config) for config in configs]
-    used = {name: (any(need[name][0] for need in needs), condition) for name, (_, condition) in needs[0].items()}
-    refuse_idle(given, **idle_sampling_flags(sampling), **used)
+    refuse_idle(given, **dict.fromkeys(("policies", "steps", "thresholds"), diffusion))
+    grid.refuse_idle(denoising, given)
+    refuse_idle(given, **idle_sampling_flags(sampling))
 
 
 if __name__ == "__main__":

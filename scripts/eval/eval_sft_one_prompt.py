@@ -34,7 +34,6 @@ from scripts.engine.trace_terminal import side_by_side
 from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
 RATES = ("tokens_per_second", "tokens_per_pass")
-ATTENTION = {name: attention for attention, (name, _) in KINDS.items()}
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Request:
     @property
     def checkpoints(self) -> dict[str, Path]:
         """kind -> file"""
-        both = zip(ATTENTION, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
+        both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
         return {kind: path for kind, path in both if path is not None}
 
 
@@ -73,16 +72,18 @@ def main(argv: list[str] | None = None) -> None:
         RuntimeConfig,
         argv=argv,
     )
-    configs = dict(zip(ATTENTION, (sampling, denoising), strict=True))
-    for kind, flag in KINDS.values():
+    configs = dict(zip(KINDS, (sampling, denoising), strict=True))
+    for kind, flag in KINDS.items():
         names = [f.name for f in fields(configs[kind])]
         refuse_idle(given, **dict.fromkeys(names, (kind in request.checkpoints, flag)))
         refuse_idle(given, **idle_sampling_flags(configs[kind]))
     tokenizer = load_tokenizer(request.tokenizer_dir)
     loaded = {
-        kind: load_kind(path, ATTENTION[kind], tokenizer, request.max_seq_len, runtime)
+        kind: load_kind(path, kind, tokenizer, request.max_seq_len, runtime)
         for kind, path in request.checkpoints.items()
     }
+    if "diffusion" in loaded:
+        configs["diffusion"] = denoising.fitted(loaded["diffusion"].model.config)
     put = same_prompt(request, prompting, loaded)
     ids = prompt_tokens(tokenizer, put, continuation.max_new_tokens, request.max_seq_len)  # refused before any work
     recorder, made = Recorder(tokenizer, tracing.trace), {}
@@ -90,26 +91,30 @@ def main(argv: list[str] | None = None) -> None:
         more = continuation, configs[kind], runtime, request.max_seq_len
         warm_up(one, [put], *more)
         made[kind] = generate(one.model, tokenizer, put, *more)
-        info = {"title": f"{kind}: {request.checkpoints[kind]}", "prompt": request.prompt, **in_effect(configs[kind])}
+        info = {
+            "title": f"{one.described}: {request.checkpoints[kind]}",
+            "prompt": request.prompt,
+            **in_effect(configs[kind]),
+        }
         if observe := recorder.observer(**info):
             generate(one.model, tokenizer, put, *more, observe)
     saved = recorder.write()
     if request.json:
-        used = [config for kind, config in configs.items() if kind in made]
         result = {
             "prompt": request.prompt,
             "chat_wrap": not isinstance(put, str),
             "prompt_tokens": len(ids),
             "answers": {
-                kind: asdict(answer) | {rate: getattr(answer, rate) for rate in RATES} for kind, answer in made.items()
+                kind: asdict(answer) | {rate: getattr(answer, rate) for rate in RATES} | loaded[kind].attention
+                for kind, answer in made.items()
             },
-            **circumstances(runtime, tokenizer, None, request, prompting, continuation, *used),
+            **circumstances(runtime, tokenizer, None, request, prompting, continuation, *map(configs.get, made)),
         }
         print(json.dumps(result, ensure_ascii=False))
-        for line in saved:
-            print(line, file=sys.stderr)
+        sys.stderr.writelines(f"{line}\n" for line in saved)
     else:
-        print("\n".join([report(request, made), *saved]))
+        titles = [f"{one.described} ({request.checkpoints[kind].name})" for kind, one in loaded.items()]
+        print("\n".join([report(request.prompt, titles, made), *saved]))
 
 
 def same_prompt(request: Request, prompting: PromptConfig, loaded: dict[str, Loaded]) -> Prompt:
@@ -127,12 +132,11 @@ def same_prompt(request: Request, prompting: PromptConfig, loaded: dict[str, Loa
     return prompting.put(request.prompt, one)
 
 
-def report(request: Request, made: dict[str, Generation]) -> str:
-    """The answers, side by side where there are two, and a table of costs."""
-    titles = [f"{kind} ({request.checkpoints[kind].name})" for kind in made]
+def report(prompt: str, titles: list[str], made: dict[str, Generation]) -> str:
+    """The answers, titled, side by side where there are two, and a table of costs."""
     answers = [g.text if g.text.strip() else "(nothing before EOS)" for g in made.values()]
     columns = shutil.get_terminal_size((120, 24)).columns
-    lines = [on_screen(request.prompt), "", *side_by_side(titles, answers, columns), ""]
+    lines = [on_screen(prompt), "", *side_by_side(titles, answers, columns), ""]
     header = f"{'':<16}{'tokens':>8}{'ended':>8}{'passes':>8}{'tokens/pass':>13}{'seconds':>9}{'tokens/s':>10}"
     rows = [
         f"{kind:<16}{g.num_tokens:>8}{'yes' if g.ended else 'no':>8}{g.num_forward_passes:>8}"

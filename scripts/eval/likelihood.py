@@ -1,10 +1,10 @@
-"""How likely a checkpoint of either kind finds the text of a file, or the replies of conversations, or which of several
+"""How likely a checkpoint of any kind finds the text of a file, or the replies of conversations, or which of several
 answers: nats per token, perplexity, bits per byte, accuracy.
 
     uv run python -m scripts.eval.likelihood --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
 
-Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6), over the same
-tokens. The rows of a file are one of
+Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6; in blocks, LLaDA 2.0
+Eq. 1), over the same tokens. The rows of a file are one of
 
     text      {"text": ...}: every token of the document and its EOS
     chat      {"conversations": ...}, {"messages": ...}, {"instruction": ..., "output": ...} or {"prompt": ...,
@@ -30,6 +30,7 @@ from scripts.engine.evaluation import (
     circumstances,
     evaluate_file,
     evaluate_replies,
+    flags_of_models,
 )
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
@@ -53,7 +54,7 @@ class RowsConfig:
     canvas: Annotated[
         int,
         "chat, diffusion: tokens that a reply and its EOS stand on; what they leave is filled with EOS and scored, so "
-        "that the length of the reply is not given away; 0 = give it away",
+        "that the length of the reply is not given away; 0 = give it away. That of a model in blocks ends with a block",
     ] = 128
     chat_wrap: Annotated[
         bool | None, "choices: ask in the chat template, else BOS and the question; none = as it was trained"
@@ -80,17 +81,17 @@ def main(argv: list[str] | None = None) -> None:
         require_writable(output.json, "--json")
     loaded = checkpoint.load(runtime)
     form = format_of(data, rows.eval_format)
-    diffusion = loaded.model.config.attention == "full"
-    refuse_idle(given, jsonl_field=(form == "text", "rows of text"), num_samples=(diffusion, "a diffusion model"))
+    refuse_idle(given, jsonl_field=(form == "text", "rows of text"), **flags_of_models(loaded))
     refuse_idle(given, canvas=(form == "chat", "conversations"), chat_wrap=(form == "choices", "multiple choice"))
-    refuse_idle(given, canvas=(diffusion, "a diffusion model"), eval_split=(form != "choices", "text or conversations"))
+    refuse_idle(given, eval_split=(form != "choices", "text or conversations"))
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
-    print(f"{data.eval_data}: rows of {form}", file=sys.stderr)
+    print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
     lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime)
     print("\n".join(lines))
     if output.json:
         written = {
             "format": form,
+            **loaded.attention,
             **result,
             **circumstances(runtime, loaded.tokenizer, data.eval_data, checkpoint, data, rows),
         }
@@ -125,7 +126,7 @@ def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: 
     counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
     told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len"
     told += f" {max_length}; {replies.empty:,} empty"
-    if loaded.model.config.attention == "full":
+    if loaded.kind == "diffusion":
         counts["unfilled"] = replies.unfilled
         told += f"; {replies.unfilled:,} scored on a canvas of just their length"
     lines = [f"{name}: {value.line('conversations')}" for name, value in found.items()]

@@ -27,7 +27,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import Loaded, circumstances, load_kind
+from scripts.engine.evaluation import Loaded, circumstances, flags_of_models, load_kind
 from scripts.engine.generation import PromptConfig
 from scripts.engine.report_flags import Request, check_flags, require_folder
 from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
@@ -37,7 +37,7 @@ from scripts.engine.report_results import AR, DIFFUSION, summary_of
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
 
-NAMES = {"causal": AR, "full": DIFFUSION}
+NAMES = {"autoregressive": AR, "diffusion": DIFFUSION}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -73,6 +73,10 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict
     tokenizer = load_tokenizer(request.tokenizer_dir)
     loaded = load_all(request, tokenizer, measuring.max_seq_len, runtime)
     models = {name: one for name, (_, one) in loaded.items()}
+    refuse_idle(given, **flags_of_models(*models.values()))
+    for one in models.values():
+        if one.kind == "diffusion":
+            denoising.fitted(one.model.config)  # refuses what does not go with its attention, before any work
     for path, one in loaded.values() if {form for form, _ in forms} != {"text"} else ():
         if note := note_on_template(path, one, prompting.wraps(one)):
             print(note, file=sys.stderr)
@@ -85,7 +89,8 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict
         "models": [
             {
                 "name": name,
-                "kind": NAMES[one.model.config.attention],
+                "kind": NAMES[one.kind],
+                **one.attention,
                 "checkpoint": str(path),
                 "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
                 "stage": one.stage,

@@ -79,9 +79,10 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         require_writable(config.json, "--json")
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
-    model, tokenizer, _ = checkpoint.load(runtime)
+    loaded = checkpoint.load(runtime)
+    model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.attention != "full":
-        raise ValueError(f"{config.checkpoint} is autoregressive; mask schedules belong to diffusion")
+        raise ValueError(f"{config.checkpoint} is {loaded.described}; give a diffusion model without blocks")
     rows = PretrainDataset(data, tokenizer).train
     batch = rows.batch(rows.order(runtime.seed, config.batch_size)(0, config.batch_size))
     batch = to_device(batch, runtime.torch_device)

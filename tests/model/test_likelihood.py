@@ -5,8 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model import likelihood
+from model.attention_mask import block_causal_mask
 from model.likelihood import diffusion_bound, masked_nats, row_nats
 from tests.model.test_objective import batch_of, brute_force_bound
+
+KINDS = {
+    "causal": {"attention": "causal"},
+    "full": {"attention": "full"},
+    **{f"blocks of {size}": {"attention": "block", "block_size": size} for size in (1, 3, 5)},
+}
 
 
 def enumerated_bound(model, ids, begin):
@@ -89,9 +97,9 @@ def test_autoregressive_nats_are_the_chain_rule(tiny_model):
     assert result.variance.sum() == 0
 
 
-@pytest.mark.parametrize("attention", ["causal", "full"])
-def test_rows_cost_the_same_in_any_batch_and_with_any_padding(attention, tiny_model):
-    model, ids = tiny_model(attention=attention), torch.randint(4, 24, (4, 9))
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_cost_the_same_in_any_batch_and_with_any_padding(kind, tiny_model):
+    model, ids = tiny_model(**KINDS[kind]), torch.randint(4, 24, (4, 9))
     mask = torch.ones(4, 9, dtype=torch.bool)
     mask[:, :2] = False
     whole = row_nats(model, batch_of(ids, torch.zeros_like(ids), mask) | {"row_ids": torch.arange(4)}, 4)
@@ -103,6 +111,7 @@ def test_rows_cost_the_same_in_any_batch_and_with_any_padding(attention, tiny_mo
     )
     part = row_nats(model, some | {"row_ids": order}, 4)
     torch.testing.assert_close(part.nats, whole.nats[order], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.variance, whole.variance[order], rtol=1e-4, atol=1e-9)
 
 
 def test_conditioning_tokens_are_never_masked(tiny_model):
@@ -154,3 +163,146 @@ def test_rows_of_one_scored_token_take_one_pass_and_have_no_error(tiny_model):
     assert len(passes) == 2 and torch.equal(many.nats, one.nats) and many.variance.tolist() == [0, 0]
     mixed = row_nats(model, batch_of(ids, loss_mask=torch.stack([last[0], ids[1] > 0])), 1)
     assert mixed.variance[0] == 0 and mixed.variance[1].isnan()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_uniform_logits_cost_ln_v_per_token_whatever_the_kind(kind, tiny_model):
+    """Only diffusion knows that [MASK] is never the next token."""
+    model, place = tiny_model(**KINDS[kind]), torch.arange(11)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    lengths = torch.tensor([[11], [7], [2]])
+    batch = batch_of(torch.randint(4, 24, (3, 11)), (place < lengths).long() - 1, (place < lengths) & (place >= 1))
+    found = row_nats(model, batch, 6)
+    assert found.count.tolist() == [10, 6, 1]
+    expected = found.count * math.log(24 if kind == "causal" else 23)
+    torch.testing.assert_close(found.nats, expected.double(), rtol=1e-6, atol=1e-6)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def block_bound(model, ids, scored):
+    """The block NELBO of one document by definition: for every block and every set of its scored tokens a row of its
+    own, [clean blocks before, the block with these masked], under a block-causal mask."""
+    size, mask_id, total = model.config.block_size, model.config.mask_token_id, 0.0
+    for begin in range(0, len(ids), size):
+        end = min(begin + size, len(ids))
+        open_ = [i for i in range(begin, end) if scored[i]]
+        sets = [list(s) for k in range(1, len(open_) + 1) for s in itertools.combinations(open_, k)]
+        if not sets:
+            continue
+        rows = ids[:end].repeat(len(sets), 1)
+        for row, masked in zip(rows, sets, strict=True):
+            row[masked] = mask_id
+        logits = model(rows, attn_mask=block_causal_mask(end, size)).double()
+        logits[..., mask_id] = -math.inf
+        nats = -logits.log_softmax(-1)
+        for cost, masked in zip(nats, sets, strict=True):
+            total += cost[masked, ids[masked]].sum().item() / len(masked) / math.comb(len(open_), len(masked))
+    return total
+
+
+def ragged_rows():
+    """Two documents, one given in part, and padding; three documents; one. And by hand what block_bound makes of it."""
+    documents = [[(7, 3), (4, 0)], [(1, 0), (2, 1), (8, 0)], [(9, 1)]]  # of each its length and how much is given
+    ids, owner = torch.randint(4, 24, (3, 12)), torch.full((3, 12), -1)
+    scored, pieces = torch.zeros(3, 12, dtype=torch.bool), []
+    for row, some in enumerate(documents):
+        begin = 0
+        for number, (length, given) in enumerate(some):
+            owner[row, begin : begin + length] = number
+            scored[row, begin + given : begin + length] = True
+            pieces.append((row, slice(begin, begin + length)))
+            begin += length
+    return batch_of(ids, owner, scored), pieces
+
+
+@torch.no_grad()
+def by_hand(model, batch, pieces):
+    found = torch.zeros(3, dtype=torch.float64)
+    for row, piece in pieces:
+        found[row] += block_bound(model, batch["input_ids"][row, piece], batch["loss_mask"][row, piece])
+    return found
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_small_blocks_are_enumerated(size, tiny_model):
+    """Packed documents cost what each does alone, to the last digit, with 2^size - 1 passes over x_t and one over
+    x_0, whatever the number of samples."""
+    model, passes = tiny_model(attention="block", block_size=size), []
+    batch, pieces = ragged_rows()
+    expected = by_hand(model, batch, pieces)
+    model.register_forward_pre_hook(lambda *_: passes.append(1))
+    for samples in (1, 50):
+        found = row_nats(model, batch, samples)
+        torch.testing.assert_close(found.nats, expected, rtol=1e-5, atol=1e-5)
+        assert found.variance.tolist() == [0, 0, 0] and found.count.tolist() == batch["loss_mask"].sum(1).tolist()
+    assert len(passes) == 2 * 2**size
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5])
+def test_drawn_masks_of_blocks_estimate_the_enumeration(size, tiny_model, monkeypatch):
+    monkeypatch.setattr(likelihood, "ENUMERATED", 0)
+    model, (batch, pieces) = tiny_model(attention="block", block_size=size), ragged_rows()
+    expected, estimates = by_hand(model, batch, pieces), []
+    for seed in range(6):
+        found = row_nats(model, batch, 40, seed, samples_per_pass=40)
+        assert ((found.nats - expected) / found.variance.sqrt()).abs().max() < 4
+        estimates.append(found)
+    mean = torch.stack([found.nats for found in estimates]).mean(0)
+    error = torch.stack([found.variance for found in estimates]).mean(0).div(6).sqrt()
+    assert ((mean - expected).abs() < 4 * error).all() and (error < 0.03 * expected).all()
+
+
+def test_blocks_of_one_token_are_the_chain_rule_of_the_net(tiny_model):
+    """[MASK] behind the tokens so far, under a causal mask: one token after the other."""
+    model, ids = tiny_model(attention="block", block_size=1), torch.randint(4, 24, (2, 7))
+    expected = torch.zeros(2, dtype=torch.float64)
+    for row in range(2):
+        for i in range(2, 7):
+            logits = model(torch.cat([ids[row, :i], torch.tensor([3])])[None], is_causal=True)[0, -1]
+            expected[row] += F.cross_entropy(logits.index_fill(0, torch.tensor([3]), -math.inf), ids[row, i]).item()
+    found = row_nats(model, batch_of(ids, loss_mask=(torch.arange(7) >= 2).expand(2, 7)), 1)
+    torch.testing.assert_close(found.nats, expected, rtol=1e-5, atol=1e-5)
+    assert found.variance.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("size", [9, 50])
+def test_a_block_that_holds_the_row_is_full_diffusion_on_the_same_masks(size, tiny_model):
+    torch.manual_seed(1)
+    full = tiny_model(attention="full")
+    block = tiny_model(attention="block", block_size=size)
+    block.load_state_dict(full.state_dict())
+    lengths = torch.tensor([[9], [6]])
+    real = torch.arange(9) < lengths
+    batch = batch_of(torch.randint(4, 24, (2, 9)), real.long() - 1, real & (torch.arange(9) >= 2))
+    (a, b), (c, d) = ((row_nats(m, batch, 7, 5), masked_nats(m, batch, 0.4, 5)) for m in (full, block))
+    assert torch.equal(a.nats, c.nats) and torch.equal(a.variance, c.variance) and torch.equal(b.nats, d.nats)
+
+
+@pytest.mark.parametrize("size", [3, 6])
+def test_how_many_masks_of_blocks_share_a_pass_changes_nothing(size, tiny_model):
+    model, (batch, _) = tiny_model(attention="block", block_size=size), ragged_rows()
+    apart, *others = (row_nats(model, batch, 7, 5, together) for together in (1, 2, 100))
+    for found in others:
+        torch.testing.assert_close(found.nats, apart.nats, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.variance, apart.variance, rtol=1e-5, atol=1e-9)
+
+
+def test_every_block_meets_every_count_and_every_pass_is_of_middling_weight(tiny_model):
+    model, seen = tiny_model(attention="block", block_size=8), []
+    model.register_forward_pre_hook(lambda _, arguments: seen.append((arguments[0] == 3).view(2, 7, 8).sum(-1)))
+    row_nats(model, batch_of(torch.randint(4, 24, (2, 56))), 8)
+    counts = torch.stack(seen[1:])  # (8 passes, 2 rows, 7 blocks)
+    assert (counts.sort(dim=0).values == torch.arange(1, 9)[:, None, None]).all()
+    assert (counts.double().mean(dim=2) - 4.5).abs().max() < 1
+
+
+def test_one_mask_ratio_meets_the_same_masks_in_models_of_any_block_size(tiny_model):
+    ids, seen = torch.randint(4, 24, (2, 10)), []
+    for more in ({"attention": "full"}, {"attention": "block", "block_size": 4}):
+        model = tiny_model(**more)
+        model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        assert masked_nats(model, batch_of(ids), ratio=0.3).count.tolist() == [3, 3]
+    full, clean, blocks = seen
+    assert torch.equal(full, blocks) and torch.equal(clean, ids)

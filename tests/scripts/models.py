@@ -7,14 +7,16 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 
 
-def untrained(tokenizer, attention: str, uniform: bool = False) -> Transformer:
-    """A tiny model for `tokenizer`, its logits far from uniform, or all 0."""
+def untrained(tokenizer, kind: str, uniform: bool = False) -> Transformer:
+    """A tiny model for `tokenizer`, its logits far from uniform, or all 0; kind: "causal", "full" or "block <size>"."""
+    attention, _, size = kind.partition(" ")
     config = ModelConfig(
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=64,
         attention=attention,
+        block_size=int(size or 0),
         **token_ids(tokenizer),
     )
     model = Transformer(config)

@@ -22,6 +22,7 @@ from scripts.engine.answers import (
     answer_all,
     describe,
     distinct,
+    judge,
     longest_repeat,
     questions_of,
     samples,
@@ -30,6 +31,7 @@ from scripts.engine.answers import (
 from scripts.engine.evaluation import Loaded
 from scripts.engine.generation import generate
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.samplers import SamplerGrid
 from scripts.eval import eval_sft
 from tests.scripts.conftest import conversations
 from tests.scripts.models import untrained
@@ -250,6 +252,39 @@ def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
     return of
 
 
+def test_every_policy_is_tried_with_the_steps_and_thresholds_that_it_heeds():
+    found = SamplerGrid("threshold,hybrid,margin", "2,3", (0.5, 1.0)).samplers(DenoisingConfig(gen_steps=7))
+    assert {name: (c.gen_remasking, c.gen_steps, c.gen_confidence_threshold) for name, c in found.items()} == {
+        "threshold 0.5": ("threshold", 7, 0.5),
+        "threshold 1": ("threshold", 7, 1.0),
+        "hybrid 0.5, 2 steps": ("hybrid", 2, 0.5),
+        "hybrid 1, 2 steps": ("hybrid", 2, 1.0),
+        "hybrid 0.5, 3 steps": ("hybrid", 3, 0.5),
+        "hybrid 1, 3 steps": ("hybrid", 3, 1.0),
+        "margin, 2 steps": ("margin", 2, 0.9),
+        "margin, 3 steps": ("margin", 3, 0.9),
+    }
+
+
+def test_a_judge_gives_the_nats_of_each_answer_and_its_end_given_the_prompt(tokenizer):
+    """By the chain rule, one token at a time; an answer that did not end is not charged for an end."""
+    loaded = Loaded(untrained(tokenizer, "causal"), tokenizer, "sft")
+    questions = [Question(exchange("the cat"), "a river", "other"), Question(exchange("the dog"), "b", "other")] * 2
+    made = [Answer("the river", 3, True), Answer("the", 5, False), Answer("", 1, True), Answer("", 0, False)]
+    found = judge(loaded, questions, made, RUNTIME, 128)
+    for question, answer, judged in zip(questions, made, found, strict=True):
+        prompt, reply = encode_chat(tokenizer, question.messages, True), encode(tokenizer, answer.text)
+        reply += [tokenizer.eos_token_id] * answer.ended
+        with torch.no_grad():
+            log_p = loaded.model(torch.tensor([prompt + reply]), is_causal=True)[0].log_softmax(-1)
+        nats = -sum(log_p[len(prompt) - 1 + i, token].item() for i, token in enumerate(reply))
+        assert judged.judged_nats == pytest.approx(nats, rel=1e-5) and judged.judged_tokens == len(reply)
+        assert judged.text == answer.text
+    total = sum(a.judged_nats for a in found) / sum(a.judged_tokens for a in found)
+    assert describe(tokenizer, found, made)["judged"][0] == pytest.approx(total)
+    assert describe(tokenizer, made, made)["judged"] is None
+
+
 def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv, command, tokenizer):
     grid = ["--policies", "low_confidence, threshold", "--steps", "2,3", "--gen-temp", "0.5", "--show", "1"]
     result = command(eval_sft, [*argv("ar", "dm"), *grid, "--batch-size", "3", "--json", "new/a.json"])
@@ -257,8 +292,8 @@ def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv,
     found = json.loads(Path("new/a.json").read_text(encoding="utf-8"))
     names = ["AR", "low_confidence, 2 steps", "low_confidence, 3 steps", "threshold"]
     assert list(found["answers"]) == list(found["figures"]) == ["reference", *names]
-    expected = [
-        DenoisingConfig(gen_temp=0.5, gen_remasking=policy, gen_steps=steps)
+    expected = [  # and what was left to the checkpoint is what it came to
+        DenoisingConfig(gen_temp=0.5, gen_remasking=policy, gen_steps=steps, gen_block_size=8, gen_cache="none")
         for policy, steps in (("low_confidence", 2), ("low_confidence", 3), ("threshold", 64))
     ]
     assert found["samplers"]["AR"] == SamplingConfig().__dict__
@@ -277,7 +312,8 @@ def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv,
             assert figures == json.loads(json.dumps(describe(tokenizer, part, reference)))
     assert found["fitting"]["rows"] == 60
     assert "60 rows, of which these fit: " in result.out
-    lines = result.out.splitlines()[2:]
+    lines = result.out.splitlines()
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("reference")) :]
     assert [line.split()[0] for line in lines[:10:2]] == ["reference", "AR", *(["low_confidence,"] * 2), "threshold"]
     assert sum(line.startswith("user: ") for line in lines) == 2
 
@@ -286,7 +322,8 @@ def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv,
 def test_one_model_alone_is_compared_with_the_references(kind, name, argv, command):
     result = command(eval_sft, [*argv(kind), "--show", "0"])
     assert result.code == 0, result.err
-    lines = result.out.splitlines()[2:-1]
+    lines = result.out.splitlines()[:-1]
+    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("reference")) :]
     assert [line[: len(name)].strip() for line in lines] == ["reference"[: len(name)]] * 2 + [name] * 2
     assert "user:" not in result.out
 
@@ -315,6 +352,10 @@ def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
         (("dm",), ["--policies", "random,"], "--policies: '' is not one of"),
         (("dm",), ["--policies", ""], "--policies: '' is not one of"),
         (("dm",), ["--steps", "3,0"], "--steps 3,0: expected positive numbers"),
+        (("dm",), ["--policies", "margin", "--thresholds", "0.5"], "--thresholds has no effect without the policy"),
+        (("dm",), ["--policies", "threshold", "--thresholds", "0.5,0"], "--thresholds (0.5, 0.0): expected prob"),
+        (("ar",), ["--thresholds", "0.5"], "--thresholds has no effect without --diffusion-checkpoint"),
+        (("dm",), ["--judge", "weights/dm_state_dict.pt"], "--judge weights/dm_state_dict.pt is diffusion"),
         (("dm",), ["--steps", "3,"], "--steps 3,: expected positive numbers"),
         (("ar",), ["--show", "-1"], "--show must not be negative"),
         (("ar",), ["--batch-size", "0"], "--batch-size must be at least 1"),

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from dataset.tokenizer import decode, encode, encode_chat
 from model.canvas import Decoded, DecodingStep
 from model.checkpoint import load_checkpoint
+from model.config import ModelConfig
 from model.decode import DenoisingConfig, SamplingConfig
 from scripts import chat
 from scripts.engine import generation
@@ -109,6 +110,11 @@ def talk(command, flags, monkeypatch):
     return run
 
 
+def fitted(**settings):
+    """As a checkpoint of full attention is decoded."""
+    return DenoisingConfig(**settings).fitted(ModelConfig(attention="full"))
+
+
 def history(tokenizer, *contents, more=True):
     """Ids of a conversation of these contents in turn."""
     messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
@@ -193,9 +199,9 @@ def test_a_command_changes_the_next_reply(talk, decoding):
         "2",
     )
     assert decoding.configs == [
-        DenoisingConfig(gen_steps=2),
-        DenoisingConfig(gen_steps=3, gen_temp=0.0),
-        DenoisingConfig(gen_steps=3, gen_temp=0.0, gen_block_size=4, gen_remasking="left_to_right"),
+        fitted(gen_steps=2),
+        fitted(gen_steps=3, gen_temp=0.0),
+        fitted(gen_steps=3, gen_temp=0.0, gen_block_size=4, gen_remasking="left_to_right"),
     ]
     for shown in ("--gen-steps 3", "--gen-remasking left_to_right", "--max-new-tokens 6", *chat.COMMANDS):
         assert shown in out
@@ -245,8 +251,23 @@ def test_nonsense_is_answered_with_one_sentence_and_changes_nothing(talk, decodi
     errors = [line for line in out.splitlines() if line.startswith("error: ")]
     for (line, words), error in zip(NONSENSE.items(), errors, strict=True):
         assert words in error, (line, error)
-    assert decoding.configs == [DenoisingConfig()] * 2
+    assert decoding.configs == [fitted()] * 2
     assert decoding.prompts()[1] == history(tokenizer, "the cat", decoding.replies[0], "why")
+
+
+def test_a_checkpoint_of_blocks_keeps_to_them(flags, monkeypatch, command, decoding):
+    """And says where that makes a difference to the blanks of a text."""
+    argv, path = flags("dm"), "weights/dm_state_dict.pt"
+    payload = load_checkpoint(path)
+    payload["config"] |= {"attention": "block", "block_size": 3}
+    torch.save(payload, path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n/block 4\n/steps 2\n/infill my ___ friend\n"))
+    out = command(chat, argv).out
+    assert "diffusion in blocks of 3 tokens; /help" in out.splitlines()[0]
+    assert "error: /block 4 is not 3, the block size that this checkpoint was trained for" in out
+    assert "(blanks are filled in blocks of 3 tokens: " in out
+    used = [(c.gen_block_size, c.gen_cache, c.gen_steps) for c in decoding.configs]
+    assert used == [(3, "block", 64), (3, "block", 2)]
 
 
 def test_a_trace_before_the_first_reply_is_refused_in_a_sentence(talk):
@@ -317,7 +338,7 @@ def test_a_flag_that_no_command_can_bring_into_effect_is_refused(kind, more, wor
 def test_a_flag_that_waits_for_a_command_is_kept(talk, decoding):
     more = ("--gen-temp", "0", "--gen-top-k", "4", "--gen-confidence-threshold", "0.1")
     talk("dm", ["/policy threshold", "/temp 1", "a"], *more)
-    expected = DenoisingConfig(gen_temp=1.0, gen_top_k=4, gen_confidence_threshold=0.1, gen_remasking="threshold")
+    expected = fitted(gen_temp=1.0, gen_top_k=4, gen_confidence_threshold=0.1, gen_remasking="threshold")
     assert decoding.configs == [expected]
 
 

@@ -22,8 +22,8 @@ from scripts.engine.evaluation import (
 )
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig, windows_of
-from scripts.eval import eval_diffusion, eval_minimind, likelihood
-from tests.model.test_likelihood import enumerated_bound
+from scripts.eval import eval_diffusion, eval_minimind, likelihood, schedule_variance
+from tests.model.test_likelihood import block_bound, enumerated_bound
 from tests.scripts.models import untrained
 
 KINDS = ["causal", "full"]
@@ -68,9 +68,9 @@ def test_windows_score_every_token_but_bos_exactly_once_in_order(max_length, tok
         assert found == [*encode(tokenizer, text), tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 2"])
 def test_the_counts_are_those_of_the_text_at_every_window_size(kind, model_of, tokenizer, texts, data, runtime):
-    model = model_of(kind)
+    model, texts = model_of(kind), texts[::2]
     for max_length in (5, 32, 300):
         found = evaluate_file(model, tokenizer, data(texts), max_length, runtime)["all"]
         assert found.documents == len(texts)
@@ -108,11 +108,11 @@ def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(model_of, toke
     assert close(found.nats_per_token, nats / (len(ids) - 1))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
 def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data, runtime):
     model = model_of(kind)
     results = [
-        evaluate_file(model, tokenizer, data(texts, eval_batch_size=size), 24, runtime) for size in (1, 2, 7, 1000)
+        evaluate_file(model, tokenizer, data(texts[::3], eval_batch_size=size), 24, runtime) for size in (1, 2, 7, 1000)
     ]
     for result in results[1:]:
         assert result.keys() == results[0].keys()
@@ -125,7 +125,7 @@ def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data, 
 def test_the_batch_size_does_not_change_the_masked_cross_entropy(uniform, model_of, tokenizer, texts, data, runtime):
     model = model_of("full", uniform)
     losses = [
-        masked_cross_entropy(model, tokenizer, data(texts, eval_batch_size=size), 24, 0.5, runtime)
+        masked_cross_entropy(model, tokenizer, data(texts[::3], eval_batch_size=size), 24, 0.5, runtime)
         for size in (1, 7, 1000)
     ]
     assert all(close(loss, math.log(len(tokenizer) - 1) if uniform else losses[0]) for loss in losses)
@@ -157,7 +157,7 @@ def test_the_seed_draws_the_masks_and_equal_texts_share_them(model_of, tokenizer
     assert len(set(seeds)) == len(seeds), "windows of one document, or two documents, share their masks"
 
 
-@pytest.mark.parametrize("kind, choices", [("causal", 0), ("full", 1)])
+@pytest.mark.parametrize("kind, choices", [("causal", 0), ("full", 1), ("block 2", 1), ("block 6", 1)])
 @pytest.mark.parametrize("max_length", [9, 300])
 def test_a_model_that_knows_nothing_costs_the_logarithm_of_its_choices(
     kind, choices, max_length, model_of, tokenizer, texts, data, runtime
@@ -234,9 +234,10 @@ def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokeniz
         assert close(found["log_likelihood"], expected)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
 def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template(kind, model_of, tokenizer, runtime):
-    """For a causal model the chain rule, for diffusion all sets of masks: the response has three tokens."""
+    """For a causal model the chain rule, for diffusion all sets of masks, whole or block by block: the response has
+    three tokens."""
     model, condition = model_of(kind), encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], True)
     response = encode(tokenizer, "my old friend")
     ids, begin = torch.tensor([condition + response]), len(condition)
@@ -245,11 +246,13 @@ def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template
         if kind == "causal":
             logs = model(ids, is_causal=True)[0, begin - 1 : -1].double().log_softmax(-1)
             expected = float(logs.gather(1, ids[0, begin:, None]).sum())
-        else:
+        elif kind == "full":
             expected = -enumerated_bound(model, ids[0], begin)
+        else:
+            expected = -block_bound(model, ids[0], torch.arange(begin + 3) >= begin)
     found = response_likelihood(model, tokenizer, "the cat", "my old friend", 300, 64, runtime, chat_wrap=True)
     assert found["log_likelihood"] == pytest.approx(expected, abs=1e-4 + 4.5 * found["mask_standard_error"])
-    assert found["tokens"] == 3 and (kind == "full") == (found["mask_standard_error"] > 0)
+    assert found["tokens"] == 3 and (kind in ("full", "block 6")) == (found["mask_standard_error"] > 0)
 
 
 def test_the_masks_of_a_response_share_forward_passes(model_of, tokenizer, runtime):
@@ -326,3 +329,74 @@ def test_a_context_longer_than_the_one_trained_on_is_noted(eval_argv, command):
         result = command(eval_minimind, [*eval_argv["eval_minimind"], "--max-seq-len", length])
         assert result.code == 0
         assert ("was trained on at most 32 tokens; --max-seq-len 33" in result.err) == noted
+
+
+# -- checkpoints of block diffusion ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_blocks(model_of, tokenizer, tokenizer_dir, workspace):
+    """in_blocks(size, *more) -> arguments with a checkpoint that is decoded in blocks of so many tokens."""
+
+    def build(size, *more):
+        model = model_of(f"block {size}")
+        save_checkpoint(Path("m.pt"), model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="test")
+        given = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--dtype", "float32", "--device", "cpu"]
+        return [*given, *more]
+
+    return build
+
+
+@pytest.mark.parametrize(
+    "size, kind, drawn", [(1, "exact", False), (3, "upper bound", False), (6, "upper bound", True)]
+)
+def test_both_commands_score_a_block_checkpoint_in_its_blocks(size, kind, drawn, in_blocks, command):
+    argv = in_blocks(size, "--eval-data", "corpus.jsonl", "--eval-batch-size", "8", "--eval-max-batches", "1", "--json")
+    said = command(likelihood, [*argv, "r.json"])
+    assert said.code == 0 and f"m.pt: diffusion in blocks of {size} token" in said.err
+    found = json.loads(Path("r.json").read_text(encoding="utf-8"))
+    assert (found["attention"], found["block_size"]) == ("block", size)
+    value = found["likelihood"]["all"]
+    assert value["kind"] == kind and (value["mask_standard_error"] > 0) == drawn
+    other = json.loads(command(eval_diffusion, argv).out)
+    assert (other["attention"], other["block_size"]) == ("block", size) and other["likelihood"]["all"] == value
+
+
+def test_the_number_of_masks_is_no_question_where_all_are_tried(in_blocks, refused, command):
+    for module, more in (
+        (likelihood, ["--eval-data", "corpus.jsonl", "--nmc", "2"]),
+        (eval_diffusion, ["--eval-data", "corpus.jsonl", "--nmc", "2"]),
+        (eval_diffusion, ["--prompt", "a", "--cond-ll-response", "b", "--cond-ll-nmc", "2"]),
+    ):
+        refused(module, in_blocks(3, *more), "has no effect without masks to be drawn: of small blocks all are tried")
+        assert command(module, in_blocks(6, *more, *["--eval-max-batches", "1"] * (more[0] == "--eval-data"))).code == 0
+
+
+@pytest.mark.parametrize("size, sign", [(1, "="), (2, ">=")])
+def test_a_response_is_said_to_be_exact_or_bounded(size, sign, in_blocks, command):
+    said = command(eval_diffusion, in_blocks(size, "--prompt", "the cat", "--cond-ll-response", " sees"))
+    first, score = said.out.splitlines()
+    assert first.endswith(f"m.pt: diffusion in blocks of {size} token{'s' * (size > 1)}")
+    assert f"log p(response | prompt) {sign} -" in score and "+-" not in score and score.endswith("all masks)")
+
+
+def test_a_block_checkpoint_is_decoded_in_its_blocks_with_their_cache(in_blocks, command, refused):
+    argv = in_blocks(3, "--max-new-tokens", "5", "--prompt", "the cat")
+    found = json.loads(command(eval_diffusion, [*argv, "--json"]).out)
+    assert (found["attention"], found["block_size"]) == ("block", 3)
+    assert (found["settings"]["gen_block_size"], found["settings"]["gen_cache"]) == (3, "block")
+    assert 1 <= found["generation"]["num_tokens"] <= 5
+    refused(eval_diffusion, [*argv, "--gen-block-size", "4"], "--gen-block-size 4 is not 3")
+    refused(eval_diffusion, [*argv, "--gen-cache", "prefix"], "trained by block diffusion")
+
+
+def test_blanks_in_blocks_are_filled_and_what_they_do_not_see_is_said(in_blocks, command):
+    said = command(eval_diffusion, in_blocks(3, "--infill", "the cat ___ the river.", "--blank-tokens", "2"))
+    assert said.code == 0 and "note: blanks are filled in blocks of 3 tokens: what stands behind" in said.err
+
+
+def test_commands_of_other_kinds_refuse_a_block_checkpoint(in_blocks, refused):
+    argv = in_blocks(3)
+    words = "was trained by diffusion in blocks of 3 tokens; use scripts.eval.eval_diffusion"
+    refused(eval_minimind, [*argv, "--prompt", "a"], words)
+    refused(schedule_variance, [*argv, "--data", "corpus.jsonl"], "m.pt is diffusion in blocks of 3 tokens; give")

@@ -16,7 +16,7 @@ from scripts.engine.evaluation import evaluate_replies, response_likelihood
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig, reply_windows
 from scripts.eval import likelihood
-from tests.model.test_likelihood import enumerated_bound
+from tests.model.test_likelihood import block_bound, enumerated_bound
 from tests.scripts.conftest import sentences
 from tests.scripts.models import untrained
 
@@ -151,7 +151,7 @@ def test_the_bound_of_a_reply_with_its_canvas_is_the_enumeration_over_all_masks(
     assert found.nats_per_token * 3 == pytest.approx(exact, abs=4.5 * found.mask_standard_error * 3)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 3"])
 def test_neither_batches_nor_order_nor_neighbours_change_a_reply(kind, tokenizer, chats):
     model = untrained(tokenizer, kind)
     files = [chats(eval_batch_size=size) for size in (1, 3, 100)] + [chats(CHATS[::-1], "reversed.jsonl")]
@@ -178,6 +178,53 @@ def test_a_limit_on_batches_is_a_sample_of_the_conversations(tokenizer, chats):
     assert len(there) == 12 and [w.ids for w in there] == [w.ids for w in back]
 
 
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_the_canvas_of_a_block_model_ends_with_the_block_as_in_its_fine_tuning(size, tokenizer, chats):
+    """Whatever --canvas says; the blocks are counted from the beginning of the conversation."""
+    windows = reply_windows(tokenizer, chats(), 256, 99, size).windows
+    for window, (given, reply) in zip(windows, replies_of(tokenizer), strict=True):
+        fill = -(len(given) + len(reply)) % size
+        assert window.ids == given + reply + [tokenizer.eos_token_id] * fill
+        assert (window.begin, window.fill) == (len(given), fill) and len(window.ids) % size == 0
+    rows = SFTDataset(SFTData(data=chats().eval_data, val_fraction=0.0), tokenizer, False, 4, block_size=size).train
+    batch = rows.batch(np.arange(len(rows)))
+    learnt = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True)]
+    assert sorted(w.ids[w.begin :] for w in windows) == sorted(learnt)
+
+
+def test_the_context_may_cut_the_last_block(tokenizer, chats):
+    (given, reply), size = replies_of(tokenizer)[0], 64
+    length = len(given) + len(reply)
+    for limit in (length, length + 2, 256):
+        found = reply_windows(tokenizer, chats(CHATS[:1]), limit, 0, size)
+        assert [len(w.ids) for w in found.windows] == [min(size, limit)]
+        assert found.unfilled == (limit == length)
+    whole = reply_windows(tokenizer, chats(CHATS[:1]), 256, 0, length)  # the reply ends with its block
+    assert whole.windows[0].fill == whole.unfilled == 0
+
+
+def test_the_bound_of_a_reply_in_blocks_is_the_enumeration_over_all_masks(tokenizer, chats):
+    """Its EOS and those up to the end of the block cost nats and count as one token."""
+    model, ((given, reply), *_) = untrained(tokenizer, "block 4"), replies_of(tokenizer)
+    ids = torch.tensor(given + reply + [tokenizer.eos_token_id] * (-(len(given) + len(reply)) % 4))
+    with torch.no_grad():
+        expected = block_bound(model, ids, torch.arange(len(ids)) >= len(given))
+    found = evaluate_replies(model, tokenizer, chats(CHATS[:1]), 256, 128, RUNTIME)[0]["all"]
+    assert (found.tokens, found.mask_standard_error) == (len(reply), 0)
+    assert found.nats_per_token * len(reply) == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_kind_scores_the_same_tokens_and_bytes(tokenizer, chats):
+    """And a model that knows nothing pays for them and the rest of the block."""
+    kinds = {kind: untrained(tokenizer, kind, uniform=True) for kind in (*KINDS, "block 4", "block 6")}
+    found = {kind: evaluate_replies(m, tokenizer, chats(), 256, 64, RUNTIME)[0]["all"] for kind, m in kinds.items()}
+    assert len({(value.documents, value.tokens, value.bytes) for value in found.values()}) == 1
+    for size in (4, 6):
+        paid = sum(len(reply) + -(len(given) + len(reply)) % size for given, reply in replies_of(tokenizer))
+        value = found[f"block {size}"]
+        assert value.nats_per_token * value.tokens == pytest.approx(paid * math.log(len(tokenizer) - 1), rel=1e-6)
+
+
 # -- multiple choice ---------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +239,7 @@ def continuations(row: dict) -> tuple[str, list[str]]:
 
 
 @pytest.mark.parametrize("wrap", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 3"])
 def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokenizer, file):
     """One choice at a time: for a causal model by the chain rule, for diffusion by the score of one response."""
     model, right, right_by_byte = untrained(tokenizer, kind), [], []
@@ -314,7 +361,7 @@ def argv(tokenizer, tokenizer_dir, workspace):
     return build
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "block 4"])
 def test_the_command_takes_the_format_from_the_first_row(kind, argv, chats, file, command):
     for data, form, key in ((chats(), "chat", "likelihood"), (file(QUESTIONS), "choices", "accuracy")):
         said = command(likelihood, argv(kind, data, "--json", "result.json"))
@@ -323,7 +370,7 @@ def test_the_command_takes_the_format_from_the_first_row(kind, argv, chats, file
         assert written["format"] == form and {"all", "zh", "other"} == written[key].keys()
         assert {"commit", "data_sha256", "settings", "tokenizer"} <= written.keys()
         if form == "chat":
-            unfilled = {"unfilled": 0} if kind == "full" else {}
+            unfilled = {} if kind == "causal" else {"unfilled": 0}
             assert written["replies"] == {"scored": 4, "too_long": 0, "empty": 0} | unfilled
             assert said.out.startswith("all: 3 conversations, ") and "4 replies scored; 0 left out" in said.out
         else:
@@ -390,6 +437,8 @@ def test_a_bad_conversation_is_named_by_file_and_row(row, words, argv, file, ref
     [
         ("causal", "chats", ["--canvas", "9"], "--canvas has no effect without a diffusion model"),
         ("full", "questions", ["--canvas", "9"], "--canvas has no effect without conversations"),
+        ("block 4", "chats", ["--canvas", "9"], "--canvas has no effect without a model of whole rows: a block ends"),
+        ("block 4", "questions", ["--nmc", "3"], "--num-samples has no effect without masks to be drawn"),
         ("full", "chats", ["--canvas", "-1"], "--canvas must not be negative"),
         ("full", "chats", ["--chat-wrap"], "--chat-wrap has no effect without multiple choice"),
         ("full", "chats", ["--jsonl-field", "x"], "--jsonl-field has no effect without rows of text"),

@@ -152,19 +152,42 @@ def test_a_checkpoint_of_no_conversations_is_put_the_text_and_said_so(files, com
     assert "the chat template is new to it" in result.err and given(canvases[1]) == in_template(tokenizer, PROMPT)
 
 
+@pytest.fixture
+def in_blocks(argv):
+    """Arguments of both models, the diffusion model being one of blocks of 3 tokens."""
+    flags = argv()
+    payload = load_checkpoint("weights/dm_state_dict.pt")
+    payload["config"] |= {"attention": "block", "block_size": 3}
+    torch.save(payload, "weights/dm_state_dict.pt")
+    return flags
+
+
+def test_a_block_checkpoint_is_a_diffusion_checkpoint_and_said_to_be_one_of_blocks(in_blocks, command):
+    found = json.loads(command(one_prompt, [*in_blocks, "--json"]).out)
+    assert [answer["attention"] for answer in found["answers"].values()] == ["causal", "block"]
+    assert [answer["block_size"] for answer in found["answers"].values()] == [0, 3]
+    assert (found["settings"]["gen_block_size"], found["settings"]["gen_cache"]) == (3, "block")
+    said = command(one_prompt, [*in_blocks, "--trace", "a.json"])
+    assert "diffusion in blocks of 3 tokens (dm_state_dict.pt)" in " ".join(said.out.split())
+    assert load_traces("a.json")[1].info["title"].startswith("diffusion in blocks of 3 tokens: ")
+
+
+def test_what_does_not_go_with_the_blocks_is_refused_before_any_work(in_blocks, refused, monkeypatch):
+    monkeypatch.setattr(one_prompt, "warm_up", lambda *a: pytest.fail("began"))
+    refused(one_prompt, [*in_blocks, "--gen-block-size", "4"], "--gen-block-size 4 is not 3")
+
+
 # -- what is shown -----------------------------------------------------------------------------------------------------
 
 
 def test_the_texts_stand_side_by_side_whatever_their_width(monkeypatch):
     """Every line of the second text begins in the same column; Chinese characters take two."""
     monkeypatch.setenv("COLUMNS", "60")
-    paths = {"minimind_checkpoint": Path("a/ar.pt"), "diffusion_checkpoint": Path("b/dm.pt")}
-    request = one_prompt.Request(prompt="p", **paths)
     left, right = "一只小猫看见了老朋友。" * 4 + "\nthe cat", "XXXX " * 30
     made = {
         kind: Generation("p", text, 10, True, 5, 2.0) for kind, text in (("autoregressive", left), ("diffusion", right))
     }
-    lines = one_prompt.report(request, made).split("\n")
+    lines = one_prompt.report("p", ["autoregressive (ar.pt)", "diffusion (dm.pt)"], made).split("\n")
     assert all(sum(map(width_of, line)) <= 60 for line in lines if "猫" in line or "XXXX" in line)
     columns = {sum(map(width_of, line[: line.index("XXXX")])) for line in lines if "XXXX" in line}
     assert len(columns) == 1

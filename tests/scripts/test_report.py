@@ -94,8 +94,11 @@ BOTH = ("--minimind-checkpoint", "ar_state_dict.pt", "--diffusion-checkpoint", "
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, tokenizer, tokenizer_dir):
-    """(folder with both checkpoints and all files, the report of them in report/)."""
+def made(request, tmp_path_factory, tokenizer, tokenizer_dir):
+    """(folder with both checkpoints and all files, the report of them in report/), one for all modules that import
+    this fixture, whose copies of it pytest takes for different ones."""
+    if hasattr(request.session, "report_made"):
+        return request.session.report_made
     folder = tmp_path_factory.mktemp("report")
     write_checkpoints(folder, tokenizer)
     more = ["--eval-data", write_rows(folder), "--out", "report", "--frontier-questions", "3"]
@@ -103,7 +106,8 @@ def made(tmp_path_factory, tokenizer, tokenizer_dir):
         patch.chdir(folder)
         result = run_command(report, [*BOTH, *flags(tokenizer_dir, *more), "--frontier-steps", "1,6"])
     assert result.code == 0, result.err
-    return folder, json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    request.session.report_made = folder, json.loads((folder / "report" / "report.json").read_text(encoding="utf-8"))
+    return request.session.report_made
 
 
 @pytest.fixture
@@ -456,3 +460,38 @@ def test_without_files_the_bundled_rows_are_asked_and_what_training_held_out_is_
     assert sorted(item["bytes"] for item in found[3]["items"]) == sorted(len("".join(r).encode()) for r in replies)
     page = Path("new/report.md").read_text(encoding="utf-8")
     assert page.count("Answers, unedited") == 1 and "of which those that training held out" in page
+
+
+def test_models_of_blocks_stand_beside_the_others(place, tokenizer, tokenizer_dir, command, monkeypatch):
+    """Named, scored by all their masks, decoded in their blocks, and a line of the frontier each."""
+    for name in ("draw_quality", "draw_likelihood", "draw_frontier"):
+        monkeypatch.setattr(report_page, name, lambda *a: None)
+    for size in (1, 3):
+        model, path = untrained(tokenizer, f"block {size}"), Path(f"b{size}_state_dict.pt")
+        save_checkpoint(path, model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="sft")
+    argv = [*BOTH[:-1], "dm_state_dict.pt,b1_state_dict.pt,b3_state_dict.pt", *flags(tokenizer_dir), "--max-rows", "3"]
+    argv += ["--eval-data", "text.jsonl,chat.jsonl,questions.jsonl", "--frontier-questions", "1", "--out", "new"]
+    argv += ["--frontier-steps", "1", "--frontier-thresholds", "0.9", "--frontier-factors", "1"]
+    said = command(report, argv)
+    assert said.code == 0, said.err
+    found, page = (Path(f"new/report.{kind}").read_text(encoding="utf-8") for kind in ("json", "md"))
+    found = json.loads(found)
+    names = [model["name"] for model in found["models"]]
+    assert names == [AR, DM, "diffusion b1", "diffusion b3"]
+    assert [(m["attention"], m["block_size"]) for m in found["models"]] == [
+        *(("causal", 0), ("full", 0), ("block", 1), ("block", 3))
+    ]
+    for section in found["sources"][:2]:
+        assert [all(r["variance"] == 0 for r in section["results"][name]) for name in names] == [
+            True,
+            False,
+            True,
+            True,
+        ]
+    assert list(dict.fromkeys(point["model"] for point in found["frontier"]["points"])) == names
+    for words in ("| diffusion b3 | blocks of 3 |", "2 masks drawn per row; all masks of blocks of up to 4 tokens"):
+        assert words in page
+    assert "; diffusion (full): nothing is kept" in page and "; diffusion (blocks of 3): keys and values of f" in page
+    (nats,) = [line for line in page.splitlines() if line.startswith("| nats per token | all | 3 |")][:1]
+    assert [cell.strip().startswith("<= ") for cell in nats.split("|")[4:8]] == [False, True, False, True]
+    assert "| diffusion b1 answers | " in page and "blocks of 3 tokens from left to right" in page

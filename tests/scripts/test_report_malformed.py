@@ -96,7 +96,7 @@ def test_one_sentence_names_the_file_and_what_is_wrong_with_it(small, workspace,
     assert "r.json is no JSON, or was cut" in told(b"\xff\xfe")
     assert "r.json is no JSON, or was cut" in told(200_000 * "[")
     assert "r.json is no JSON, or was cut" in told(whole.replace('"seed": 11', '"seed": NaN'))
-    assert "r.json is no report of this version" in told(json.dumps(small | {"report_format": 2}))
+    assert "r.json is no report of this version" in told(json.dumps(small | {"report_format": report_page.FORMAT - 1}))
     assert "it has no 'models'" in told(json.dumps({k: v for k, v in small.items() if k != "models"}))
     small["sources"][0]["results"][DM].pop()
     assert "text.jsonl: results of diffusion dm: 0 rows, expected 1" in told(json.dumps(small))

@@ -169,9 +169,10 @@ def test_the_page_says_how_answers_were_sampled(made):  # noqa: F811
     settings = made[1]["settings"] | {"ar_temperature": 0.0, "gen_remasking": "factor", "gen_factor": 2.0}
     settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_max_decode_per_step": 5, "gen_steps": 1}
     other = {**made[1], "settings": settings}
-    assert "temperature 0)" in sampling_of(other, SamplingConfig)
+    ar, diffusion = made[1]["models"]
+    assert "temperature 0)" in sampling_of(other, ar)
     for words in ("factor 2, keeping at most 0.2 to 0.5 ", "and 5 tokens", "1 step;", "blocks of 3 tokens"):
-        assert words in sampling_of(other, DenoisingConfig)
+        assert words in sampling_of(other, diffusion)
 
 
 def test_help_says_which_file_the_frontier_is_of(command):

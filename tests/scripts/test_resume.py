@@ -33,7 +33,6 @@ RUNS = {
         "--repeat-penalty-warmup-steps 6",
     ),
     "fixed_count-muon": (diffusion, "--mask-schedule fixed_count --optimizer muon --dropout 0.1"),
-    "random-no-packing": (diffusion, "--mask-schedule random --no-packing --lr-schedule cosine"),
     "llada2": (
         diffusion,
         "--mask-schedule wsd --time-weighted-loss --noise-schedule cosine --use-block-curriculum --topk-merge 2 "
@@ -41,11 +40,10 @@ RUNS = {
         "--accumulation-steps 2 --ema-decay 0.9",
     ),
     "sft-ar": (train_sft_minimind, "--accumulation-steps 2 --resume-optimizer-state --load-from pretrained/ar.pt"),
-    "sft-diffusion": (train_sft_diffusion, "--dropout 0.1 --ema-decay 0.9"),
     "sft-blocks": (
         train_sft_diffusion,
         "--block-size 4 --no-quantize-effective-length --complementary-masks --mask-rate-min 0.3 --mask-rate-max 0.8 "
-        "--cap-weight 0.5",
+        "--cap-weight 0.5 --dropout 0.1 --ema-decay 0.9 --lr-schedule cosine",
     ),
     "sft-streaming": (train_sft_diffusion, "--streaming --steps-per-epoch 5"),
 }
@@ -158,10 +156,7 @@ def events(path: Path) -> list[dict]:
 
 def assert_same_run(run_name: str) -> None:
     """The run in whole/ and the one in parts/ left the same weights, optimizer, averages, counters and losses."""
-    suffixes, others = (
-        {path.name.removeprefix(run_name) for path in Path(folder).glob(f"{run_name}*.pt")}
-        for folder in ("whole", "parts")
-    )
+    suffixes, others = ({p.name[len(run_name) :] for p in Path(f).glob(f"{run_name}*.pt")} for f in ("whole", "parts"))
     assert suffixes == others >= {".pt", "_state_dict.pt", "_best.pt"}
     for suffix in suffixes:
         same(computed(Path(f"whole/{run_name}{suffix}")), computed(Path(f"parts/{run_name}{suffix}")), suffix)
@@ -431,7 +426,7 @@ def test_other_contents_of_the_data_file_are_refused(runs, command, refused, at,
 def test_another_stages_run_is_refused(runs, command, refused):
     module, argv = runs["ar"]
     assert command(module, argv).code == 0
-    other = [*runs["random-no-packing"][1], "--run-name", "ar", "--resume", "must"]
+    other = [*runs["fixed_count-muon"][1], "--run-name", "ar", "--resume", "must"]
     refused(diffusion, other, "scripts.train.train_pretrain", "--run-name", "--load-from")
 
 
@@ -472,7 +467,7 @@ def test_best_weights_score_the_loss_that_the_log_says(runs, command):
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85"])
 def test_a_line_separator_in_the_command_line_does_not_cut_the_log(separator, runs, command, at, monkeypatch, plots):
     """The log holds the command, prompt and all; Unicode knows more line ends than a JSONL file does."""
-    module, argv = runs["random-no-packing"]
+    module, argv = runs["fixed_count-muon"]
     argv = [*argv, "--prompt", f"the{separator}cat"]
     monkeypatch.setattr(sys, "argv", argv)
     at("_train_step", [6], send(signal.SIGTERM))
