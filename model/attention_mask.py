@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 AttentionMask = Tensor | BlockMask
+DENSE_KEYS = 2048  # up to so many a dense mask is enough; FlexAttention would be compiled for many short widths
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -64,7 +65,7 @@ def block_diffusion_mask(document_ids: Tensor, block_size: int) -> Tensor:
 
 
 def block_diffusion_flex_mask(document_ids: Tensor, block_size: int) -> BlockMask:
-    """The same rule for FlexAttention, which needs no (2L, 2L) tensor and skips the tiles that nothing may see."""
+    """The same rule for FlexAttention, which skips the tiles that nothing may see."""
     documents, blocks, clean = _twice(document_ids, block_size)
     rows, length = documents.shape
 
@@ -89,9 +90,11 @@ def _whole_rows(length: int, block_size: int, flex: bool, device: torch.device) 
 
 
 def block_diffusion_attention(document_ids: Tensor | None, length: int, block_size: int, device: torch.device):
-    """The mask of [x_t, x_0] in the form that suits the device; document_ids (B, L), or None for rows that are one
-    document each, whose mask is made once."""
-    flex = device.type == "cuda"
+    """The mask of [x_t, x_0] in the form that suits it: FlexAttention's on a GPU where rows are long, else dense.
+
+    document_ids (B, L), or None for rows that are one document each, whose mask is made once.
+    """
+    flex = device.type == "cuda" and 2 * length > DENSE_KEYS
     if document_ids is None:
         return _whole_rows(length, block_size, flex, device)
     return (block_diffusion_flex_mask if flex else block_diffusion_mask)(document_ids, block_size)
@@ -106,7 +109,7 @@ def _twice(document_ids: Tensor, block_size: int) -> tuple[Tensor, Tensor, Tenso
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(flex_attention)  # dynamic from the second width on: each of its own would exceed the limit
 
 
 def flex_attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask) -> Tensor:

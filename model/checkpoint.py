@@ -269,7 +269,8 @@ def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tok
             raise ValueError(f"{path} does not say how many heads its model has; give --num-attention-heads with it")
         return import_foreign(path, config)
     model = load_model(path, tokenizer=tokenizer)
-    names = {f.name for f in fields(ModelConfig)} & given
+    # The last two are the stage's to set; one of its flags has the name of the second.
+    names = ({f.name for f in fields(ModelConfig)} - {"attention", "block_size"}) & given
     wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(model.config, name)]
     if wrong:
         told = ", ".join(

@@ -48,7 +48,7 @@ class DenoisingConfig:
     gen_remasking: Annotated[
         Literal[*POLICIES],
         "which predictions a step keeps; hybrid: as threshold, without the cap, but as many as --gen-steps asks for",
-        ("--llada2-enable-parallel-decoding", "threshold"),
+        ("--llada2-enable-parallel-decoding", "hybrid"),
     ] = "low_confidence"
     gen_confidence_threshold: Annotated[float, "threshold, hybrid: keep predictions of at least this probability"] = 0.9
     gen_factor: Annotated[float, "factor: keep the n best, the n-th having a probability of 1 - factor/(n+1)"] = 1.0

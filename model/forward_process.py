@@ -99,10 +99,8 @@ class Blocks:
 
     def __init__(self, maskable: Tensor, document_ids: Tensor | None, block_size: int):
         self.maskable, self.size = maskable, block_size
-        if document_ids is None:
-            of = (torch.arange(maskable.shape[1], device=maskable.device) // block_size).expand(maskable.shape)
-        else:
-            of = number_blocks(document_ids, block_size)
+        whole = torch.zeros_like(maskable, dtype=torch.long)
+        of = number_blocks(whole if document_ids is None else document_ids, block_size)
         self.number = int(of.max()) + 1
         first = torch.ones_like(maskable)
         first[:, 1:] = of[:, 1:] != of[:, :-1]

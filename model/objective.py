@@ -46,6 +46,9 @@ class NextToken:
     def for_weights(self, config: ModelConfig) -> "NextToken":
         return self
 
+    def settled(self, progress: float) -> bool:
+        return True
+
     def for_validation(self) -> "NextToken":
         return replace(self, sequence_mean=False)
 
@@ -100,7 +103,8 @@ class MaskedDiffusion(MaskSettings):
     ] = (256, 128, 64, 32)
     complementary_masks: Annotated[
         bool,
-        "each row twice: masked, and masked where it was not, so that every token is learnt (fixed_count)",
+        "each row twice: masked, and masked where it was not, so that every token is learnt (fixed_count); the second "
+        "half has the rates 1 - r, and the loss is no bound",
         "--llada2-enable-complementary-masking",
     ] = False
     cap_weight: Annotated[
@@ -126,6 +130,10 @@ class MaskedDiffusion(MaskSettings):
             raise ValueError(f"--block-size must be a number of tokens or 0, not {self.block_size}")
         if self.use_block_curriculum:
             self._require_curriculum()
+        if self.complementary_masks and self.block_size == 1:
+            raise ValueError(
+                "--complementary-masks has no effect with --block-size 1, where all is masked; leave it out"
+            )
         if self.complementary_masks and self.mask_schedule != "fixed_count":
             raise ValueError(f"--complementary-masks needs --mask-schedule fixed_count, not {self.mask_schedule}")
         for name in ("cap_weight", "mask_embedding_noise"):
@@ -145,8 +153,8 @@ class MaskedDiffusion(MaskSettings):
         if self.block_size is not None:
             raise ValueError("--block-size and --use-block-curriculum contradict each other; leave one of them out")
         ratios, sizes = self.wsd_phase_ratios, (*self.wsd_block_sizes_up, *self.wsd_block_sizes_down)
-        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6:
-            raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1")
+        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or not ratios[2]:
+            raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1, the last above 0")
         if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down) or min(sizes) < 1:
             raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
 
@@ -173,11 +181,18 @@ class MaskedDiffusion(MaskSettings):
             return self.last_block_size
         up, stable, down = self.wsd_phase_ratios
         if progress < up:
-            return self.wsd_block_sizes_up[int(progress / up * len(self.wsd_block_sizes_up))]
-        if progress < up + stable or not down:
+            return self.wsd_block_sizes_up[int(progress / up * len(self.wsd_block_sizes_up) + 1e-9)]
+        if progress < up + stable:
             return 0
         part = int((progress - up - stable) / down * len(self.wsd_block_sizes_down) + 1e-9)
         return self.wsd_block_sizes_down[min(part, len(self.wsd_block_sizes_down) - 1)]
+
+    def settled(self, progress: float) -> bool:
+        """Whether the schedules have come to their last phase, so that a validation loss tells how the run will end."""
+        if self.use_block_curriculum and self.block_size_at(progress) != self.last_block_size:
+            return False
+        decay = self.wsd_warmup_ratio + self.wsd_stable_ratio
+        return self.mask_schedule != "wsd" or progress >= min(decay, 1.0)
 
     def for_validation(self) -> "MaskedDiffusion":
         """The full-range bound that every schedule is judged by, at the block size of the run's end, so that all
@@ -191,7 +206,9 @@ class MaskedDiffusion(MaskSettings):
         noised = mask_tokens(ids, maskable, mask_id, self.mask_schedule, noise, self, documents, size)
         if not self.complementary_masks:
             return noised
-        whole = documents is None or not size  # a whole row has one rate, however many documents it holds
+        whole = (
+            documents is None or not 0 < size < ids.shape[1]
+        )  # a whole row has one rate, however many documents it holds
         blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
         return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
 

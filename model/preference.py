@@ -56,6 +56,9 @@ class Preference:
             raise ValueError(f"--reference-from {self.reference_from} has {told}; give the checkpoint they come from")
         return self
 
+    def settled(self, progress: float) -> bool:
+        return True
+
     def for_validation(self) -> "Preference":
         """The preference loss alone."""
         return replace(self, dpo_sft_weight=0.0)

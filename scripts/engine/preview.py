@@ -19,7 +19,7 @@ COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "p
 RESET = "\033[0m"
 # Where colours are lost.
 MARKS = {"masked": ("[", "]"), "scored": ("", ""), "context": ("(", ")"), "padding": (".", "")}
-TIMED_STEPS, SAMPLED_STEPS = 2, 50
+TIMED_STEPS, SAMPLED_STEPS = 5, 50
 
 
 def dry_run(
@@ -33,24 +33,27 @@ def dry_run(
     print(f"  ({model.config.num_hidden_layers} layers, all as layers.0)")
     device = runtime.torch_device
     network = copy.deepcopy(model).to(device).train()
+    fed: list[torch.Size] = []  # by what a pass computes: block diffusion feeds more than the batch holds
+    network.register_forward_pre_hook(lambda module, inputs: fed.append(inputs[0].shape))
     seconds = []
     for step, batch in enumerate([widest] + [typical] * TIMED_STEPS):
-        started = time.perf_counter()
+        started, rows_here = time.perf_counter(), len(batch["input_ids"])
+        progress = (step - 0.5) / TIMED_STEPS if step else 0.0  # spread over the run, whose schedules change the work
         with runtime.autocast():
-            loss = objective(
-                network, to_device(batch, device), StepNoise(runtime.seed, step, len(batch["input_ids"]), 0, device)
-            )
+            noise = StepNoise(runtime.seed, step, rows_here, 0, device, progress=progress)
+            loss = objective(network, to_device(batch, device), noise)
         (loss.nats.sum() / loss.count.sum().clamp(min=1)).backward()
         float(loss.nats.detach().sum())  # wait for the device
         seconds.append(time.perf_counter() - started)
-    seconds_per_step = min(seconds[1:]) * trainer.accumulation_steps
-    parameters, tokens = model.num_parameters(), widest["input_ids"].numel()
-    width, heads, length = model.config.hidden_size, model.config.num_attention_heads, widest["input_ids"].shape[1]
+    seconds_per_step = sum(seconds[1:]) / TIMED_STEPS * trainer.accumulation_steps
+    parameters, most = model.num_parameters(), max(fed, key=lambda shape: shape.numel() * shape[1])
+    tokens, length, scored = most.numel(), most[1], widest["input_ids"].numel()
+    width, heads = model.config.hidden_size, model.config.num_attention_heads
     element = runtime.torch_dtype.itemsize
     per_layer = (
         tokens * (10 * width + 3 * model.config.intermediate_size) * element + 2 * tokens * heads * length * element
     )
-    activations = model.config.num_hidden_layers * per_layer + 3 * tokens * model.config.vocab_size * 4
+    activations = model.config.num_hidden_layers * per_layer + 3 * scored * model.config.vocab_size * 4
     print(
         f"parameters {parameters:,}; weights, gradients and optimizer {16 * parameters / 2**30:.2f} GiB; "
         f"activations of one forward pass at most about {activations / 2**30:.2f} GiB"

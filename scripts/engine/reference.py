@@ -21,7 +21,7 @@ def with_reference(
     Resuming reads it again. ValueError: it is of the kind that the other command tunes, or the run would overwrite it.
     """
     run, path = configs.run, objective.reference_from or configs.run.load_from
-    if path.resolve() in {own.resolve() for own in (run.state_path, run.path("_best.pt"), run.exported_path)}:
+    if run.writes(path):
         raise ValueError(f"{path}, the reference, is a file that the run itself writes; choose another --run-name")
     shape = replace(configs.shape, **token_ids(tokenizer))
     model = starting_weights(path, shape, configs.given, fingerprint(tokenizer))

@@ -83,12 +83,13 @@ class RunConfig:
         name = self.run_name
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
             raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")
-        if self.exported_path.resolve() in (self.state_path.resolve(), self.path("_best.pt").resolve()):
+        if self.exported_path.resolve() in {
+            path.resolve() for path in (self.state_path, self.best_path, self.merged_path)
+        }:
             raise ValueError(
                 f"--weights-path {self.weights_path} is a file that the run writes for itself; choose another"
             )
-        own = {path.resolve() for path in (self.state_path, self.path("_best.pt"), self.exported_path)}
-        if self.overwrite and self.load_from and self.load_from.resolve() in own:
+        if self.overwrite and self.load_from and self.writes(self.load_from):
             raise ValueError(
                 f"--overwrite would delete {self.load_from}, which --load-from names; choose another --run-name"
             )
@@ -109,8 +110,21 @@ class RunConfig:
         return self.path(".pt")
 
     @property
+    def best_path(self) -> Path:
+        return self.path("_best.pt")
+
+    @property
+    def merged_path(self) -> Path:
+        return self.path("_topk_merged.pt")
+
+    @property
     def exported_path(self) -> Path:
         return self.weights_path or self.path("_state_dict.pt")
+
+    def writes(self, path: Path) -> bool:
+        """Whether `path` is a file of weights of this run."""
+        own = (self.state_path, self.best_path, self.merged_path, self.exported_path)
+        return path.resolve() in {mine.resolve() for mine in own}
 
 
 def settings_of(*groups: Any) -> dict[str, Any]:
@@ -135,7 +149,7 @@ def continues(config: RunConfig) -> bool:
             f"{config.state_path} exists: continue it with --resume must, replace it with --overwrite, "
             "or choose another --run-name"
         )
-    left = [path for path in (config.path("_best.pt"), config.exported_path) if path.is_file()]
+    left = [path for path in (config.best_path, config.exported_path, config.merged_path) if path.is_file()]
     if left and not exists and not config.overwrite:
         raise ValueError(
             f"{left[0]} exists, without a {config.state_path.name} to continue: replace it with --overwrite, "

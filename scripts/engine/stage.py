@@ -157,6 +157,11 @@ def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
         repeat_penalty_delay_steps=penalty,
         repeat_penalty_warmup_steps=penalty,
     )
+    if getattr(objective, "block_size", None) == 1:
+        told = False, "blocks of more than one token, which are masked at any rate but 1"
+        refuse_idle(
+            configs.given, **dict.fromkeys(("mask_rate_min", "mask_rate_max", "noise_schedule", "iid_mask_eps"), told)
+        )
     if "iid_mask_eps" in configs.given and objective.mask_schedule == "iid_t":
         eps, used = objective.iid_mask_eps, rate_range(objective)
         reached = used[0] == eps or used[1] == 1 - eps
@@ -172,12 +177,12 @@ def _idle_noise_flags(objective: Any) -> dict[str, tuple[bool, str]]:
     return {
         "iid_mask_eps": (timed, "--mask-schedule iid_t or wsd"),
         "noise_schedule": (timed, "--mask-schedule iid_t or wsd"),
+        **dict.fromkeys(("wsd_min_mask_ratio", "wsd_max_mask_ratio", "wsd_warmup_ratio", "wsd_stable_ratio"), wsd),
+        **dict.fromkeys(("wsd_phase_ratios", "wsd_block_sizes_up", "wsd_block_sizes_down"), curriculum),
         "mask_rate_min": (not wsd[0], "another --mask-schedule: wsd has --wsd-min-mask-ratio"),
         "mask_rate_max": (not wsd[0], "another --mask-schedule: wsd has --wsd-max-mask-ratio"),
         "time_weighted_loss": wsd,
         "time_weight_eps": (weighted, "--mask-schedule iid_t, or wsd and --time-weighted-loss"),
-        **dict.fromkeys(("wsd_min_mask_ratio", "wsd_max_mask_ratio", "wsd_warmup_ratio", "wsd_stable_ratio"), wsd),
-        **dict.fromkeys(("wsd_phase_ratios", "wsd_block_sizes_up", "wsd_block_sizes_down"), curriculum),
         "mask_embedding_noise_steps": (
             getattr(objective, "mask_embedding_noise", 0) > 0,
             "a positive --mask-embedding-noise",

@@ -1,5 +1,6 @@
 """The best checkpoints of a run, kept while it trains and averaged at its end (LLaDA 2.0, section 4.3)."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,10 +18,6 @@ class TopK:
     def path(self, step: int) -> Path:
         return self.run.path(f"_top_{step}.pt")
 
-    @property
-    def merged_path(self) -> Path:
-        return self.run.path("_topk_merged.pt")
-
     def offer(self, loss: float, step: int, write: Callable[[Path], None]) -> None:
         """Keep the weights of `step`, which `write` writes, if they are among the best; the worst give way."""
         ranked = sorted([*((a, b) for a, b in self.best if b != step), (loss, step)])
@@ -36,5 +33,14 @@ class TopK:
 
     def clear(self) -> None:
         """Delete the files that an earlier run of this name has left."""
-        for path in (*self.run.save_dir.glob(f"{self.run.run_name}_top_*.pt"), self.merged_path):
-            path.unlink(missing_ok=True)
+        own = re.compile(re.escape(self.run.run_name) + r"_top_\d+\.pt")
+        for path in self.run.save_dir.iterdir() if self.run.save_dir.is_dir() else ():
+            if own.fullmatch(path.name):
+                path.unlink()
+        self.run.merged_path.unlink(missing_ok=True)
+
+    def require_files(self) -> None:
+        """ValueError if a file is gone that the run has kept; found out before it goes on, not at its end."""
+        for _, step in self.best:
+            if not self.path(step).is_file():
+                raise ValueError(f"{self.path(step)}, one of the best weights of this run, is gone; put it back")

@@ -95,8 +95,9 @@ class Trainer:
         self.best_loss = self.stop_loss = math.inf
         self.seconds, self.tokens, self.meter = 0.0, 0, Meter()
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
         self.top = TopK(run, state.get("top", []) if state else [])
+        self.top.require_files()
+        self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
         if state:
             self._restore(state)
         else:
@@ -144,8 +145,6 @@ class Trainer:
                 self._stop_if_asked(stop)
             bar.close()
             self.save()
-            if self.top.best:
-                self._merge(stop)
         if (
             self.trainer.compile
         ):  # what comes next, samples, has other shapes at every step, and would be compiled for each
@@ -155,6 +154,8 @@ class Trainer:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)
         self._say(f"saved {self.run.exported_path}")
+        if self.top.best:
+            self._merge()
         plot_losses(self.log.path, self.run.path("_loss.png"))
         return self.best_loss
 
@@ -250,18 +251,18 @@ class Trainer:
             self.model.train()
         return (torch.cat(nats), torch.cat(counts), meter) if nats else (torch.empty(0), torch.empty(0), meter)
 
-    def _merge(self, stop: StopSignals) -> None:
+    def _merge(self) -> None:
         """<run>_topk_merged.pt: the mean of the best weights, validated like each of them."""
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        load_weights(self.model, self.top.average(), str(self.top.merged_path))
-        nats, counts, _ = self._validation(stop)
+        load_weights(self.model, self.top.average(), str(self.run.merged_path))
+        nats, counts, _ = self._validation(StopSignals())
         loss, steps = float(nats.sum() / counts.sum()), sorted(step for _, step in self.top.best)
-        self._write_weights(self.top.merged_path)
+        self._write_weights(self.run.merged_path)
         self.model.load_state_dict(kept)
         self.log.write("merge", step=self.step, loss=loss, steps=steps, best_loss=self.best_loss)
         self._say(
             f"merged steps {', '.join(map(str, steps))}: val loss {loss:.4f} {self.objective.unit}, best of them "
-            f"{self.top.best[0][0]:.4f}; saved {self.top.merged_path}"
+            f"{self.top.best[0][0]:.4f}; saved {self.run.merged_path}"
         )
 
     def _judge(self, nats: torch.Tensor, counts: torch.Tensor, meter: Meter) -> None:
@@ -275,7 +276,7 @@ class Trainer:
         spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
         if loss < self.stop_loss - self.trainer.early_stop_min_delta:
             self.stop_loss, self.bad_evals = loss, 0  # moves on counted improvements only, so that small ones add up
-        else:
+        elif self.objective.settled(self.step / self.total_steps):  # what rises before may be the schedule's doing
             self.bad_evals += 1
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step

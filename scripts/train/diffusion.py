@@ -82,15 +82,12 @@ def main(argv: list[str] | None = None) -> None:
     prompt_tokens(tokenizer, what.prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
         keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-        model = train_stage(
-            "scripts.train.diffusion",
-            configs,
-            objective,
-            data,
-            tokenizer,
-            build=lambda config: PretrainDataset(data, tokenizer),
-            before_training=keep,
-        )
+
+        def build(config: ModelConfig) -> PretrainDataset:
+            denoising.fitted(config)  # what does not go with the weights to come is refused before they are trained
+            return PretrainDataset(data, tokenizer)
+
+        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build, keep)
         if model is None:
             return
     else:

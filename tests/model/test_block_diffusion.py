@@ -242,6 +242,16 @@ def test_complementary_masks_partition_what_may_be_masked(size):
             assert weighed == pytest.approx(expected, rel=1e-5) and half.count[row].item() == expected
 
 
+@pytest.mark.parametrize("size", [0, 12, 40])
+def test_a_row_that_is_one_block_has_one_rate_in_either_half_of_a_pair(size):
+    """However many documents it holds."""
+    batch = batch_of(torch.randint(4, 24, (3, 12)), DOCUMENTS.clamp(min=0))
+    found = MaskedDiffusion(complementary_masks=True, block_size=size).corrupt(batch, MASK, StepNoise(0, 0, 3))
+    for row in range(6):
+        weights = found.weight[row][found.scored[row]].unique()
+        assert len(weights) <= 1 and (weights * found.scored[row].sum() - 12).abs().max() < 1e-4
+
+
 def test_both_halves_of_a_complementary_pair_are_learnt(tiny_model):
     """With uniform logits each half costs ln V per token that it counts; and every maskable token has a gradient."""
     model, batch = tiny_model(), batch_of(torch.randint(4, 24, (6, 9)))
@@ -327,6 +337,10 @@ def test_the_block_curriculum_goes_up_stays_and_comes_down():
     assert objective.block_size_at(1.0) == objective.last_block_size == 32
     assert objective.decoding == {"attention": "block", "block_size": 32}
     assert objective.for_validation().block_size_at(0.0) == 32
+    settled = [objective.settled(step / 100) for step in range(101)]
+    assert settled == [False] * 90 + [True] * 11  # before, a validation at blocks of 32 says little of the run
+    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.79) is False
+    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.81) is True
     only_down = replace(objective, wsd_phase_ratios=(0.0, 0.0, 1.0))
     assert [only_down.block_size_at(p) for p in (0.0, 0.49, 0.5, 1.0)] == [64, 64, 32, 32]
 

@@ -246,10 +246,13 @@ def test_documented_aliases_reach_their_fields(module, command, pretrain_argv, d
 def test_settings_that_may_change_are_settings():
     """A renamed field would make its name in these lists a dead letter."""
     from dataset.pretrain import PretrainData
+    from model.preference import Preference
     from scripts.engine.runtime import RuntimeConfig
     from scripts.engine.trainer import TrainerConfig
 
-    known = {f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData) for f in fields(group)}
+    known = {
+        f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)
+    }
     assert known >= SILENT | TOLD and not SILENT & TOLD
 
 

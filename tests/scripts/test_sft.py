@@ -58,6 +58,21 @@ def test_it_learns_the_replies(name, sft_argv, command):
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("size", [None, 0, 4, 8])
+def test_weights_of_blocks_are_tuned_in_their_blocks_or_in_those_that_are_typed(size, sft_argv, command):
+    module, argv = train_sft_diffusion, [*sft_argv["sft_dm"], "--no-quantize-effective-length", "--max-iters", "1"]
+    assert command(module, [*argv, "--block-size", "8", "--run-name", "blocks"]).code == 0
+    typed = [] if size is None else ["--block-size", str(size)]
+    if size == 0:
+        argv.remove("--no-quantize-effective-length")
+    argv = [*argv, "--load-from", "weights/blocks_state_dict.pt", "--run-name", "again", *typed]
+    result = command(module, argv)
+    assert result.code == 0, result.err
+    config = load_checkpoint("weights/again_state_dict.pt")["config"]
+    expected = 8 if size is None else size
+    assert (config["attention"], config["block_size"]) == ("block" if expected else "full", expected)
+
+
 # -- the loss ------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,17 @@ def test_the_best_are_kept_in_files_and_the_others_deleted(tmp_path):
         assert {p.name for p in tmp_path.iterdir()} == {f"r_top_{step}.pt" for _, step in top.best}
 
 
-def test_the_merged_file_is_the_mean_of_the_best_validated_weights(diffusion_argv, command):
+def test_a_new_run_deletes_its_own_files_only(tmp_path):
+    names = ["a_top_3.pt", "a_topk_merged.pt", "a_top_x.pt", "a_top_3.pt.bak", "b_top_3.pt", "a[b]_top_1.pt"]
+    for name in names:
+        (tmp_path / name).write_text("x")
+    TopK(RunConfig(run_name="a", save_dir=tmp_path), []).clear()
+    assert {p.name for p in tmp_path.iterdir()} == set(names[2:])
+    TopK(RunConfig(run_name="a[b]", save_dir=tmp_path), []).clear()
+    assert not (tmp_path / "a[b]_top_1.pt").exists()
+
+
+def test_the_merged_file_is_the_mean_of_the_best_validated_weights(diffusion_argv, command, refused):
     """As the log tells which they are; its validation loss is in the log, too, and the run's own weights stay."""
     argv = [*diffusion_argv, "--run-name", "r", "--topk-merge", "2", "--eval-interval", "2", "--max-iters", "10"]
     argv = [*argv, "--save-dir", "w", "--block-size", "4"]
@@ -42,6 +52,13 @@ def test_the_merged_file_is_the_mean_of_the_best_validated_weights(diffusion_arg
     assert (model.config.attention, model.config.block_size) == ("block", 4)
     own = load_checkpoint(Path("w/r_state_dict.pt"))["weights"]
     assert not torch.equal(own["norm.weight"], expected["norm.weight"])
+    # It is weights of the run like the others: not overwritten by what reads it, nor by another's start.
+    again = ["--topk-merge", "0", "--max-iters", "2", "--load-from", "w/r_topk_merged.pt"]
+    refused(diffusion, [*argv, *again, "--overwrite"], "--overwrite would delete w/r_topk_merged.pt")
+    refused(diffusion, [*argv, "--run-name", "s", "--weights-path", "w/s_topk_merged.pt"], "the run writes for itself")
+    Path(f"w/r_top_{best[0]}.pt").rename("w/away")
+    refused(diffusion, [*argv, "--resume", "must"], f"w/r_top_{best[0]}.pt", "is gone")
+    Path("w/away").rename(f"w/r_top_{best[0]}.pt")
     # A run of this name that starts anew leaves none of them behind.
     assert command(diffusion, [*argv, "--topk-merge", "0", "--max-iters", "2", "--overwrite"]).code == 0
     assert not list(Path("w").glob("r_top*"))
