@@ -329,7 +329,8 @@ def mask_tokens(
         weight = _wide(weight, maskable.shape)
     empty = ~scored.any(dim=1, keepdim=True)
     total = maskable.sum(dim=1)
-    one = lowest(noise.uniform("mask", *maskable.shape), maskable, torch.ones_like(total))
+    first = noise.uniform("mask", *maskable.shape).masked_fill(~maskable, 2.0).argmin(dim=1, keepdim=True)
+    one = torch.zeros_like(maskable).scatter_(1, first, True) & maskable
     weight = torch.where(empty, torch.where(count > 0, total, 1)[:, None].to(weight.dtype), weight)
     scored = torch.where(empty, one, scored)
     count = torch.where(count > 0, count, scored.sum(dim=1).to(count.dtype))

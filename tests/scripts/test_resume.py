@@ -195,7 +195,7 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("name", ["ar-everything", "iid_t-everything", "llada2"])
+@pytest.mark.parametrize("name", ["ar-everything", "llada2"])
 @pytest.mark.parametrize("moment", KILLS)
 def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(name, moment, whole, command, at):
     module, argv = whole(name)
