@@ -181,11 +181,10 @@ class MaskedDiffusion(MaskSettings):
             return self.last_block_size
         up, stable, down = self.wsd_phase_ratios
         if progress < up:
-            return self.wsd_block_sizes_up[int(progress / up * len(self.wsd_block_sizes_up) + 1e-9)]
+            return _part(self.wsd_block_sizes_up, progress / up)
         if progress < up + stable:
             return 0
-        part = int((progress - up - stable) / down * len(self.wsd_block_sizes_down) + 1e-9)
-        return self.wsd_block_sizes_down[min(part, len(self.wsd_block_sizes_down) - 1)]
+        return _part(self.wsd_block_sizes_down, (progress - up - stable) / down)
 
     def settled(self, progress: float) -> bool:
         """Whether the schedules have come to their last phase, so that a validation loss tells how the run will end."""
@@ -206,9 +205,8 @@ class MaskedDiffusion(MaskSettings):
         noised = mask_tokens(ids, maskable, mask_id, self.mask_schedule, noise, self, documents, size)
         if not self.complementary_masks:
             return noised
-        whole = (
-            documents is None or not 0 < size < ids.shape[1]
-        )  # a whole row has one rate, however many documents it holds
+        # A whole row has one rate, however many documents it holds.
+        whole = documents is None or not 0 < size < ids.shape[1]
         blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
         return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
 
@@ -297,6 +295,11 @@ class MaskedDiffusion(MaskSettings):
         run[:, 0] = 0
         wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
         return unlikelihood(logits, previous) * wrong
+
+
+def _part(sizes: tuple[int, ...], progress: float) -> int:
+    """The size whose turn it is when a share `progress` of their phase is done, each having an equal part."""
+    return sizes[min(int(progress * len(sizes) + 1e-9), len(sizes) - 1)]
 
 
 def stack(one: Noised, other: Noised) -> Noised:

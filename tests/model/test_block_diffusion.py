@@ -341,6 +341,9 @@ def test_the_block_curriculum_goes_up_stays_and_comes_down():
     assert settled == [False] * 90 + [True] * 11  # before, a validation at blocks of 32 says little of the run
     assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.79) is False
     assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.81) is True
+    for edge in (0.3, 0.8, 1.0):  # a hair before a phase ends is still its last size
+        before = objective.block_size_at(math.nextafter(edge, 0.0))
+        assert before == {0.3: 16, 0.8: 0, 1.0: 32}[edge]
     only_down = replace(objective, wsd_phase_ratios=(0.0, 0.0, 1.0))
     assert [only_down.block_size_at(p) for p in (0.0, 0.49, 0.5, 1.0)] == [64, 64, 32, 32]
 
