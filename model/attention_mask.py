@@ -5,6 +5,7 @@ Every mask leaves each query at least one key (itself), so boolean masks compose
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ def block_causal_mask(length: int, block_size: int, device=None) -> Tensor:
     """Bidirectional inside a block, causal between blocks; block_size 1 is the causal mask."""
     block = torch.arange(length, device=device) // block_size
     return (block[:, None] >= block[None, :])[None, None]
+
+
+def causal_attention(document_ids: Tensor | None, length: int) -> dict[str, Any]:
+    """Arguments of Transformer.forward for causal attention within the documents (B, L) of packed rows; None: every row
+    is one document, and needs no mask."""
+    if document_ids is None:
+        return {"is_causal": True}
+    return {"attn_mask": block_causal_mask(length, 1, document_ids.device) & document_mask(document_ids)}
 
 
 def number_blocks(document_ids: Tensor, block_size: int) -> Tensor:

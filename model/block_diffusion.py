@@ -18,8 +18,10 @@ def predict(
     block_size: int,
     select: Tensor,
     perturbation: Tensor | None = None,
+    head: bool = True,
 ) -> Tensor:
-    """Logits (N, V) of x_0 at the flat positions `select` (N,) of x_t = noised_ids (R, L), given clean_ids (R, L).
+    """Logits (N, V) of x_0 at the flat positions `select` (N,) of x_t = noised_ids (R, L), given clean_ids (R, L);
+    without `head` the hidden states (N, C) before them.
 
     A block sees all of itself and the clean blocks before it in its document, as a decoder does that writes block by
     block. block_size 0, or one that holds the row: no block comes before another, so x_0 is left out, and a position
@@ -29,7 +31,7 @@ def predict(
     rows, length = noised_ids.shape
     if not 0 < block_size < length:
         attn_mask = None if document_ids is None else document_mask(document_ids)
-        return model(noised_ids, attn_mask=attn_mask, select=select, perturbation=perturbation)
+        return model(noised_ids, attn_mask=attn_mask, select=select, perturbation=perturbation, head=head)
     if perturbation is not None:
         perturbation = torch.cat([perturbation, torch.zeros_like(perturbation)], dim=1)
     return model(
@@ -39,4 +41,5 @@ def predict(
         select=select + select // length * length,  # of (R, L), among (R, 2L)
         canvas=length,
         perturbation=perturbation,
+        head=head,
     )

@@ -22,14 +22,14 @@ class StepNoise:
     """The randomness of one optimiser step, a function of (seed, step) alone.
 
     Every draw is made for the whole global batch of `total_rows` rows and cut to the rows that start at `first_row`, so
-    the noise of a row depends neither on the micro-batch nor on the process it falls into.
+    the noise of a row depends neither on the micro-batch nor on the process it falls into; and it is made on the host,
+    so that it is the same for every device.
     """
 
     seed: int
     step: int
     total_rows: int
     first_row: int = 0
-    device: torch.device | str = "cpu"
     width: int = 0  # tokens of the longest row of the step, where micro-batches differ in length
     progress: float = 0.0  # share of the run's steps that lie behind, 0 to 1
 
@@ -38,8 +38,8 @@ class StepNoise:
         return random.Random(f"{self.seed}/{self.step}/{purpose}")
 
     def _draw(self, purpose: str, *shape: int, sample: Callable[..., Tensor] = torch.rand) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(self.choices(purpose).getrandbits(63))
-        return sample(self.total_rows, *shape, generator=generator, device=self.device)
+        generator = torch.Generator().manual_seed(self.choices(purpose).getrandbits(63))
+        return sample(self.total_rows, *shape, generator=generator)
 
     def _rows(self, draw: Tensor, rows: int) -> Tensor:
         if self.first_row + rows > self.total_rows:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.attention_mask import block_diffusion_mask, document_mask, number_blocks
 from model.config import ModelConfig
-from model.forward_process import StepNoise, lowest
-from model.losses import forbid, token_nats
+from model.forward_process import lowest
+from model.losses import linear_nats
 from model.objective import Batch, NextToken
 from model.transformer import Transformer
 
@@ -40,7 +40,8 @@ def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0, 
     """Chain rule for a causal model; for a diffusion model `diffusion_bound`."""
     if not model.config.autoregressive:
         return diffusion_bound(model, batch, num_samples, seed, samples_per_pass)
-    loss = NextToken()(model, batch, StepNoise(seed, 0, len(batch["input_ids"])))
+    objective = NextToken()
+    loss = objective.loss(model, objective.prepare(batch, model.config))
     nats = loss.nats.cpu().double()
     return RowNats(nats, torch.zeros_like(nats), loss.count.cpu().long())
 
@@ -132,7 +133,7 @@ class _Denoising:
             documents = torch.zeros_like(self.input_ids[:1]) if documents is None else documents
             rule = block_diffusion_mask(documents, model.config.block_size)
             self.clean = _CleanKeys()
-            self._logits(self.input_ids, rule[:, :, length:, length:], self.position_ids[0, :0])
+            self._hidden(self.input_ids, rule[:, :, length:, length:], self.position_ids[0, :0])
             self.clean.filled, self.attn_mask = True, rule[:, :, :length].roll(length, dims=-1)
 
     def nats(self, scored: Tensor, weight: Tensor) -> Tensor:
@@ -145,12 +146,13 @@ class _Denoising:
         if attn_mask is not None and len(attn_mask) > 1:
             attn_mask = attn_mask.repeat(copies, 1, 1, 1)
         positions = where.to(input_ids.device)
-        logits = forbid(self._logits(noised, attn_mask, positions), self.model.config.mask_token_id)
-        nats = token_nats(logits, input_ids.flatten()[positions]).cpu().double() * weight.flatten()[where]
+        hidden, head = self._hidden(noised, attn_mask, positions), self.model.lm_head.weight
+        nats = linear_nats(hidden, head, input_ids.flatten()[positions], self.model.config.mask_token_id)
+        nats = nats.cpu().double() * weight.flatten()[where]
         return nats.new_zeros(copies * rows).index_add(0, where // length, nats).view(copies, rows)
 
-    def _logits(self, ids: Tensor, attn_mask: Tensor | None, select: Tensor) -> Tensor:
-        more = {"position_ids": self.position_ids, "canvas": ids.shape[1], "cache": self.clean}
+    def _hidden(self, ids: Tensor, attn_mask: Tensor | None, select: Tensor) -> Tensor:
+        more = {"position_ids": self.position_ids, "canvas": ids.shape[1], "cache": self.clean, "head": False}
         return self.model(ids, attn_mask=attn_mask, select=select, **more)
 
 

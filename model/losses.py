@@ -1,6 +1,7 @@
-"""Tensors to nats; no sampling, no model call. Shapes: N scored positions, V vocabulary."""
+"""Tensors to nats; no sampling, no model call. Shapes: N scored positions, C hidden_size, V vocabulary."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,49 @@ def forbid(logits: Tensor, token_id: int) -> Tensor:
     """logits (..., V) with one token made impossible, in place: [MASK] is never predicted, nor decoded."""
     logits[..., token_id] = -math.inf
     return logits
+
+
+# Logits in float32 at a time: on a CPU few enough to stay in its caches, on a GPU enough to keep it busy.
+CHUNK_OF_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+
+
+def linear_nats(hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None = None) -> Tensor:
+    """token_nats(forbid(hidden @ weight.T, forbidden), targets), (N,) float32, without the logits' memory.
+
+    hidden (N, C), weight (V, C), targets (N,) int64. Softmax and its gradient are computed in float32 from logits of
+    the autocast dtype, a chunk of rows at a time; of all rows only p - onehot(target), the gradient by the logits, is
+    kept, in that dtype: 2 bytes an entry in bfloat16 where autograd would keep 10. Where a gradient flows back, it is
+    the one of autograd up to the rounding of p to that dtype.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    return _LinearNats.apply(hidden, weight, targets, forbidden)
+
+
+class _LinearNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None) -> Tensor:
+        nats = hidden.new_empty(len(hidden), dtype=torch.float32)
+        gradient = hidden.new_empty(len(hidden), len(weight)) if any(ctx.needs_input_grad[:2]) else None
+        chunk = max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
+        for first in range(0, len(hidden), chunk):
+            rows, target = slice(first, first + chunk), targets[first : first + chunk, None]
+            logits = F.linear(hidden[rows], weight).float()
+            log_p = (logits if forbidden is None else forbid(logits, forbidden)).log_softmax(dim=-1)
+            nats[rows] = -log_p.gather(1, target)[:, 0]
+            if gradient is not None:
+                gradient[rows] = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand(target.shape))
+        ctx.save_for_backward(hidden, weight, gradient)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, weight, gradient = ctx.saved_tensors
+        scale = upstream[:, None]  # of a row of the logits' gradient, so it may come after the product or before
+        by_hidden = (scale * (gradient @ weight)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = gradient.T @ (scale * hidden).to(hidden.dtype) if ctx.needs_input_grad[1] else None
+        return by_hidden, by_weight, None, None
 
 
 def token_nats(logits: Tensor, targets: Tensor) -> Tensor:

@@ -2,6 +2,10 @@
 
 A batch holds (B, L) tensors: `input_ids` int64; `loss_mask` bool, "may be noised, and is scored"; `document_ids` int64
 where a row holds several documents or padding (-1).
+
+An objective works in two parts, so that the next step can be made ready while the device is busy with this one:
+`prepare` has all that is random and all sizes that depend on the data; it runs on the host and gives a dict of tensors
+and plain numbers. `loss` is a function of the weights and of that dict alone, and never waits for the device.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -10,14 +14,15 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from model.attention_mask import block_causal_mask, document_mask, number_blocks
+from model.attention_mask import causal_attention, number_blocks
 from model.block_diffusion import predict
 from model.config import ModelConfig
 from model.forward_process import MaskSettings, Noised, StepNoise, complement, mask_tokens
-from model.losses import entropy, forbid, run_lengths, sum_by_row, token_nats, unlikelihood
+from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
 from model.transformer import Transformer
 
 Batch = dict[str, Tensor]
+Prepared = dict[str, Any]
 RATE_BINS = 10
 
 
@@ -34,8 +39,22 @@ class RowLoss:
         return RowLoss(self.nats / self.count.clamp(min=1), (self.count > 0).float(), self.averages)
 
 
+class Objective:
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
+        """What a step needs of a batch on the host, for a model of this config."""
+        raise NotImplementedError
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        """prepared: on the model's device."""
+        raise NotImplementedError
+
+    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
+        """Both, for a model on the host."""
+        return self.loss(model, self.prepare(batch, model.config, noise))
+
+
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(Objective):
     """Autoregressive cross-entropy. The first token of each document piece has nothing to be predicted from."""
 
     decoding = {"attention": "causal", "block_size": 0}  # what its weights are decoded by
@@ -52,26 +71,31 @@ class NextToken:
     def for_validation(self) -> "NextToken":
         return replace(self, sequence_mean=False)
 
-    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise | None = None) -> Prepared:
         input_ids, documents = batch["input_ids"], batch.get("document_ids")
-        rows, length = input_ids.shape
         scored = batch["loss_mask"][:, 1:]
-        if documents is None:
-            attention = {"is_causal": True}
-        else:
+        if documents is not None:
             scored = scored & (documents[:, 1:] == documents[:, :-1])
-            attention = {"attn_mask": block_causal_mask(length, 1, input_ids.device) & document_mask(documents)}
         positions = torch.nn.functional.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
-        logits = model(input_ids, **attention, select=positions)
-        targets = input_ids.flatten()[positions + 1]
-        nats = sum_by_row(token_nats(logits, targets), positions, rows, length)
-        averages = {"eos_share": share_of(targets, model.config.eos_token_id)}
-        loss = RowLoss(nats, scored.sum(dim=1).float(), averages)
+        prepared = {
+            "input_ids": input_ids,
+            "positions": positions,
+            "targets": input_ids.flatten()[positions + 1],
+            "count": scored.sum(dim=1).float(),
+        }
+        return prepared if documents is None else prepared | {"document_ids": documents}
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
+        attention = causal_attention(prepared.get("document_ids"), input_ids.shape[1])
+        hidden = model(input_ids, **attention, select=positions, head=False)
+        nats = sum_by_row(linear_nats(hidden, model.lm_head.weight, targets), positions, *input_ids.shape)
+        loss = RowLoss(nats, prepared["count"], {"eos_share": share_of(targets, model.config.eos_token_id)})
         return loss.by_sequence() if self.sequence_mean else loss
 
 
 @dataclass(frozen=True)
-class MaskedDiffusion(MaskSettings):
+class MaskedDiffusion(Objective, MaskSettings):
     """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5).
 
     With a block size it is block diffusion (LLaDA 2.0 Eq. 1): every block has a mask rate of its own and is predicted
@@ -210,60 +234,84 @@ class MaskedDiffusion(MaskSettings):
         blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
         return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
 
-    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
         batch = self.shorten(batch, noise)
-        rows, length = batch["input_ids"].shape
-        mask_id = model.config.mask_token_id
-        noised = self.corrupt(batch, mask_id, noise)
-        copies = self.num_copies
+        noised, copies = self.corrupt(batch, config.mask_token_id, noise), self.num_copies
         input_ids, maskable = (batch[name].repeat(copies, 1) for name in ("input_ids", "loss_mask"))
-        documents = batch["document_ids"].repeat(copies, 1) if "document_ids" in batch else None
         positions = noised.scored.flatten().nonzero()[:, 0]
-        perturbation = self.perturbation(model, noised.scored, noise)
-        size = self.block_size_at(noise.progress)
-        logits = predict(model, noised.input_ids, input_ids, documents, size, positions, perturbation)
-        logits = forbid(logits, mask_id)
-        targets = input_ids.flatten()[positions]
-        nats = token_nats(logits, targets)
-        averages = loss_by_rate(sum_by_row(nats.detach(), positions, len(input_ids), length), noised, maskable)
+        masked = noised.scored.sum(dim=1)
+        prepared = {
+            "input_ids": input_ids,
+            "noised_ids": noised.input_ids,
+            "positions": positions,
+            "targets": input_ids.flatten()[positions],
+            "weight": noised.weight.flatten()[positions],
+            "count": noised.count,
+            "masked": masked,
+            "rate": masked / maskable.sum(dim=1).clamp(min=1),
+            "block_size": self.block_size_at(noise.progress),
+            "penalty_weight": self.penalty_weight_at(noise.step),
+        }
+        if "document_ids" in batch:
+            prepared["document_ids"] = batch["document_ids"].repeat(copies, 1)
+        if "reply_tokens" in batch:
+            prepared["reply_tokens"] = batch["reply_tokens"].float()
+        if (perturbation := self.perturbation(noised.scored, config.hidden_size, noise)) is not None:
+            prepared["perturbation"] = perturbation
+        return prepared
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
+        rows, mask_id, perturbation = len(input_ids), model.config.mask_token_id, prepared.get("perturbation")
+        if perturbation is not None:  # in units of the embeddings' size
+            perturbation = perturbation * model.embed_tokens.weight.detach().square().mean().sqrt()
+        noised_ids, documents, size = prepared["noised_ids"], prepared.get("document_ids"), prepared["block_size"]
+        hidden = predict(model, noised_ids, input_ids, documents, size, positions, perturbation, head=False)
+        logits, penalty_weight = None, prepared["penalty_weight"]
+        if self.cap_weight or penalty_weight:
+            logits = forbid(model.lm_head(hidden), mask_id)
+            nats = token_nats(logits, targets)
+        else:
+            nats = linear_nats(hidden, model.lm_head.weight, targets, mask_id)
+        averages = loss_by_rate(sum_by_row(nats.detach(), positions, *input_ids.shape), prepared)
         averages["eos_share"] = share_of(targets, model.config.eos_token_id)
-        penalty_weight = self.penalty_weight_at(noise.step)
         if penalty_weight:
-            penalty = self.repeat_penalty(logits, noised, input_ids, positions)
-            averages["repeat_penalty"] = (penalty.detach().sum(), torch.tensor(len(positions), device=penalty.device))
+            penalty = self.repeat_penalty(logits, noised_ids, input_ids, positions)
+            averages["repeat_penalty"] = (penalty.detach().sum(), number_of(penalty))
             nats = nats + penalty_weight * penalty
-        weighted = nats * noised.weight.flatten()[positions]
-        total = sum_by_row(weighted, positions, len(input_ids), length)
+        total = sum_by_row(nats * prepared["weight"], positions, *input_ids.shape)
         if self.cap_weight:
-            confidence = self.confidence_loss(logits, targets, positions, noised, averages)
-            total = total + self.cap_weight * noised.count * confidence
-        loss = RowLoss(total.view(copies, rows).sum(dim=0), noised.count.view(copies, rows).sum(dim=0), averages)
+            confidence = self.confidence_loss(logits, targets, positions, input_ids.shape, averages)
+            total = total + self.cap_weight * prepared["count"] * confidence
+        copies = self.num_copies
+        by_row = (values.view(copies, rows // copies).sum(dim=0) for values in (total, prepared["count"]))
+        loss = RowLoss(*by_row, averages)
         if self.sequence_mean:
             return loss.by_sequence()
         # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
-        return replace(loss, count=batch["reply_tokens"].float()) if "reply_tokens" in batch else loss
+        return replace(loss, count=prepared["reply_tokens"]) if "reply_tokens" in prepared else loss
 
     def confidence_loss(
-        self, logits: Tensor, targets: Tensor, positions: Tensor, noised: Noised, averages: dict
+        self, logits: Tensor, targets: Tensor, positions: Tensor, shape: tuple[int, int], averages: dict
     ) -> Tensor:
         """CAP (LLaDA 2.0 Eq. 6), (R,): the mean entropy, in nats, of a row's predictions that are right as they stand;
         0 where none is. Which ones are right has no gradient."""
         right = (logits.detach().argmax(dim=-1) == targets).float()
         spread = entropy(logits) * right
-        sums, number = (sum_by_row(values, positions, *noised.scored.shape) for values in (spread, right))
+        sums, number = (sum_by_row(values, positions, *shape) for values in (spread, right))
         averages["cap_entropy"] = (sums.detach().sum(), number.sum())
-        averages["right"] = (number.sum(), torch.tensor(len(positions), device=logits.device))
+        averages["right"] = (number.sum(), number_of(right))
         return sums / number.clamp(min=1)
 
-    def perturbation(self, model: Transformer, masked: Tensor, noise: StepNoise) -> Tensor | None:
-        """(R, L, C) noise on the embeddings of the masked (R, L) positions (LLaDA 2.0, section 7.1): autoregressive
-        training has never seen [MASK], and so many equal inputs make large gradients."""
+    def perturbation(self, masked: Tensor, width: int, noise: StepNoise) -> Tensor | None:
+        """(R, L, C) noise on the embeddings of the masked (R, L) positions, in units of the embeddings' root mean
+        square (LLaDA 2.0, section 7.1): autoregressive training has never seen [MASK], and so many equal inputs make
+        large gradients."""
         left = self.mask_embedding_noise * (1 - noise.step / self.mask_embedding_noise_steps)
         if left <= 0:
             return None
-        table = model.embed_tokens.weight.detach()
-        rows = noise.normal("embedding", len(masked) // self.num_copies, masked.shape[1], table.shape[1])
-        return rows.repeat(self.num_copies, 1, 1) * masked[:, :, None] * (left * table.square().mean().sqrt())
+        rows = noise.normal("embedding", len(masked) // self.num_copies, masked.shape[1], width)
+        return rows.repeat(self.num_copies, 1, 1) * masked[:, :, None] * left
 
     @property
     def num_copies(self) -> int:
@@ -283,13 +331,13 @@ class MaskedDiffusion(MaskSettings):
             ramp = float(step >= self.repeat_penalty_delay_steps)
         return self.repeat_penalty_weight * min(max(ramp, 0.0), 1.0)
 
-    def repeat_penalty(self, logits: Tensor, noised: Noised, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def repeat_penalty(self, logits: Tensor, noised_ids: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
         """(N,) unlikelihood, at each scored position, of the token whose run ends just before it.
 
         Runs are counted on the canvas as a greedy decoder would fill it; where the text itself goes on with the run,
         nothing is penalised.
         """
-        canvas = noised.input_ids.flatten().index_put((positions,), logits.detach().argmax(dim=-1)).view_as(input_ids)
+        canvas = noised_ids.flatten().index_put((positions,), logits.detach().argmax(dim=-1)).view_as(input_ids)
         previous = canvas.roll(1, dims=1).flatten()[positions]
         run = run_lengths(canvas).roll(1, dims=1)
         run[:, 0] = 0
@@ -307,15 +355,19 @@ def stack(one: Noised, other: Noised) -> Noised:
     return Noised(*(torch.cat([getattr(one, f.name), getattr(other, f.name)]) for f in fields(Noised)))
 
 
+def number_of(values: Tensor) -> Tensor:
+    """How many they are, on their device, without waiting for it."""
+    return torch.full((), len(values), device=values.device)
+
+
 def share_of(targets: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
     """(how many of the targets (N,) are `token_id`, N): for EOS, how much of the learning goes into ending."""
-    return (targets == token_id).sum(), torch.tensor(len(targets), device=targets.device)
+    return (targets == token_id).sum(), number_of(targets)
 
 
-def loss_by_rate(by_row: Tensor, noised: Noised, maskable: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def loss_by_rate(by_row: Tensor, prepared: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean cross-entropy of masked tokens, rows grouped by their mask rate into RATE_BINS equal bins of (0, 1]."""
-    masked = noised.scored.sum(dim=1)
-    rate = masked / maskable.sum(dim=1).clamp(min=1)
-    bins = (torch.ceil(rate * RATE_BINS).long() - 1).clamp(min=0)
+    bins = (torch.ceil(prepared["rate"] * RATE_BINS).long() - 1).clamp(min=0)
     zeros = by_row.new_zeros(RATE_BINS)
-    return {"loss_by_rate": (zeros.index_add(0, bins, by_row), zeros.index_add(0, bins, masked.to(by_row.dtype)))}
+    masked = prepared["masked"].to(by_row.dtype)
+    return {"loss_by_rate": (zeros.index_add(0, bins, by_row), zeros.index_add(0, bins, masked))}

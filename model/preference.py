@@ -18,15 +18,15 @@ from model.checkpoint import ADJUSTABLE
 from model.config import ModelConfig
 from model.forward_process import Noised, StepNoise, lowest
 from model.likelihood import GOLDEN
-from model.losses import forbid, sum_by_row, token_nats
-from model.objective import Batch, NextToken, RowLoss
+from model.losses import linear_nats, sum_by_row
+from model.objective import Batch, NextToken, Objective, Prepared, RowLoss
 from model.transformer import Transformer
 
 VALIDATION_MASKS = 8
 
 
 @dataclass(frozen=True)
-class Preference:
+class Preference(Objective):
     """Preferences."""
 
     unit = "per pair"
@@ -63,7 +63,7 @@ class Preference:
         """The preference loss alone."""
         return replace(self, dpo_sft_weight=0.0)
 
-    def compare(self, policy: Tensor, reference: Tensor, batch: Batch) -> RowLoss:
+    def compare(self, policy: Tensor, reference: Tensor, loss_mask: Tensor) -> RowLoss:
         """-log sigmoid(margin) (DPO, Eq. 7), from the nats (2B,) that the replies cost either model.
 
         margin = beta ((log p(w) - log ref(w)) - (log p(l) - log ref(l))), w chosen and l rejected. In the averages, a
@@ -73,7 +73,7 @@ class Preference:
         margin = self.dpo_beta * (chosen_gain - rejected_gain)
         nats, pairs = -F.logsigmoid(margin), torch.ones_like(margin)
         if self.dpo_sft_weight:
-            tokens = batch["loss_mask"].sum(dim=1).chunk(2)[0]
+            tokens = loss_mask.sum(dim=1).chunk(2)[0]
             nats = nats + self.dpo_sft_weight * policy.chunk(2)[0] / tokens
         logged = {
             "accuracy": (margin.sign() + 1) / 2,
@@ -88,11 +88,14 @@ class Preference:
 class ExactDPO(Preference):
     """Preferences."""
 
-    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
-        policy = NextToken()(model, batch, noise).nats
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
+        return NextToken().prepare(batch, config) | {"loss_mask": batch["loss_mask"]}
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        policy = NextToken().loss(model, prepared).nats
         with torch.no_grad():
-            reference = NextToken()(self.reference, batch, noise).nats
-        return self.compare(policy, reference, batch)
+            reference = NextToken().loss(self.reference, prepared).nats
+        return self.compare(policy, reference, prepared["loss_mask"])
 
 
 @dataclass(frozen=True)
@@ -117,17 +120,25 @@ class DiffusionDPO(Preference):
         """The preference loss alone, with the same number of masks in every run: fewer of them raise it."""
         return replace(super().for_validation(), dpo_num_masks=VALIDATION_MASKS, shared_masks=True)
 
-    def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
-        policy, reference, mask_id = 0.0, 0.0, model.config.mask_token_id
-        for sample in range(self.dpo_num_masks):
-            noised = self.corrupt(batch, mask_id, noise, sample)
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
+        prepared = dict(batch)
+        for purpose in ("policy",) if self.shared_masks else ("policy", "reference"):
+            masks = [
+                self.corrupt(batch, config.mask_token_id, noise, sample, purpose)
+                for sample in range(self.dpo_num_masks)
+            ]
+            prepared[f"{purpose}_masks"] = [prepare_mask(batch["input_ids"], noised) for noised in masks]
+        return prepared
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        policy, reference = 0.0, 0.0
+        masks = prepared["policy_masks"]
+        for own, other in zip(masks, prepared.get("reference_masks", masks), strict=True):
             # Computed again for the gradient, lest the activations of all masks be kept.
-            policy = policy + checkpoint(bound, model, batch, noised, use_reentrant=False)
-            if not self.shared_masks:
-                noised = self.corrupt(batch, mask_id, noise, sample, "reference")
+            policy = policy + checkpoint(bound, model, prepared, own, use_reentrant=False)
             with torch.no_grad():
-                reference = reference + bound(self.reference, batch, noised)
-        return self.compare(policy / self.dpo_num_masks, reference / self.dpo_num_masks, batch)
+                reference = reference + bound(self.reference, prepared, other)
+        return self.compare(policy / self.dpo_num_masks, reference / self.dpo_num_masks, prepared["loss_mask"])
 
     def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise, sample: int = 0, purpose: str = "policy") -> Noised:
         """The batch with mask number `sample`: k_b of the n_b maskable tokens of block b masked, weight n_b / k_b.
@@ -165,10 +176,21 @@ def count_weights(maskable: Tensor, block_size: int, strata: Tensor, keys: Tenso
     return weight.view(rows, -1)[:, :length]
 
 
-def bound(model: Transformer, batch: Batch, noised: Noised) -> Tensor:
-    """(R,) weighted sums of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
-    input_ids, size = batch["input_ids"], model.config.block_size
+def prepare_mask(input_ids: Tensor, noised: Noised) -> Prepared:
+    """One mask of a batch as `bound` wants it."""
     positions = noised.scored.flatten().nonzero()[:, 0]
-    logits = predict(model, noised.input_ids, input_ids, batch.get("document_ids"), size, positions)
-    nats = token_nats(forbid(logits, model.config.mask_token_id), input_ids.flatten()[positions])
-    return sum_by_row(nats * noised.weight.flatten()[positions], positions, *input_ids.shape)
+    return {
+        "noised_ids": noised.input_ids,
+        "positions": positions,
+        "targets": input_ids.flatten()[positions],
+        "weight": noised.weight.flatten()[positions],
+    }
+
+
+def bound(model: Transformer, batch: Batch, mask: Prepared) -> Tensor:
+    """(R,) weighted sums of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
+    input_ids, config, positions = batch["input_ids"], model.config, mask["positions"]
+    documents = batch.get("document_ids")
+    hidden = predict(model, mask["noised_ids"], input_ids, documents, config.block_size, positions, head=False)
+    nats = linear_nats(hidden, model.lm_head.weight, mask["targets"], config.mask_token_id)
+    return sum_by_row(nats * mask["weight"], positions, *input_ids.shape)

@@ -148,9 +148,11 @@ class Transformer(nn.Module):
         select: Tensor | None = None,
         canvas: int | None = None,
         perturbation: Tensor | None = None,
+        head: bool = True,
     ) -> Tensor:
         """input_ids (B, L) -> logits (B, L, V), or (N, V) at the flat positions `select` (N,) of B*L: the head is
-        a tenth to a quarter of the arithmetic and runs only where its output is wanted.
+        a tenth to a quarter of the arithmetic and runs only where its output is wanted. Without `head`: what it is
+        applied to, (B, L, C) or (N, C).
 
         attn_mask: bool (B or 1, 1, L, L_key), True = may attend; or a BlockMask, see model/attention_mask.py; None =
             full attention.
@@ -178,7 +180,8 @@ class Transformer(nn.Module):
             x = layer(x, rotary, attn_mask, is_causal, cache)
         if select is not None:
             x = x.flatten(0, 1)[select]
-        return self.lm_head(self.norm(x))
+        x = self.norm(x)
+        return self.lm_head(x) if head else x
 
     def _rotary(self, position_ids: Tensor, canvas: int) -> tuple[Tensor, Tensor]:
         """YaRN holds for all sequences of one context or for none: a document must cost the same alone, packed and

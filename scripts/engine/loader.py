@@ -1,7 +1,7 @@
 """Rows as the training loop asks for them, and their way to the device."""
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,14 +22,24 @@ class Rows(Protocol):
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...
 
 
-def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Move a batch from the host, without `document_ids` where every row is one document and full: no mask is needed
-    then."""
+def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Move the tensors of a batch from the host, also those in lists and dicts, without `document_ids` where every row
+    is one document and full: no mask is needed then."""
     if "document_ids" in batch and not batch["document_ids"].any():
-        batch = {name: tensor for name, tensor in batch.items() if name != "document_ids"}
+        batch = {name: value for name, value in batch.items() if name != "document_ids"}
+    return {name: _moved(value, device) for name, value in batch.items()}
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    if isinstance(value, dict):
+        return {name: _moved(item, device) for name, item in value.items()}
+    if not isinstance(value, Tensor):
+        return value
     if device.type == "cuda":  # pinned memory lets the copy overlap with the step before
-        return {name: tensor.pin_memory().to(device, non_blocking=True) for name, tensor in batch.items()}
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+        return value.pin_memory().to(device, non_blocking=True)
+    return value.to(device)
 
 
 def in_order(rows: Rows, batch_size: int, max_rows: int) -> Iterator[tuple[int, dict[str, Tensor]]]:

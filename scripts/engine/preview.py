@@ -40,8 +40,8 @@ def dry_run(
         started, rows_here = time.perf_counter(), len(batch["input_ids"])
         progress = (step - 0.5) / TIMED_STEPS if step else 0.0  # spread over the run, whose schedules change the work
         with runtime.autocast():
-            noise = StepNoise(runtime.seed, step, rows_here, 0, device, progress=progress)
-            loss = objective(network, to_device(batch, device), noise)
+            noise = StepNoise(runtime.seed, step, rows_here, progress=progress)
+            loss = objective.loss(network, to_device(objective.prepare(batch, model.config, noise), device))
         (loss.nats.sum() / loss.count.sum().clamp(min=1)).backward()
         float(loss.nats.detach().sum())  # wait for the device
         seconds.append(time.perf_counter() - started)

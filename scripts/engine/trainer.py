@@ -213,11 +213,12 @@ class Trainer:
 
     def _noise(self, seed: int, step: int, total_rows: int, first_row: int) -> StepNoise:
         progress = min(max(step, 0) / self.total_steps, 1.0)
-        return StepNoise(seed, step, total_rows, first_row, self.device, self.train_rows.seq_len, progress)
+        return StepNoise(seed, step, total_rows, first_row, self.train_rows.seq_len, progress)
 
     def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise) -> RowLoss:
+        prepared = to_device(objective.prepare(batch, self.model.config, noise), self.device)
         with self.runtime.autocast():
-            return objective(self.model, to_device(batch, self.device), noise)
+            return objective.loss(self.model, prepared)
 
     def _validate(self, stop: StopSignals) -> None:
         """Validation loss on fixed rows with fixed noise; keeps the best weights; counts towards an early stop."""

@@ -56,7 +56,8 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
     for draw in range(draws):
         model.zero_grad()
         with runtime.autocast():
-            loss = objective(model, batch, StepNoise(runtime.seed, draw, rows, 0, runtime.torch_device))
+            prepared = objective.prepare(batch, model.config, StepNoise(runtime.seed, draw, rows))
+            loss = objective.loss(model, to_device(prepared, runtime.torch_device))
         value = loss.nats.sum() / loss.count.sum()
         value.backward()
         losses.append(float(value.detach()))
@@ -85,7 +86,6 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{config.checkpoint} is {loaded.described}; give a diffusion model without blocks")
     rows = PretrainDataset(data, tokenizer).train
     batch = rows.batch(rows.order(runtime.seed, config.batch_size)(0, config.batch_size))
-    batch = to_device(batch, runtime.torch_device)
     result = {name: measure(model, batch, name, config.num_draws, runtime) for name in MASK_SCHEDULES}
     print(f"{'schedule':<12} {'mean loss':>20} {'std of a batch':>15} {'gradient noise':>15}")
     for name, spread in result.items():

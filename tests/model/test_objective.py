@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention_mask import block_causal_mask, document_mask
 from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
@@ -261,18 +262,58 @@ def test_the_repetition_penalty_waits_warms_up_and_acts_on_wrong_repetitions_onl
     logits = torch.full((5, 24), -4.0)
     logits[:, 7] = 4.0
     text = torch.tensor([[9, 7, 9, 9, 7]])
-    noised = mask_tokens(text, torch.ones_like(text, dtype=torch.bool), 3, "fixed_count", StepNoise(0, 0, 1), DIFFUSION)
-    all_masked = replace_scored(noised, text)
-    penalty = always.repeat_penalty(logits, all_masked, text, torch.arange(5))
+    penalty = always.repeat_penalty(logits, torch.full_like(text, 3), text, torch.arange(5))
     # Two 7s stand before positions 2, 3 and 4; at 4 the text itself goes on with 7.
     assert (penalty > 0).tolist() == [False, False, True, True, False]
-
-
-def replace_scored(noised, ids):
-    return replace(noised, input_ids=torch.full_like(ids, 3), scored=torch.ones_like(ids, dtype=torch.bool))
 
 
 def test_validation_is_the_same_full_range_bound_whatever_the_training_schedule():
     a = MaskedDiffusion(mask_schedule="random", variable_length_prob=0.3, repeat_penalty_weight=1.0).for_validation()
     b = MaskedDiffusion(mask_schedule="iid_t", mask_rate_min=0.3, mask_rate_max=0.8, block_size=0).for_validation()
     assert a == b == MaskedDiffusion(mask_schedule="fixed_count", variable_length_prob=0.0, block_size=0)
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: numbers read from tensors, and shapes that depend on them."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        boolean = name in ("index", "index_put", "index_put_") and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if name in self.REFUSED or boolean:
+            raise AssertionError(f"{name} waits for the device")
+        return function(*args, **(kwargs or {}))
+
+
+OBJECTIVES = {
+    "next token": NextToken(),
+    "full": DIFFUSION,
+    "complementary, CAP, penalty, noise": replace(
+        DIFFUSION, complementary_masks=True, cap_weight=1.0, repeat_penalty_weight=0.5, mask_embedding_noise=1.0
+    ),
+    "blocks": replace(DIFFUSION, block_size=4, mask_schedule="iid_t", sequence_mean=True),
+}
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_the_loss_and_its_gradient_never_wait_for_the_device(kind, tiny_model):
+    model, documents = tiny_model().train(), torch.arange(12).expand(3, -1) // 5
+    objective = OBJECTIVES[kind]
+    prepared = objective.prepare(batch_of(torch.randint(4, 24, (3, 12)), documents), model.config, StepNoise(0, 1, 3))
+    with Waits():
+        objective.loss(model, prepared).nats.sum().backward()
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+def test_preparing_needs_no_weights_and_the_loss_nothing_random(kind, tiny_model):
+    model, documents = tiny_model(), torch.arange(12).expand(3, -1) // 5
+    objective, batch = OBJECTIVES[kind], batch_of(torch.randint(4, 24, (3, 12)), documents)
+    prepared = objective.prepare(batch, model.config, StepNoise(0, 1, 3))
+    torch.manual_seed(1)
+    first = objective.loss(model, prepared).nats
+    torch.manual_seed(2)
+    assert torch.equal(first, objective.loss(model, prepared).nats)
+    assert torch.equal(first, objective(model, batch, StepNoise(0, 1, 3)).nats)

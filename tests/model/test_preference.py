@@ -11,7 +11,7 @@ from model import preference
 from model.forward_process import StepNoise
 from model.likelihood import row_nats
 from model.objective import NextToken
-from model.preference import DiffusionDPO, ExactDPO, bound, count_weights
+from model.preference import DiffusionDPO, ExactDPO, bound, count_weights, prepare_mask
 from tests.conftest import TINY
 from tests.model.test_likelihood import enumerated_bound
 
@@ -166,7 +166,9 @@ def estimates(objective, model, batch, copies, step=0):
     noise, total = StepNoise(0, step, copies, width=WIDTH), 0
     with torch.no_grad():
         for sample in range(objective.dpo_num_masks):
-            total = total + bound(model, batch, objective.corrupt(batch, MASK, noise, sample))
+            total = total + bound(
+                model, batch, prepare_mask(batch["input_ids"], objective.corrupt(batch, MASK, noise, sample))
+            )
     return (total / objective.dpo_num_masks).view(2, copies).T
 
 
@@ -241,8 +243,10 @@ class LikelierWithContext:
     """Stands for a model whose every token is 5, and costs the more the more of its row is masked."""
 
     config = TINY
+    lm_head = torch.nn.Linear(24, 24, bias=False)
+    torch.nn.init.eye_(lm_head.weight)
 
-    def __call__(self, ids, attn_mask, select, perturbation):
+    def __call__(self, ids, attn_mask, select, perturbation, head):
         masked = (ids == MASK).sum(dim=1)[select // ids.shape[1]]
         return F.one_hot(torch.full_like(select, 5), 24) * (8.0 - masked[:, None])
 
