@@ -5,6 +5,7 @@ Llama, so weights move between the two by a prefix.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -62,6 +63,7 @@ class Attention(nn.Module):
         attn_mask: AttentionMask | None,
         is_causal: bool,
         cache: KVCache | ColumnCache | None,
+        select: Tensor | None,
     ) -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, L, H*D) -> (B, H, L, D)
@@ -71,7 +73,8 @@ class Attention(nn.Module):
         q, k = (apply_rotary(norm(y), *rotary).to(v.dtype) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
-        return self.o_proj(attend(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2))
+        mixed = attend(q, k, v, attn_mask, is_causal).transpose(1, 2).flatten(2)
+        return self.o_proj(mixed if select is None else mixed.flatten(0, 1)[select])
 
 
 class SwiGLU(nn.Module):
@@ -95,8 +98,11 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, *attention_args) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), *attention_args))
+    def forward(self, x: Tensor, *attention_args: Any, select: Tensor | None = None) -> Tensor:
+        """x (B, L, C) -> (B, L, C), or (N, C) at the flat positions `select` (N,): all are attended to, nothing more is
+        computed elsewhere."""
+        mixed = self.self_attn(self.input_layernorm(x), *attention_args, select)
+        x = (x if select is None else x.flatten(0, 1)[select]) + self.dropout(mixed)
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -150,9 +156,9 @@ class Transformer(nn.Module):
         perturbation: Tensor | None = None,
         head: bool = True,
     ) -> Tensor:
-        """input_ids (B, L) -> logits (B, L, V), or (N, V) at the flat positions `select` (N,) of B*L: the head is
-        a tenth to a quarter of the arithmetic and runs only where its output is wanted. Without `head`: what it is
-        applied to, (B, L, C) or (N, C).
+        """input_ids (B, L) -> logits (B, L, V), or (N, V) at the flat positions `select` (N,) of B*L: the head, a tenth
+        to a quarter of the arithmetic, and the last layer's MLP run only where their output is wanted. Without `head`:
+        what it is applied to, (B, L, C) or (N, C).
 
         attn_mask: bool (B or 1, 1, L, L_key), True = may attend; or a BlockMask, see model/attention_mask.py; None =
             full attention.
@@ -176,11 +182,9 @@ class Transformer(nn.Module):
         if perturbation is not None:
             x = x + perturbation
         rotary = self._rotary(position_ids, canvas)
-        for layer in self.layers:
+        for layer in self.layers[:-1]:
             x = layer(x, rotary, attn_mask, is_causal, cache)
-        if select is not None:
-            x = x.flatten(0, 1)[select]
-        x = self.norm(x)
+        x = self.norm(self.layers[-1](x, rotary, attn_mask, is_causal, cache, select=select))
         return self.lm_head(x) if head else x
 
     def _rotary(self, position_ids: Tensor, canvas: int) -> tuple[Tensor, Tensor]:

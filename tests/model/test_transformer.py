@@ -226,3 +226,18 @@ def test_only_relative_positions_matter(tiny_model):
     torch.testing.assert_close(shifted, model(ids), rtol=1e-4, atol=1e-4)
     repeated = model(torch.cat([ids, ids], dim=1), position_ids=torch.arange(9).repeat(2)[None])
     torch.testing.assert_close(repeated[:, :9], repeated[:, 9:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_what_is_not_selected_is_attended_to_all_the_same(layers, tiny_model):
+    """The last layer computes selected positions alone: their logits, and all gradients, are those of the whole."""
+    model, ids = tiny_model(num_hidden_layers=layers), torch.randint(4, 24, (3, 7))
+    chosen = torch.tensor([0, 3, 9, 20])
+    whole = model(ids).flatten(0, 1)[chosen]
+    some = model(ids, select=chosen)
+    torch.testing.assert_close(some, whole)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), parameters) for x in (some, whole)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    hidden = model(ids, select=chosen, head=False)
+    torch.testing.assert_close(model.lm_head(hidden), whole)
