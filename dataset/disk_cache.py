@@ -1,4 +1,8 @@
-"""Directories of results derived from a file: made once, named by what they depend on, whole or absent."""
+"""Directories of results derived from a file: made once, named by what they depend on, whole or absent.
+
+Arrays in them are flat files, appended to while they are made and mapped when they are read, so that neither takes
+memory in proportion to their length.
+"""
 
 import hashlib
 import json
@@ -8,10 +12,15 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 ABANDONED_AFTER = 24 * 3600  # seconds without a write after which another machine's build counts as dead
+STRETCH = 2**15  # entries of a long array that are looked at together
 
 
 def source_key(path: Path, *options: object) -> str:
@@ -52,6 +61,97 @@ def cached_directory(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+class ArrayFiles:
+    """One-dimensional arrays that grow on disk: `folder/name` holds the entries of array `name` and nothing else."""
+
+    def __init__(self, folder: Path, dtypes: Mapping[str, Any]):
+        self.dtypes = {name: np.dtype(dtype) for name, dtype in dtypes.items()}
+        self.lengths = dict.fromkeys(dtypes, 0)
+        self._stack = ExitStack()
+        self._files = {name: self._stack.enter_context((folder / name).open("wb")) for name in dtypes}
+
+    def __enter__(self) -> "ArrayFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def append(self, name: str, values: np.ndarray) -> None:
+        """Write `values` (N,) behind what array `name` holds; OSError, with its errno, where the disk takes no more."""
+        # Not ndarray.tofile, whose OSError does not say why.
+        self._files[name].write(np.ascontiguousarray(values, dtype=self.dtypes[name]).data)
+        self.lengths[name] += len(values)
+
+
+def cached_arrays(
+    path: Path,
+    cache_dir: Path,
+    options: tuple,
+    dtypes: Mapping[str, Any],
+    fill: Callable[[ArrayFiles], dict[str, Any]],
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, meta) made of the file `path` with these options, the arrays mapped from `cache_dir`.
+
+    Unless they are there, fill(files) appends to the arrays named in `dtypes` and returns meta, which JSON can hold.
+    ValueError if `cache_dir` is unusable, or if `path` changes meanwhile.
+    """
+
+    def build(folder: Path) -> None:
+        with unchanged(path), ArrayFiles(folder, dtypes) as files:
+            meta = fill(files)
+        kinds = {name: [files.dtypes[name].name, files.lengths[name]] for name in dtypes}
+        (folder / "meta.json").write_text(json.dumps({"arrays": kinds, **meta}, indent=1), encoding="utf-8")
+
+    folder = cached_directory(Path(cache_dir), source_key(path, *options), build, _arrays_fault)
+    meta = read_meta(folder)
+    return {name: map_array(folder / name, dtype) for name, (dtype, _) in meta.pop("arrays").items()}, meta
+
+
+@contextmanager
+def unchanged(path: Path) -> Iterator[None]:
+    """ValueError at the end if the file has another size or time than at the beginning."""
+    before = Path(path).stat()
+    yield
+    after = Path(path).stat()
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise ValueError(f"{path} changed while it was read; run again when it is complete")
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def map_array(path: Path, dtype: Any) -> np.ndarray:
+    """The entries of a flat file, read when they are looked at; the system may take their memory back at any time."""
+    # An empty file cannot be mapped. An np.memmap makes np.memmaps of its parts, slowly.
+    return np.memmap(path, dtype, mode="r").view(np.ndarray) if path.stat().st_size else np.zeros(0, dtype)
+
+
+def stretches(count: int) -> Iterator[np.ndarray]:
+    """The numbers from 0 to below `count`, STRETCH at a time."""
+    for begin in range(0, count, STRETCH):
+        yield np.arange(begin, min(begin + STRETCH, count))
+
+
+def fault_of_sizes(folder: Path, sizes: Callable[[dict[str, Any]], dict[str, int]]) -> str | None:
+    """What is wrong with a cache directory of flat files, of which sizes(meta) says the bytes, or None."""
+    try:
+        for name, size in sizes(read_meta(folder)).items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"unreadable: {error!r}"
+    return None
+
+
+def _arrays_fault(folder: Path) -> str | None:
+    def sizes(meta: dict[str, Any]) -> dict[str, int]:
+        return {name: np.dtype(dtype).itemsize * length for name, (dtype, length) in meta["arrays"].items()}
+
+    return fault_of_sizes(folder, sizes)
 
 
 def _publish(work: Path, target: Path, fault: Callable[[Path], str | None]) -> None:

@@ -12,15 +12,17 @@ import json
 import operator
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from dataset.disk_cache import cached_directory, source_key
 
 Observer = Callable[[bytes], object]
+Part = TypeVar("Part")
 
 SUFFIXES = (".jsonl", ".txt")
 GZIP_MAGIC = b"\x1f\x8b"
@@ -142,6 +144,20 @@ def read_documents(
         yield text + separator if text and separator else text
 
 
+def chunked(parts: Iterable[Part], size: Callable[[Part], int], enough: int) -> Iterator[list[Part]]:
+    """Lists of successive parts, each as long as it takes for their sizes to add up to `enough`."""
+    chunk: list[Part] = []
+    total = 0
+    for part in parts:
+        chunk.append(part)
+        total += size(part)
+        if total >= enough:
+            yield chunk
+            chunk, total = [], 0
+    if chunk:
+        yield chunk
+
+
 def is_blank(line: bytes, number: int) -> bool:
     return not (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
 
@@ -259,7 +275,7 @@ class JsonlFile:
         key = source_key(self.path, "rows", CACHE_FORMAT)
         folder = cached_directory(Path(cache_dir), key, self._build, self._fault)
         self._source = folder / "rows.jsonl" if is_gzip_name(self.path) else self.path
-        self._index = np.load(folder / "index.npy")  # (rows, 2) int64: byte offset, row number
+        self._index = np.load(folder / "index.npy", mmap_mode="r")  # (rows, 2) int64: byte offset, row number
 
     def __len__(self) -> int:
         return len(self._index)
@@ -281,18 +297,18 @@ class JsonlFile:
         return position
 
     def _build(self, folder: Path) -> None:
-        index = []
+        index = array("q")
         offset = 0
         with (folder / "rows.jsonl").open("wb") if is_gzip_name(self.path) else io.BytesIO() as unpacked:
             observe = unpacked.write if is_gzip_name(self.path) else None
             for number, line in read_lines(self.path, observe):
                 if not is_blank(line, number):
-                    index.append((offset, number))
+                    index.extend((offset, number))
                 offset += len(line)
         if not index:
             raise ValueError(f"{self.path} has no rows; expected one JSON object per line")
-        np.save(folder / "index.npy", np.array(index, dtype=np.int64))
-        (folder / "meta.json").write_text(json.dumps({"rows": len(index), "bytes": offset}), encoding="utf-8")
+        np.save(folder / "index.npy", np.frombuffer(index, dtype=np.int64).reshape(-1, 2))
+        (folder / "meta.json").write_text(json.dumps({"rows": len(index) // 2, "bytes": offset}), encoding="utf-8")
 
     def _fault(self, folder: Path) -> str | None:
         try:

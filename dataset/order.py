@@ -30,6 +30,7 @@ class RowOrder:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
+            self._permutation = np.empty(0, dtype=np.int64)  # never two of them: 8 bytes for each row of the corpus
             self._epoch, self._permutation = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
         return self._permutation
 

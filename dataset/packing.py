@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,14 +23,23 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.disk_cache import cached_directory, source_key
-from dataset.jsonl import content_hash, is_gzip_name, open_text, read_documents, text_format
+from dataset.disk_cache import (
+    ArrayFiles,
+    cached_directory,
+    fault_of_sizes,
+    map_array,
+    read_meta,
+    source_key,
+    stretches,
+    unchanged,
+)
+from dataset.jsonl import chunked, content_hash, is_gzip_name, open_text, read_documents, text_format
 from dataset.order import RowOrder
-from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint
+from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype
 
 FORMAT = 1  # counts changes of what the cache files mean; part of the key
 SPLITS = ("train", "validation")
-CHUNK_CHARACTERS = 2_000_000  # of text tokenised at a time: enough to keep all cores busy, some 100 MB of Python lists
+CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class TokenCache:
         open_text(path).close()
         key = source_key(path, FORMAT, build.fingerprint, options)
         folder = cached_directory(Path(cache_dir), key, build.run, _fault)
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         return cls(*(_open_split(folder, split, meta) for split in SPLITS), meta)
 
 
@@ -94,12 +103,9 @@ class PackedRows:
             raise ValueError(f"seq_len is {seq_len}, expected at least 1 token per row")
         self.split, self.seq_len, self.packing, self.pad_id = split, seq_len, packing, pad_id
         total = len(split.tokens)
-        self._row_starts: np.ndarray | None = None
-        if packing:  # extents are computed when asked for, so that the largest corpus costs nothing here
-            self._num_rows = -(-total // seq_len)
-        else:
-            self._row_starts, self._row_ends = _document_rows(split.starts, total, seq_len)
-            self._num_rows = len(self._row_starts)
+        # Extents are computed when asked for: the largest corpus costs nothing here, or 8 bytes for each document.
+        self._first_rows = None if packing else _first_rows(split.starts, total, seq_len)
+        self._num_rows = -(-total // seq_len) if packing else int(self._first_rows[-1])
 
     def __len__(self) -> int:
         return self._num_rows
@@ -134,10 +140,13 @@ class PackedRows:
 
     def _extent(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First position in the stream and one past the last, of each row."""
-        if self._row_starts is not None:
-            return self._row_starts[indices], self._row_ends[indices]
-        starts = indices * self.seq_len
-        return starts, np.minimum(starts + self.seq_len, len(self.split.tokens))
+        if self._first_rows is None:
+            starts, ends = indices * self.seq_len, len(self.split.tokens)
+        else:
+            documents = np.searchsorted(self._first_rows, indices, side="right") - 1
+            starts = self.split.starts[documents] + (indices - self._first_rows[documents]) * self.seq_len
+            ends = _document_ends(self.split.starts, len(self.split.tokens), documents)
+        return starts, np.minimum(starts + self.seq_len, ends)
 
     def _count_documents(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
         """(B, L): how many documents have begun since the row did, its first token not counted."""
@@ -150,38 +159,43 @@ class PackedRows:
         return np.cumsum(boundaries, axis=1)
 
 
-def _document_rows(starts: np.ndarray, total: int, seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """Extents of the rows when no two documents share one."""
-    starts = np.asarray(starts)
-    ends = np.append(starts[1:], total)[: len(starts)]
-    pieces = -(-(ends - starts) // seq_len)
-    within = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    row_starts = np.repeat(starts, pieces) + within * seq_len
-    return row_starts, np.minimum(row_starts + seq_len, np.repeat(ends, pieces))
+def _first_rows(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
+    """(documents + 1,) the number of each document's first row when no two share one, and the number of rows."""
+    first = np.zeros(len(starts) + 1, dtype=np.int64)
+    for documents in stretches(len(starts)):
+        pieces = -(-(_document_ends(starts, total, documents) - starts[documents]) // seq_len)
+        first[documents + 1] = first[documents[0]] + np.cumsum(pieces)
+    return first
+
+
+def _document_ends(starts: np.ndarray, total: int, documents: np.ndarray) -> np.ndarray:
+    """One past the last token of each of `documents` (N,)."""
+    following = starts[np.minimum(documents + 1, len(starts) - 1)]
+    return np.where(documents + 1 < len(starts), following, total)
 
 
 class _SplitWriter:
-    """Appends documents to the two files of one stream and counts them."""
+    """Appends documents to the two arrays of one stream and counts them."""
 
-    def __init__(self, folder: Path, split: str, dtype: np.dtype):
-        self.dtype = dtype
+    def __init__(self, files: ArrayFiles, split: str, bos_id: int, eos_id: int):
+        self.files, self.split, self.bos_id, self.eos_id = files, split, bos_id, eos_id
         self.counts = {"documents": 0, "tokens": 0, "characters": 0, "bytes": 0}
-        self._tokens = (folder / f"{split}.tokens").open("wb")
-        self._starts = (folder / f"{split}.starts").open("wb")
 
     def add(self, texts: list[str], documents: list[list[int]]) -> None:
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents))
-        starts = self.counts["tokens"] + np.cumsum(lengths) - lengths
-        np.fromiter(chain.from_iterable(documents), self.dtype, int(lengths.sum())).tofile(self._tokens)
-        starts.tofile(self._starts)
+        """`documents`: the ids of each text, without BOS and EOS."""
+        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 2
+        ends = np.cumsum(lengths)
+        tokens = np.empty(lengths.sum(), self.files.dtypes[f"{self.split}.tokens"])
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[ends - lengths] = is_text[ends - 1] = False
+        tokens[ends - lengths], tokens[ends - 1] = self.bos_id, self.eos_id
+        tokens[is_text] = np.fromiter(chain.from_iterable(documents), tokens.dtype, len(tokens) - 2 * len(documents))
+        self.files.append(f"{self.split}.tokens", tokens)
+        self.files.append(f"{self.split}.starts", self.counts["tokens"] + ends - lengths)
         self.counts["documents"] += len(documents)
         self.counts["tokens"] += int(lengths.sum())
         self.counts["characters"] += sum(map(len, texts))
         self.counts["bytes"] += sum(len(text.encode("utf-8")) for text in texts)
-
-    def close(self) -> None:
-        self._tokens.close()
-        self._starts.close()
 
 
 @dataclass
@@ -209,7 +223,7 @@ class _Build:
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]):
         self.path, self.tokenizer, self.options = path, tokenizer, options
         self.fingerprint = fingerprint(tokenizer)
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.dtype = token_dtype(tokenizer)
         self.rows = self.empty_rows = 0
         self.smallest = _Smallest()
         self.digest = hashlib.sha256()
@@ -218,17 +232,13 @@ class _Build:
     def run(self, folder: Path) -> None:
         """Fill an empty directory; once per object."""
         began = time.monotonic()
-        before = self.path.stat()
-        self.writers = {split: _SplitWriter(folder, split, self.dtype) for split in SPLITS}
-        try:
-            for texts in _chunks(self._documents(before.st_size)):
+        kinds = {"tokens": self.dtype, "starts": np.int64}
+        dtypes = {f"{split}.{name}": kind for split in SPLITS for name, kind in kinds.items()}
+        with unchanged(self.path), ArrayFiles(folder, dtypes) as files:
+            ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+            self.writers = {split: _SplitWriter(files, split, *ids) for split in SPLITS}
+            for texts in chunked(self._documents(), len, CHUNK_CHARACTERS):
                 self._add(texts)
-        finally:
-            for writer in self.writers.values():
-                writer.close()
-        after = self.path.stat()
-        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise ValueError(f"{self.path} changed while it was read; run again when it is complete")
         counts = {split: writer.counts for split, writer in self.writers.items()}
         documents = self.smallest.documents
         others = counts["train"]["documents"] - len(documents)
@@ -239,10 +249,10 @@ class _Build:
         seconds = time.monotonic() - began
         print(f"tokenised {self.rows:,} rows, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s", file=sys.stderr)
 
-    def _documents(self, file_size: int) -> Iterator[str]:
+    def _documents(self) -> Iterator[str]:
         """The non-empty texts; on the way the digest, the row counts and, on a terminal, the progress bar advance."""
         # How much text a .gz holds is not known, so its bar has a speed but no end. disable=None: terminals only.
-        total = None if is_gzip_name(self.path) else file_size
+        total = None if is_gzip_name(self.path) else self.path.stat().st_size
         with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
             def observe(line: bytes) -> None:
@@ -264,15 +274,14 @@ class _Build:
             encoded = encode_batch(self.tokenizer, texts)
         except ValueError as error:  # it knows the character, but not the file
             raise ValueError(f"{self.path}: {error}") from None
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
         chosen: dict[str, tuple[list[str], list[list[int]]]] = {split: ([], []) for split in SPLITS}
         for value, text, ids in zip(hashes, texts, encoded, strict=True):
             # The comparison of is_validation, whose hash is needed for the smallest one, too.
             split_texts, documents = chosen["validation" if value < threshold else "train"]
-            if value >= threshold:
+            if value >= threshold and not self.writers["validation"].counts["documents"]:
                 self.smallest.see(value, self.writers["train"].counts["documents"] + len(documents), text)
             split_texts.append(text)
-            documents.append([bos, *ids, eos])
+            documents.append(ids)
         for split, writer in self.writers.items():
             writer.add(*chosen[split])
 
@@ -290,20 +299,6 @@ class _Build:
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of texts of about CHUNK_CHARACTERS together; a single longer text is one list."""
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        chunk.append(text)
-        size += len(text)
-        if size >= CHUNK_CHARACTERS:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
 def _move_to_validation(folder: Path, smallest: _Smallest, counts: dict[str, dict[str, int]], dtype: np.dtype) -> None:
     """Take documents out of the training stream to be the validation stream, and put the counts right."""
     tokens = np.memmap(folder / "train.tokens", dtype, mode="r")
@@ -316,7 +311,7 @@ def _move_to_validation(folder: Path, smallest: _Smallest, counts: dict[str, dic
     os.replace(folder / "kept.tokens", folder / "train.tokens")
     lengths = np.diff(edges)
     for split, mine in (("validation", lengths[moved]), ("train", np.delete(lengths, moved))):
-        (np.cumsum(mine) - mine).tofile(folder / f"{split}.starts")
+        (folder / f"{split}.starts").write_bytes((np.cumsum(mine) - mine).data)
         counts[split]["documents"], counts[split]["tokens"] = len(mine), int(mine.sum())
     for name in ("characters", "bytes"):
         counts["validation"][name] = getattr(smallest, name)
@@ -326,11 +321,7 @@ def _move_to_validation(folder: Path, smallest: _Smallest, counts: dict[str, dic
 def _write_spans(path: Path, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
     with path.open("wb") as file:
         for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            tokens[begin:end].tofile(file)
-
-
-def _read_meta(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            file.write(tokens[begin:end].data)
 
 
 def _expected_sizes(meta: dict[str, Any]) -> dict[str, int]:
@@ -344,22 +335,9 @@ def _expected_sizes(meta: dict[str, Any]) -> dict[str, int]:
 
 def _fault(folder: Path) -> str | None:
     """What is wrong with a cache directory, judged by the sizes of its files, or None."""
-    try:
-        for name, size in _expected_sizes(_read_meta(folder)).items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                return f"{name} has {found} bytes, expected {size}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"unreadable: {error!r}"
-    return None
+    return fault_of_sizes(folder, _expected_sizes)
 
 
 def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
-    return TokenSplit(
-        _map(folder / f"{split}.tokens", np.dtype(meta["dtype"])), _map(folder / f"{split}.starts", np.dtype(np.int64))
-    )
-
-
-def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+    kinds = {"tokens": meta["dtype"], "starts": np.int64}
+    return TokenSplit(*(map_array(folder / f"{split}.{name}", kind) for name, kind in kinds.items()))

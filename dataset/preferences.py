@@ -1,15 +1,16 @@
 """Preference data: pairs of replies to one prompt in three row formats, and the rows that compare them.
 
+Of a row no more is held in memory than the number of its pair.
 Shapes: P pairs, B of them in a batch, W tokens of its widest row, L = seq_len.
 """
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -18,8 +19,8 @@ import torch
 from torch import Tensor
 
 from dataset.bundled import bundled_file
-from dataset.disk_cache import cached_directory, source_key
-from dataset.jsonl import JSON_TYPES, content_hash, open_text, read_rows, text_format
+from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
+from dataset.jsonl import JSON_TYPES, chunked, content_hash, open_text, read_rows, text_format
 from dataset.order import LengthOrder, RowOrder
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
 from dataset.tokenizer import (
@@ -28,11 +29,12 @@ from dataset.tokenizer import (
     encode_conversations,
     fingerprint,
     render_chat,
+    token_dtype,
 )
 
-FORMAT = 1  # counts changes of what the cache files mean; part of the key
-CHUNK_ROWS = 2000  # tokenised at a time
-ARRAYS = ("tokens", "starts", "prompts", "hashes")
+FORMAT = 2  # counts changes of what the cache files mean; part of the key
+CHUNK_CHARACTERS = 1_000_000  # of pairs tokenised at a time
+TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 EXPECTED = "chosen + rejected as two conversations, or as replies to prompt or messages"
 
 Messages = list[dict[str, str]]
@@ -145,15 +147,48 @@ class Pairs:
     starts: np.ndarray  # (3P + 1,) where each of the three parts begins, and the end
     prompts: np.ndarray  # (P,) uint64, content_hash of the prompt
     hashes: np.ndarray  # (P,) uint64, content_hash of the prompt with the chosen reply, as in fine-tuning
+    common: np.ndarray  # (P,) int64, with how many tokens both replies begin alike
+
+    def __len__(self) -> int:
+        return len(self.hashes)
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """(P,) bool. A pair is held out whose chosen conversation fine-tuning holds out, and every other pair with its
-        prompt: no prompt is on both sides. At least one prompt, where there are two."""
-        chosen = self.hashes < fraction * 2.0**64
-        if fraction > 0 and not chosen.any():
-            smallest = np.isin(self.prompts, self.prompts[self.hashes == self.hashes.min()])
-            return smallest & ~smallest.all()
-        return np.isin(self.prompts, self.prompts[chosen])
+        """Hashes of the prompts that are held out, ascending. A pair is held out whose chosen conversation fine-tuning
+        holds out, and every other pair with its prompt: no prompt is on both sides. At least one prompt, where there
+        are two."""
+        if fraction > 0 and not (smallest := self.hashes.min()) < fraction * 2.0**64:
+            found = self._prompts(lambda hashes: hashes == smallest)
+            others = any(not is_in(self.prompts[pairs], found).all() for pairs in stretches(len(self)))
+            return found if others else found[:0]
+        return self._prompts(lambda hashes: hashes < fraction * 2.0**64)
+
+    def _prompts(self, chosen: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+        """Hashes of the prompts of the pairs of whose hashes chosen(hashes) is True, ascending."""
+        parts = [np.unique(self.prompts[pairs[chosen(self.hashes[pairs])]]) for pairs in stretches(len(self))]
+        return np.unique(np.concatenate(parts))
+
+
+def is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
+    """Which of the values (B,) are among the others, (B,) bool."""
+    if not len(ascending):
+        return np.zeros(len(values), dtype=bool)
+    return ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
+
+
+class PairItems(NamedTuple):
+    """Pairs as they are shown."""
+
+    rows: Items  # the prompt and the longer reply
+    rejected: np.ndarray  # (B,) the rejected reply's first token
+    replies: np.ndarray  # (2, B) tokens kept of either reply
+
+
+def items_of(pairs: Pairs, chosen: np.ndarray, seq_len: int) -> PairItems:
+    """Those of the pairs `chosen` (B,), shortened: both replies behind the same end of the prompt."""
+    begin, middle, rejected, end = (pairs.starts[3 * chosen + place] for place in range(4))
+    replies = np.stack([rejected - middle, end - rejected])
+    rows = shortened(Items(begin, middle, middle + replies.max(axis=0)), seq_len)
+    return PairItems(rows, rejected, np.minimum(replies, rows.end - rows.middle))
 
 
 @dataclass(frozen=True)
@@ -164,11 +199,8 @@ class PairRows:
     its canvas before it, which does not tell where the reply will end.
     """
 
-    tokens: np.ndarray
-    begin: np.ndarray  # (P,) first kept token of the prompt
-    middle: np.ndarray  # (P,) one past it, and the chosen reply's first
-    rejected: np.ndarray  # (P,) the rejected reply's first
-    reply_lengths: np.ndarray  # (2, P) tokens kept of either reply
+    pairs: Pairs
+    chosen: np.ndarray  # (N,) int64, the pair of each row
     seq_len: int
     pad_id: int
     mask_id: int
@@ -176,44 +208,46 @@ class PairRows:
     hide_padding: bool  # whether padding must be hidden by a mask; a causal model does not see it anyway
 
     def __len__(self) -> int:
-        return len(self.begin)
+        return len(self.chosen)
 
-    @property
+    @cached_property
     def real_token_share(self) -> float:
         """Tokens of a pair, both rows, as a multiple of seq_len: up to 2."""
-        return float(self._canvas(np.arange(len(self))).sum(axis=0).mean()) / self.seq_len if len(self) else 0.0
+        total = sum(int(self._canvas(self.items(rows)).sum()) for rows in stretches(len(self)))
+        return total / len(self) / self.seq_len if len(self) else 0.0
+
+    def items(self, rows: np.ndarray) -> PairItems:
+        return items_of(self.pairs, self.chosen[rows], self.seq_len)
 
     def order(self, seed: int, rows_per_step: int) -> LengthOrder:
         return LengthOrder(RowOrder(len(self), seed).visits, self.lengths, len(self), seed, rows_per_step)
 
     def lengths(self, visits: np.ndarray) -> np.ndarray:
         """Tokens of the longer row of each visit's pair, (B,) int64."""
-        return self._canvas(visits % len(self)).max(axis=0)
+        return self._canvas(self.items(visits % len(self))).max(axis=0)
 
-    def _canvas(self, rows: np.ndarray) -> np.ndarray:
+    def _canvas(self, items: PairItems) -> np.ndarray:
         """(2, B) tokens of the rows, the rest of their last block included."""
-        lengths = (self.middle - self.begin)[rows] + self.reply_lengths[:, rows]
+        lengths = items.rows.middle - items.rows.begin + items.replies
         return np.minimum(lengths + (-lengths % self.block_size if self.block_size else 0), self.seq_len)
 
     def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
         """(2B, W) tensors, the chosen rows before the rejected ones: input_ids int64; loss_mask bool, True on the reply
         and its EOS; document_ids int64, 0 or -1 on padding, where that is to be hidden."""
-        rows = np.asarray(visits, dtype=np.int64) % len(self)
-        canvas = self._canvas(rows).flatten()
+        (prompts, rejected, replies) = items = self.items(np.asarray(visits, dtype=np.int64) % len(self))
+        canvas = self._canvas(items).reshape(-1, 1)
         width = min(-(-int(canvas.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.seq_len)
-        ids = np.full((len(canvas), width), self.pad_id, dtype=np.int64)
-        scored = np.zeros((len(canvas), width), dtype=bool)
-        replies = np.concatenate([self.middle[rows], self.rejected[rows]])
-        for place, (row, reply) in enumerate(zip([*rows, *rows], replies, strict=True)):
-            prompt = int(self.middle[row] - self.begin[row])
-            length = prompt + int(self.reply_lengths[place // len(rows), row])
-            ids[place, :prompt] = self.tokens[self.begin[row] : self.middle[row]]
-            ids[place, prompt:length] = self.tokens[reply : reply + length - prompt]
-            ids[place, length : canvas[place]] = self.mask_id
-            scored[place, prompt:length] = True
-        batch = {"input_ids": torch.from_numpy(ids), "loss_mask": torch.from_numpy(scored)}
+        place = np.arange(width)
+        prompt = np.tile(prompts.middle - prompts.begin, 2)[:, None]
+        begin, reply = np.tile(prompts.begin, 2)[:, None], np.append(prompts.middle, rejected)[:, None]
+        end = prompt + replies.reshape(-1, 1)
+        # Positions behind the row's end are mask or padding, whatever is read for them; they must only exist.
+        source = np.minimum(np.where(place < prompt, begin, reply - prompt) + place, len(self.pairs.tokens) - 1)
+        ids = np.where(place < end, self.pairs.tokens[source], np.where(place < canvas, self.mask_id, self.pad_id))
+        scored = (place >= prompt) & (place < end)
+        batch = {"input_ids": torch.from_numpy(ids.astype(np.int64)), "loss_mask": torch.from_numpy(scored)}
         if self.hide_padding:
-            batch["document_ids"] = torch.from_numpy(np.where(np.arange(width) < canvas[:, None], 0, -1))
+            batch["document_ids"] = torch.from_numpy(np.where(place < canvas, 0, -1))
         return batch
 
 
@@ -227,18 +261,19 @@ class PreferenceDataset:
     def __init__(self, config: PreferenceData, tokenizer: PreTrainedTokenizerFast, attention: str, block_size: int):
         self.config, self.tokenizer, self.source = config, tokenizer, config.source
         self.attention, self.block_size = attention, block_size
-        pairs, self.meta = _PairCache(self.source, tokenizer).open(config.cache_dir)
+        pairs, self.meta = self._pairs()
         held_out = pairs.held_out(config.val_fraction)
-        self.train, counts = self._rows(pairs, ~held_out)
-        self.validation, _ = self._rows(pairs, held_out, by_length=True)
+        self.train, counts = self._rows(pairs, lambda prompts: ~is_in(prompts, held_out))
+        self.validation, _ = self._rows(pairs, lambda prompts: is_in(prompts, held_out), by_length=True)
         self.meta |= counts | {
             "train_rows": len(self.train),
             "validation_rows": len(self.validation),
             "real_token_share": self.train.real_token_share,
         }
         if not len(self.train):
+            num_held_out = sum(int(is_in(pairs.prompts[some], held_out).sum()) for some in stretches(len(pairs)))
             raise ValueError(
-                f"{self.source} has nothing to train on: of {self.meta['pairs']:,} pairs, {int(held_out.sum()):,} are "
+                f"{self.source} has nothing to train on: of {self.meta['pairs']:,} pairs, {num_held_out:,} are "
                 f"held out by --val-fraction {config.val_fraction}, and of the others both replies are the same in the "
                 f"first {config.max_seq_len} tokens"
             )
@@ -255,74 +290,53 @@ class PreferenceDataset:
             f"prompt, {meta['cut_replies']:,} the end of a reply)\nvalidation {len(self.validation):,} pairs"
         )
 
-    def _rows(self, pairs: Pairs, kept: np.ndarray, by_length: bool = False) -> tuple[PairRows, dict[str, int]]:
-        """Rows of the pairs `kept` (P,) bool, and how many were shortened or left out."""
-        begin, middle, rejected, end = (pairs.starts[place:][::3][: len(kept)][kept] for place in range(4))
-        replies = np.stack([rejected - middle, end - rejected])
-        items = shortened(Items(begin, middle, middle + replies.max(axis=0)), self.config.max_seq_len)
-        replies = np.minimum(replies, items.end - items.middle)
-        equal = np.array(
-            [
-                chosen == other and np.array_equal(pairs.tokens[a : a + chosen], pairs.tokens[b : b + other])
-                for a, b, chosen, other in zip(middle, rejected, *replies, strict=True)
-            ],
-            dtype=bool,
-        )
-        order = np.flatnonzero(~equal)
+    def _rows(
+        self, pairs: Pairs, kept: Callable[[np.ndarray], np.ndarray], by_length: bool = False
+    ) -> tuple[PairRows, dict[str, int]]:
+        """Rows of the pairs of whose prompts' hashes kept(hashes) is True, and how many were shortened or left out."""
+        seq_len, parts, counts = self.config.max_seq_len, [np.empty(0, dtype=np.int64)], np.zeros(4, dtype=np.int64)
+        for some in stretches(len(pairs)):
+            some = some[kept(pairs.prompts[some])]
+            rows, _, (chosen, other) = items_of(pairs, some, seq_len)
+            equal = (chosen == other) & (pairs.common[some] >= chosen)
+            parts.append(some[~equal])
+            counts += [rows.cut_prompts, rows.cut_bodies, rows.num_shortened, equal.sum()]
+        order = np.concatenate(parts)
         if by_length:
-            order = order[np.argsort(items.lengths[order], kind="stable")]
-        rows = PairRows(
-            pairs.tokens,
-            items.begin[order],
-            middle[order],
-            rejected[order],
-            replies[:, order],
-            self.config.max_seq_len,
-            self.tokenizer.pad_token_id,
-            self.tokenizer.mask_token_id,
-            self.block_size,
-            self.attention != "causal",
-        )
-        counts = {"cut_prompts": items.cut_prompts, "cut_replies": items.cut_bodies, "shortened": items.num_shortened}
-        return rows, counts | {"equal_replies": int(equal.sum())}
+            order = order[np.argsort(items_of(pairs, order, seq_len).rows.lengths, kind="stable")]
+        ids = self.tokenizer.pad_token_id, self.tokenizer.mask_token_id
+        made = PairRows(pairs, order, seq_len, *ids, self.block_size, self.attention != "causal")
+        names = "cut_prompts", "cut_replies", "shortened", "equal_replies"
+        return made, dict(zip(names, counts.tolist(), strict=True))
 
+    def _pairs(self) -> tuple[Pairs, dict[str, Any]]:
+        """Those of the file, mapped, and what is known of them; tokenised into the cache unless they are there."""
+        open_text(self.source).close()  # a missing file gets its message here
+        options = "preferences", FORMAT, fingerprint(self.tokenizer)
+        hashes = {"prompts": np.uint64, "hashes": np.uint64}
+        dtypes = {"tokens": token_dtype(self.tokenizer), "starts": np.int64, **hashes, "common": np.int64}
+        arrays, meta = cached_arrays(self.source, self.config.cache_dir, options, dtypes, self._tokenise)
+        return Pairs(**arrays), meta
 
-class _PairCache:
-    """The tokenised pairs of a file, memory-mapped; made once for a file and a tokenizer."""
-
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast):
-        self.path, self.tokenizer = path, tokenizer
-
-    def open(self, cache_dir: Path) -> tuple[Pairs, dict[str, Any]]:
-        open_text(self.path).close()  # a missing file gets its message here
-        key = source_key(self.path, "preferences", FORMAT, fingerprint(self.tokenizer))
-        folder = cached_directory(Path(cache_dir), key, self._build, self._fault)
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        return Pairs(**arrays), json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-    def _build(self, folder: Path) -> None:
+    def _tokenise(self, files: ArrayFiles) -> dict[str, Any]:
+        """Append the file's pairs, a chunk at a time; returns what is to be known of them."""
         began, digest = time.monotonic(), hashlib.sha256()
-        dtype = np.uint16 if len(self.tokenizer) <= 2**16 else np.uint32
-        rows, tokens, lengths, prompts, hashes = read_pairs(self.path, digest.update), [], [0], [], []
-        while chunk := list(islice(rows, CHUNK_ROWS)):
+        files.append("starts", np.zeros(1, dtype=np.int64))
+        for chunk in chunked(read_pairs(self.source, digest.update), _size, CHUNK_CHARACTERS):
             parts = self._encoded(chunk)
-            tokens.append(np.concatenate([np.asarray(part, dtype=dtype) for part in parts]))
-            lengths += map(len, parts)
-            for _, pair in chunk:
-                reply = {"role": "assistant", "content": pair.chosen}
-                prompts.append(content_hash(render_chat(pair.prompt, add_generation_prompt=True)))
-                hashes.append(content_hash(render_chat([*pair.prompt, reply], add_generation_prompt=False)))
-        np.save(folder / "tokens.npy", np.concatenate(tokens))
-        np.save(folder / "starts.npy", np.cumsum(lengths))
-        np.save(folder / "prompts.npy", np.array(prompts, dtype=np.uint64))
-        np.save(folder / "hashes.npy", np.array(hashes, dtype=np.uint64))
-        meta = {"pairs": len(hashes), "tokens": sum(lengths), "data_sha256": digest.hexdigest()}
-        (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+            lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+            files.append("starts", files.lengths["tokens"] + np.cumsum(lengths))
+            files.append("tokens", np.fromiter(chain.from_iterable(parts), files.dtypes["tokens"], lengths.sum()))
+            files.append("common", np.array([*map(_alike, parts[1::3], parts[2::3])], dtype=np.int64))
+            for name, conversation_hash in (("prompts", _prompt_hash), ("hashes", _chosen_hash)):
+                files.append(name, np.array([conversation_hash(pair) for _, pair in chunk], dtype=np.uint64))
+        meta = {"pairs": files.lengths["hashes"], "tokens": files.lengths["tokens"], "data_sha256": digest.hexdigest()}
         print(
             f"tokenised {meta['pairs']:,} pairs, {meta['tokens'] / 1e6:.1f}M tokens in "
             f"{time.monotonic() - began:.1f} s",
             file=sys.stderr,
         )
+        return meta
 
     def _encoded(self, chunk: list[tuple[int, Pair]]) -> list[list[int]]:
         """Prompt, chosen and rejected reply of each pair in turn."""
@@ -333,19 +347,30 @@ class _PairCache:
                 try:
                     list(_parts(self.tokenizer, [pair]))
                 except ValueError as error:
-                    raise ValueError(f"{self.path}, row {number}: {error}") from None
+                    raise ValueError(f"{self.source}, row {number}: {error}") from None
             raise
 
-    @staticmethod
-    def _fault(folder: Path) -> str | None:
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            sizes = {name: len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
-            pairs = meta["pairs"]
-            expected = {"tokens": meta["tokens"], "starts": 3 * pairs + 1, "prompts": pairs, "hashes": pairs}
-            return None if sizes == expected else "its arrays have the wrong length"
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            return f"unreadable: {error!r}"
+
+def _size(numbered: tuple[int, Pair]) -> int:
+    """Characters of a pair, about."""
+    prompt, *replies = numbered[1]
+    contents = [*(message["content"] for message in prompt), *replies]
+    return sum(len(content) + TEMPLATE_CHARACTERS for content in contents)
+
+
+def _prompt_hash(pair: Pair) -> int:
+    return content_hash(render_chat(pair.prompt, add_generation_prompt=True))
+
+
+def _chosen_hash(pair: Pair) -> int:
+    reply = {"role": "assistant", "content": pair.chosen}
+    return content_hash(render_chat([*pair.prompt, reply], add_generation_prompt=False))
+
+
+def _alike(first: list[int], second: list[int]) -> int:
+    """With how many entries both begin."""
+    shorter = min(len(first), len(second))
+    return next((place for place in range(shorter) if first[place] != second[place]), shorter)
 
 
 def _parts(tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> Iterator[list[int]]:

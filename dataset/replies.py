@@ -3,22 +3,25 @@
 An item is what one row shows: a prompt, which is given, and a body, of which the replies are learnt. For a diffusion
 model it is one reply given all before it, since a later turn must not be seen. An autoregressive model sees nothing to
 the right, so all replies of a conversation share one item; if it does not fit the row, each reply gets its own.
+Of a row no more is held in memory than the number of its first reply; items are made of those rows that are asked for.
 Shapes: B rows asked for, W tokens of the widest of them, L = seq_len.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dataset.disk_cache import stretches
 from dataset.order import LengthOrder, RowOrder
 from dataset.tokenizer import ChatIds
 
 WIDTH_MULTIPLE = 8  # of a batch, in tokens: what matrix units like
-ARRAYS = ("tokens", "starts", "reply_begins", "reply_ends", "reply_owners", "hashes")
 
 
 @dataclass(frozen=True)
@@ -64,22 +67,36 @@ class Items:
     def lengths(self) -> np.ndarray:
         return self.end - self.begin
 
-    def __getitem__(self, chosen: np.ndarray) -> "Items":
-        return replace(self, begin=self.begin[chosen], middle=self.middle[chosen], end=self.end[chosen])
+
+def rows_begin(chats: Conversations, replies: np.ndarray, seq_len: int, together: bool) -> np.ndarray:
+    """Which of `replies` (B,) are the first of a row, (B,) bool: every one, or, with `together`, the first of each
+    conversation that fits `seq_len` and every one of the others."""
+    if not together:
+        return np.ones(len(replies), dtype=bool)
+    first, last = _neighbours(chats, replies)
+    return (first == replies) | (_whole(chats, replies, last) > seq_len)
 
 
-def one_per_reply(chats: Conversations) -> Items:
-    return Items(chats.starts[chats.reply_owners], chats.reply_begins, chats.reply_ends)
+def items_of(chats: Conversations, replies: np.ndarray, seq_len: int, together: bool) -> Items:
+    """The items that begin with `replies` (B,): a reply, or, with `together`, all of a conversation that fits
+    `seq_len`."""
+    end = chats.reply_ends[replies]
+    if together:
+        _, last = _neighbours(chats, replies)
+        end = np.where(_whole(chats, replies, last) <= seq_len, chats.reply_ends[last], end)
+    return Items(chats.starts[chats.reply_owners[replies]], chats.reply_begins[replies], end)
 
 
-def one_per_conversation(chats: Conversations, seq_len: int) -> Items:
-    """All replies of a conversation together where it fits `seq_len`, else one item for each of them."""
-    owners, first, counts = np.unique(chats.reply_owners, return_index=True, return_counts=True)
-    whole = Items(chats.starts[owners], chats.reply_begins[first], chats.reply_ends[first + counts - 1])
-    fits = whole.lengths <= seq_len
-    together, single = whole[fits], one_per_reply(chats)[~np.repeat(fits, counts)]
-    joined = (np.concatenate([getattr(together, n), getattr(single, n)]) for n in ("begin", "middle", "end"))
-    return Items(*joined)[np.argsort(np.append(together.middle, single.middle), kind="stable")]
+def _neighbours(chats: Conversations, replies: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last reply of the conversation of each of `replies`."""
+    owners = chats.reply_owners[replies]
+    first, end = (np.searchsorted(chats.reply_owners, owners, side=side) for side in ("left", "right"))
+    return first, end - 1
+
+
+def _whole(chats: Conversations, replies: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Tokens of each one's conversation up to its last reply."""
+    return chats.reply_ends[last] - chats.starts[chats.reply_owners[replies]]
 
 
 def apart(chats: Conversations, items: Items) -> Iterator[ChatIds]:
@@ -119,7 +136,8 @@ class ReplyRows:
     """
 
     chats: Conversations
-    items: Items
+    first: np.ndarray  # (N,) int64, the reply with which each row begins
+    together: bool  # whether a row learns all replies of a conversation that fits it, or one
     seq_len: int
     pad_id: int
     eos_id: int
@@ -128,71 +146,109 @@ class ReplyRows:
     block_size: int = 0
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.first)
+
+    def items(self, rows: np.ndarray) -> Items:
+        """Those of the rows (B,), as they are shown: shortened."""
+        return shortened(items_of(self.chats, self.first[rows], self.seq_len, self.together), self.seq_len)
+
+    @cached_property
+    def totals(self) -> "Totals":
+        """Sums over all rows in their first epoch."""
+        sums = np.zeros(len(Totals._fields), dtype=np.int64)
+        for rows in stretches(len(self)):
+            items = self.items(rows)
+            fill = self._fill(items, rows)
+            first, last = self._replies(items, rows)
+            replies, _ = _expanded(first, last)
+            cut = self.chats.reply_ends[last - 1] - items.end
+            learnt = (self.chats.reply_ends[replies] - self.chats.reply_begins[replies]).sum() - cut.sum() + fill.sum()
+            eos = (last - first - (cut > 0)).sum() + fill.sum()
+            counts = items.cut_prompts, items.cut_bodies, items.num_shortened
+            sums += [(items.lengths + fill).sum(), learnt, eos, *counts]
+        return Totals(*sums.tolist())
 
     @property
     def real_token_share(self) -> float:
         """Tokens that are not padding, fill included, as a share of len * seq_len."""
-        return float(self.lengths(np.arange(len(self))).mean()) / self.seq_len if len(self) else 0.0
+        return self.totals.tokens / len(self) / self.seq_len if len(self) else 0.0
 
     @property
     def eos_share(self) -> float:
         """EOS as a share of all learnt tokens, fill included."""
-        first, last = self._replies(np.arange(len(self)))
-        lengths = np.cumsum([0, *(self.chats.reply_ends - self.chats.reply_begins)])
-        cut = self.chats.reply_ends[last - 1] - self.items.end
-        fill = self.fill(np.arange(len(self))).sum()
-        learnt = (lengths[last] - lengths[first] - cut).sum() + fill
-        return float((last - first - (cut > 0)).sum() + fill) / max(float(learnt), 1.0)
+        return self.totals.eos / max(self.totals.learnt, 1)
 
-    def _replies(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _replies(self, items: Items, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """First reply and one past the last reply in the body of each row."""
-        bodies = self.items.middle[rows], self.items.end[rows]
-        return tuple(np.searchsorted(self.chats.reply_begins, edge, side="left") for edge in bodies)
+        return self.first[rows], np.searchsorted(self.chats.reply_begins, items.end, side="left")
 
     def order(self, seed: int, rows_per_step: int) -> LengthOrder:
         return LengthOrder(RowOrder(len(self), seed).visits, self.lengths, len(self), seed, rows_per_step)
 
     def fill(self, visits: np.ndarray) -> np.ndarray:
         """EOS behind the reply of each visit, (B,) int64."""
-        rows = visits % len(self)
+        return self._fill(self.items(visits % len(self)), visits)
+
+    def _fill(self, items: Items, visits: np.ndarray) -> np.ndarray:
         if self.block_size:
-            return np.minimum(-self.items.lengths[rows] % self.block_size, self.seq_len - self.items.lengths[rows])
-        reply = self.items.end[rows] - self.items.middle[rows]
-        room = np.minimum(self.seq_len - self.items.lengths[rows], self.eos_fill)  # none behind a reply that was cut
+            return np.minimum(-items.lengths % self.block_size, self.seq_len - items.lengths)
+        reply = items.end - items.middle
+        room = np.minimum(self.seq_len - items.lengths, self.eos_fill)  # none behind a reply that was cut
         length = (reply * (1 + (room + 1) / reply) ** _uniform(visits)).astype(np.int64)
         return np.minimum(length - reply, room)
 
     def lengths(self, visits: np.ndarray) -> np.ndarray:
         """Tokens of each visit's row, fill included, (B,) int64."""
-        return self.items.lengths[visits % len(self)] + self.fill(visits)
+        items = self.items(visits % len(self))
+        return items.lengths + self._fill(items, visits)
 
     def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
         """(B, W) tensors: input_ids int64; loss_mask bool, True on replies, their EOS and the fill; document_ids int64,
         0 or -1 on padding, where that is to be hidden. And reply_tokens (B,) int64: what loss_mask counts, less fill.
         """
         visits = np.asarray(visits, dtype=np.int64)
-        fill, rows = self.fill(visits), visits % len(self)
-        lengths, replies = self.items.lengths[rows] + fill, zip(*self._replies(rows), strict=True)
+        rows = visits % len(self)
+        items = self.items(rows)
+        fill = self._fill(items, visits)
+        own, lengths = items.lengths[:, None], (items.lengths + fill)[:, None]
         width = min(-(-int(lengths.max()) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE, self.seq_len)
-        ids = np.full((len(rows), width), self.pad_id, dtype=np.int64)
-        scored = np.zeros((len(rows), width), dtype=bool)
-        for place, (row, (first, last)) in enumerate(zip(rows, replies, strict=True)):
-            begin, end = int(self.items.begin[row]), int(self.items.end[row])
-            length = end - begin
-            ids[place, :length] = self.chats.tokens[begin:end]
-            for reply in range(first, last):
-                scored[place, self.chats.reply_begins[reply] - begin : self.chats.reply_ends[reply] - begin] = True
-            ids[place, length : lengths[place]] = self.eos_id
-            scored[place, length : lengths[place]] = True
+        place = np.arange(width)
+        # Positions behind the row's end are fill or padding, whatever is read for them; they must only exist.
+        tokens = self.chats.tokens[np.minimum(items.begin[:, None] + place, len(self.chats.tokens) - 1)]
+        ids = np.where(place < own, tokens, np.where(place < lengths, self.eos_id, self.pad_id)).astype(np.int64)
+        scored = self._is_reply(items, rows, width) | ((place >= own) & (place < lengths))
         batch = {
             "input_ids": torch.from_numpy(ids),
             "loss_mask": torch.from_numpy(scored),
             "reply_tokens": torch.from_numpy(scored.sum(axis=1) - fill),
         }
         if self.hide_padding:
-            batch["document_ids"] = torch.from_numpy(np.where(np.arange(width) < lengths[:, None], 0, -1))
+            batch["document_ids"] = torch.from_numpy(np.where(place < lengths, 0, -1))
         return batch
+
+    def _is_reply(self, items: Items, rows: np.ndarray, width: int) -> np.ndarray:
+        """(B, width) bool: tokens of replies, their EOS included."""
+        replies, owners = _expanded(*self._replies(items, rows))
+        edges = np.zeros((len(rows), width + 1), dtype=np.int8)
+        edges[owners, self.chats.reply_begins[replies] - items.begin[owners]] = 1
+        edges[owners, np.minimum(self.chats.reply_ends[replies] - items.begin[owners], width)] = -1
+        return np.cumsum(edges[:, :width], axis=1, dtype=np.int8).astype(bool)
+
+
+class Totals(NamedTuple):
+    tokens: int  # that are not padding, fill included
+    learnt: int  # of them, fill included
+    eos: int  # of what is learnt
+    cut_prompts: int
+    cut_replies: int
+    shortened: int
+
+
+def _expanded(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers of all ranges begins[i] .. ends[i], and the i of each."""
+    counts = ends - begins
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + begins[owners], owners
 
 
 class StreamedRows:

@@ -4,7 +4,6 @@ To add a row format, write a function (row) -> messages and list it in FORMATS w
 """
 
 import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,18 +15,16 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 
 from dataset.bundled import bundled_file
-from dataset.disk_cache import cached_directory, source_key
-from dataset.jsonl import JSON_TYPES, content_hash, open_text, read_rows, text_format
+from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
+from dataset.jsonl import JSON_TYPES, chunked, content_hash, open_text, read_rows, text_format
 from dataset.order import STEPS_PER_WINDOW
 from dataset.replies import (
-    ARRAYS,
     Conversations,
-    Items,
     ReplyRows,
     StreamedRows,
     apart,
-    one_per_conversation,
-    one_per_reply,
+    items_of,
+    rows_begin,
     shortened,
 )
 from dataset.tokenizer import (
@@ -37,10 +34,12 @@ from dataset.tokenizer import (
     encode_conversations,
     fingerprint,
     render_chat,
+    token_dtype,
 )
 
-FORMAT = 1  # counts changes of what the cache files mean; part of the key
-CHUNK_ROWS = 4000  # tokenised at a time
+FORMAT = 2  # counts changes of what the cache files mean; part of the key
+CHUNK_CHARACTERS = 1_000_000  # of messages tokenised at a time
+TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 STREAM_VALIDATION = 256, 20_000  # streaming: held-out conversations wanted, and rows read in search of them
 
 Messages = list[dict[str, str]]
@@ -193,35 +192,31 @@ class SFTDataset:
             f"\nvalidation {len(self.validation):,} rows"
         )
 
-    def _items(self, chats: Conversations) -> Items:
-        return one_per_conversation(chats, self.config.max_seq_len) if self.all_replies else one_per_reply(chats)
-
     def _rows(
         self,
         chats: Conversations,
-        chosen: np.ndarray | None = None,
+        kept: Callable[[np.ndarray], np.ndarray] | None = None,
         by_length: bool = False,
     ) -> ReplyRows:
-        """Rows of the conversations `chosen` (C,) bool, or of all."""
-        seq_len = self.config.max_seq_len
-        items = self._items(chats)
-        if chosen is not None:
-            items = items[chosen[np.searchsorted(chats.starts, items.begin, side="right") - 1]]
-        items = shortened(items, seq_len)
+        """Rows of all conversations, or of those of whose hashes (C,) kept(hashes) is True."""
+        seq_len, parts = self.config.max_seq_len, [np.empty(0, dtype=np.int64)]
+        for replies in stretches(len(chats.reply_begins)):
+            if kept is not None:
+                replies = replies[kept(chats.hashes[chats.reply_owners[replies]])]
+            parts.append(replies[rows_begin(chats, replies, seq_len, self.all_replies)])
+        first = np.concatenate(parts)
         if by_length:
-            items = items[np.argsort(items.lengths, kind="stable")]
+            lengths = shortened(items_of(chats, first, seq_len, self.all_replies), seq_len).lengths
+            first = first[np.argsort(lengths, kind="stable")]
         ids = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
         fill = getattr(self.config, "eos_fill", 0)
-        return ReplyRows(chats, items, seq_len, *ids, fill, not self.all_replies, self.block_size)
+        return ReplyRows(chats, first, self.all_replies, seq_len, *ids, fill, not self.all_replies, self.block_size)
 
     def _open_file(self) -> None:
-        cache = _ChatCache(self.source, self.tokenizer)
-        chats, meta = cache.open(self.config.cache_dir)
-        held_out = chats.hashes < self.config.val_fraction * 2.0**64
-        if self.config.val_fraction > 0 and not held_out.any():
-            smallest = chats.hashes == chats.hashes.min()
-            held_out = smallest & ~smallest.all()  # copies of it included, provided that others remain
-        self.train, self.validation = self._rows(chats, ~held_out), self._rows(chats, held_out, by_length=True)
+        chats, meta = self._conversations()
+        held_out = self._held_out(chats.hashes)
+        self.train = self._rows(chats, lambda hashes: ~held_out(hashes))
+        self.validation = self._rows(chats, held_out, by_length=True)
         self.meta = meta | self._counts(self.train)
         if not meta["replies"]:
             raise ValueError(f"{self.source} has nothing to train on: every reply is empty")
@@ -230,6 +225,50 @@ class SFTDataset:
                 f"{self.source} has nothing to train on: of {meta['replies']:,} replies that are not empty, all "
                 f"are held out by --val-fraction {self.config.val_fraction}; lower it, or give more data"
             )
+
+    def _held_out(self, hashes: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+        """Which of some hashes are those of validation conversations, where all have `hashes` (C,)."""
+        threshold, smallest = self.config.val_fraction * 2.0**64, hashes.min()
+        if threshold > 0 and not smallest < threshold and hashes.max() > smallest:
+            return lambda some: some == smallest  # copies of it included; others remain
+        return lambda some: some < threshold
+
+    def _conversations(self) -> tuple[Conversations, dict[str, Any]]:
+        """Those of the file, mapped, and what is known of them; tokenised into the cache unless they are there."""
+        open_text(self.source).close()  # a missing file gets its message here
+        options = "sft", FORMAT, fingerprint(self.tokenizer)
+        dtypes = dict.fromkeys(Conversations.__dataclass_fields__, np.int64)
+        dtypes |= {"tokens": token_dtype(self.tokenizer), "hashes": np.uint64}
+        arrays, meta = cached_arrays(self.source, self.config.cache_dir, options, dtypes, self._tokenise)
+        return Conversations(**arrays), meta
+
+    def _tokenise(self, files: ArrayFiles) -> dict[str, Any]:
+        """Append the file's conversations, a chunk at a time; returns what is to be known of them."""
+        began, digest, replies, lengths = time.monotonic(), hashlib.sha256(), 0, files.lengths
+        files.append("starts", np.zeros(1, dtype=np.int64))
+        for chunk in _chunks(read_conversations(self.source, digest.update)):
+            chats = _encoded(self.source, self.tokenizer, chunk)
+            replies += _num_replies(chunk)
+            tokens, conversations = lengths["tokens"], lengths["hashes"]
+            files.append("tokens", chats.tokens)
+            files.append("starts", chats.starts[1:] + tokens)
+            files.append("reply_begins", chats.reply_begins + tokens)
+            files.append("reply_ends", chats.reply_ends + tokens)
+            files.append("reply_owners", chats.reply_owners + conversations)
+            files.append("hashes", chats.hashes)
+        print(
+            f"tokenised {lengths['hashes']:,} conversations, {lengths['tokens'] / 1e6:.1f}M tokens in "
+            f"{time.monotonic() - began:.1f} s",
+            file=sys.stderr,
+        )
+        return {
+            "conversations": lengths["hashes"],
+            "replies": lengths["reply_begins"],
+            "empty_replies": replies - lengths["reply_begins"],
+            "tokens": lengths["tokens"],
+            "data_sha256": digest.hexdigest(),
+            "tokenizer_fingerprint": fingerprint(self.tokenizer),
+        }
 
     def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
         path, tokenizer, threshold = self.source, self.tokenizer, self.config.val_fraction * 2.0**64
@@ -262,9 +301,9 @@ class SFTDataset:
         return {
             "train_rows": len(train),
             "validation_rows": len(self.validation),
-            "cut_prompts": train.items.cut_prompts,
-            "cut_replies": train.items.cut_bodies,
-            "shortened": train.items.num_shortened,
+            "cut_prompts": train.totals.cut_prompts,
+            "cut_replies": train.totals.cut_replies,
+            "shortened": train.totals.shortened,
             "eos_share": train.eos_share if len(train) else 0.0,
             "real_token_share": train.real_token_share,
         }
@@ -277,59 +316,12 @@ class SFTDataset:
             for chunk in _chunks(kept):
                 chats = _encoded(self.source, self.tokenizer, chunk)
                 self.empty_replies += _num_replies(chunk) - len(chats.reply_begins)
-                for item in apart(chats, self._items(chats)):
+                rows = self._rows(chats)
+                for item in apart(chats, items_of(chats, rows.first, rows.seq_len, rows.together)):
                     empty = False
                     yield item
             if empty:
                 raise ValueError(f"{self.source} has nothing to train on: no reply that is not empty is left")
-
-
-class _ChatCache:
-    """The tokenised conversations of a file, memory-mapped; made once for a file and a tokenizer."""
-
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast):
-        self.path, self.tokenizer = path, tokenizer
-
-    def open(self, cache_dir: Path) -> tuple[Conversations, dict[str, Any]]:
-        open_text(self.path).close()  # a missing file gets its message here
-        key = source_key(self.path, "sft", FORMAT, fingerprint(self.tokenizer))
-        folder = cached_directory(Path(cache_dir), key, self._build, self._fault)
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS}
-        return Conversations(**arrays), json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-
-    def _build(self, folder: Path) -> None:
-        began, digest, replies = time.monotonic(), hashlib.sha256(), 0
-        parts = []
-        for chunk in _chunks(read_conversations(self.path, digest.update)):
-            parts.append(_encoded(self.path, self.tokenizer, chunk))
-            replies += _num_replies(chunk)
-        chats = _joined(parts)
-        for name in ARRAYS:
-            np.save(folder / f"{name}.npy", getattr(chats, name))
-        meta = {
-            "conversations": len(chats.hashes),
-            "replies": len(chats.reply_begins),
-            "empty_replies": replies - len(chats.reply_begins),
-            "tokens": len(chats.tokens),
-            "data_sha256": digest.hexdigest(),
-            "tokenizer_fingerprint": fingerprint(self.tokenizer),
-        }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        print(
-            f"tokenised {meta['conversations']:,} conversations, {meta['tokens'] / 1e6:.1f}M tokens in "
-            f"{time.monotonic() - began:.1f} s",
-            file=sys.stderr,
-        )
-
-    @staticmethod
-    def _fault(folder: Path) -> str | None:
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            sizes = {name: len(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS}
-            expected = {"tokens": meta["tokens"], "hashes": meta["conversations"], "reply_ends": meta["replies"]}
-            return None if sizes | expected == sizes else "its arrays have the wrong length"
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            return f"unreadable: {error!r}"
 
 
 def read_conversations(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
@@ -342,16 +334,16 @@ def read_conversations(path: Path, observe: Callable[[bytes], object] | None = N
 
 
 def _chunks(pairs: Iterable[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
-    pairs = iter(pairs)
-    while chunk := list(islice(pairs, CHUNK_ROWS)):
-        yield chunk
+    def size(pair: tuple[int, Messages]) -> int:
+        return sum(len(message["content"]) + TEMPLATE_CHARACTERS for message in pair[1])
+
+    return chunked(pairs, size, CHUNK_CHARACTERS)
 
 
 def _encoded(path: Path, tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[int, Messages]]) -> Conversations:
-    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.uint32
-    hashes = [_hash(messages) for _, messages in chunk]
+    hashes, messages = [_hash(messages) for _, messages in chunk], [messages for _, messages in chunk]
     try:
-        return Conversations.of(encode_conversations(tokenizer, [messages for _, messages in chunk]), hashes, dtype)
+        return Conversations.of(encode_conversations(tokenizer, messages), hashes, token_dtype(tokenizer))
     except ValueError:
         for number, messages in chunk:  # once more, to find out which
             try:
@@ -367,19 +359,6 @@ def _num_replies(chunk: list[tuple[int, Messages]]) -> int:
 
 def _hash(messages: Messages) -> int:
     return content_hash(render_chat(messages, add_generation_prompt=False))
-
-
-def _joined(parts: list[Conversations]) -> Conversations:
-    tokens = np.cumsum([0, *(len(part.tokens) for part in parts)])
-    owners = np.cumsum([0, *(len(part.hashes) for part in parts)])
-    return Conversations(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([[0], *(part.starts[1:] + offset for part, offset in zip(parts, tokens, strict=False))]),
-        np.concatenate([part.reply_begins + offset for part, offset in zip(parts, tokens, strict=False)]),
-        np.concatenate([part.reply_ends + offset for part, offset in zip(parts, tokens, strict=False)]),
-        np.concatenate([part.reply_owners + offset for part, offset in zip(parts, owners, strict=False)]),
-        np.concatenate([part.hashes for part in parts]),
-    )
 
 
 def _sketch_of(path: Path) -> str:

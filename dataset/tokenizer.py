@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -93,6 +94,11 @@ def token_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """The ModelConfig fields that a tokenizer determines; `vocab_size` counts added tokens, too."""
     names = ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id")
     return {"vocab_size": len(tokenizer), **{name: getattr(tokenizer, name) for name in names}}
+
+
+def token_dtype(tokenizer: PreTrainedTokenizerFast) -> np.dtype:
+    """The smallest type of unsigned integer, of 2 or 4 bytes, that holds every id."""
+    return np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -212,7 +212,7 @@ def test_a_second_open_reads_and_tokenises_nothing(tmp_path, tokenizer, monkeypa
     second = build(path, tokenizer)
     assert second.meta == first.meta
     assert documents_of(second.train) == documents_of(first.train)
-    assert isinstance(second.train.tokens, np.memmap)
+    assert isinstance(second.train.tokens.base, np.memmap)
 
 
 def test_another_file_tokenizer_or_option_is_another_cache(tmp_path, tokenizer):

@@ -190,7 +190,7 @@ def test_a_bad_row_is_named_with_its_file_and_number(kind, dataset):
 
 def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
     before = dataset([ROWS["prompt"]]).train.batch(np.array([0]))
-    (damaged,) = (tmp_path / "cache").glob("*/starts.npy")
+    (damaged,) = (tmp_path / "cache").glob("*/starts")
     damaged.write_bytes(b"")
     config = PreferenceData(data=tmp_path / "pairs.jsonl", cache_dir=tmp_path / "cache", val_fraction=0.0)
     after = PreferenceDataset(config, load_tokenizer(ROOT), "full", 0).train.batch(np.array([0]))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.jsonl import is_validation
-from dataset.replies import Conversations, one_per_reply, shortened
+from dataset.replies import Conversations, items_of, shortened
 from dataset.sft import FORMATS, DiffusionSFTData, SFTData, SFTDataset, messages_of
 from dataset.tokenizer import ChatIds, decode, encode_chat, encode_conversations, load_tokenizer, render_chat
 
@@ -141,7 +141,8 @@ def test_an_over_long_row_keeps_the_end_of_its_prompt_and_the_start_of_its_reply
     tokenizer = load_tokenizer_once()
     messages = messages_of({"prompt": "one " * prompt_words + "?", "response": "二" * reply_words + "。"})
     whole, ((begin, end),) = encode_conversations(tokenizer, [messages])[0]
-    items = shortened(one_per_reply(Conversations.of([ChatIds(whole, [(begin, end)])], [0])), length)
+    chats = Conversations.of([ChatIds(whole, [(begin, end)])], [0])
+    items = shortened(items_of(chats, np.array([0]), length, together=False), length)
     first, middle, last = int(items.begin[0]), int(items.middle[0]), int(items.end[0])
     assert middle == begin and 0 <= first <= middle < last <= end
     assert last - first == min(end, length), "something was thrown away needlessly, or too much was kept"
@@ -179,8 +180,9 @@ def test_rows_stay_in_the_order_of_the_file_and_one_that_just_fits_stays_whole(d
     size = len(encode_chat(tokenizer, MULTI[:5], False)) - 1
     for length, parts in ((size, [1, 2, 1]), (size - 1, [1, 2, 2])):
         made = dataset(rows, True, max_seq_len=length).train
-        assert [*made.items.middle] == sorted(made.items.middle)
-        owners = np.searchsorted(made.chats.starts, made.items.begin, side="right") - 1
+        items = made.items(np.arange(len(made)))
+        assert [*items.middle] == sorted(items.middle)
+        owners = np.searchsorted(made.chats.starts, items.begin, side="right") - 1
         assert np.bincount(owners).tolist() == parts
 
 
@@ -213,7 +215,7 @@ def test_for_blocks_eos_fill_the_replys_last_block_and_nothing_more(size, datase
     for visit in range(len(rows)):
         batch = rows.batch(np.array([visit]))
         effective = int((batch["document_ids"] == 0).sum())
-        own = int(rows.items.lengths[visit])
+        own = int(rows.items(np.array([visit])).lengths[0])
         assert effective == min(-(-own // size) * size, 42) == rows.lengths(np.array([visit]))[0]
         assert (batch["input_ids"][0, own:effective] == tokenizer.eos_token_id).all()
         assert batch["loss_mask"][0, own:effective].all() and not batch["loss_mask"][0, effective:].any()
@@ -368,7 +370,7 @@ def test_a_bad_row_is_named_with_its_file_and_number(kind, flags, dataset):
 def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
     before = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
     folder = next((tmp_path / "cache").iterdir())
-    (folder / "starts.npy").write_bytes(b"")
+    (folder / "starts").write_bytes(b"")
     after = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
     assert "is damaged" in capsys.readouterr().err
     assert torch.equal(before["input_ids"], after["input_ids"])

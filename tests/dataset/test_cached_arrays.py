@@ -1,0 +1,251 @@
+"""Arrays derived from a file: what is appended on disk is what is read, whole or not at all, in little memory."""
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset import disk_cache, packing, preferences, sft
+from dataset.disk_cache import cached_arrays
+from dataset.jsonl import chunked, content_hash
+from dataset.preferences import PreferenceData, PreferenceDataset, pair_of
+from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.sft import DiffusionSFTData, SFTDataset
+from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
+from tests.dataset.sentences import CHAT, CHINESE, ENGLISH
+
+KINDS = ("documents", "conversations", "pairs")
+MODULES = {"documents": packing, "conversations": sft, "pairs": preferences}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [*ENGLISH, *CHINESE, *(message["content"] for message in CHAT)]
+    return train_characters([*texts, "0123456789 systemuserassistant\n"])
+
+
+def text(number: int) -> str:
+    return f"{number} {(ENGLISH + CHINESE)[number % 12]}"
+
+
+def row(kind: str, number: int) -> dict:
+    """Conversations of one to three replies, some of them empty; two replies that begin alike or are the same."""
+    if kind == "documents":
+        return {"text": text(number)}
+    if kind == "pairs":
+        others = text(number + 12), text(number), text(number)[: 5 + number % 7] + "?"
+        return {"prompt": str(number), "chosen": text(number), "rejected": others[number % 3]}
+    replies = ["" if number % 5 == 4 else text(number + place) for place in range(1 + number % 3)]
+    ask = {"role": "user", "content": str(number)}
+    return {"messages": [m for reply in replies for m in (ask, {"role": "assistant", "content": reply})] + [ask]}
+
+
+def write(kind: str, path: Path, count: int) -> Path:
+    path.write_text("".join(json.dumps(row(kind, number)) + "\n" for number in range(count)), encoding="utf-8")
+    return path
+
+
+def opened(kind: str, path: Path, tokenizer, **flags):
+    places = {"data": path, "cache_dir": path.parent / "cache", **flags}
+    if kind == "documents":
+        return PretrainDataset(PretrainData(**places), tokenizer)
+    if kind == "conversations":
+        return SFTDataset(DiffusionSFTData(**places), tokenizer, False, 2)
+    return PreferenceDataset(PreferenceData(**places), tokenizer, "full", 0)
+
+
+def dataset_of(kind: str, path: Path, tokenizer, count: int, **flags):
+    return opened(kind, write(kind, path, count), tokenizer, **flags)
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(0, 12))
+def test_chunks_are_the_parts_in_order_each_just_long_enough(parts, enough):
+    chunks = list(chunked(parts, int, enough))
+    assert sum(chunks, []) == parts and all(chunks)
+    assert all(sum(chunk) >= enough for chunk in chunks[:-1])
+    assert all(sum(chunk[:-1]) < enough for chunk in chunks if len(chunk) > 1)
+
+
+def test_what_is_appended_is_mapped_and_made_once(tmp_path):
+    source, calls = tmp_path / "source", []
+    source.write_text("")
+
+    def fill(files):
+        calls.append(files)
+        for part in ([1, 2], [], [70_000]):
+            files.append("some", np.array(part, dtype=np.int64))
+        return {"known": files.lengths["some"]}
+
+    for _ in range(2):
+        arrays, meta = cached_arrays(source, tmp_path / "cache", ("x",), {"some": np.uint32, "none": np.int64}, fill)
+        assert arrays["some"].tolist() == [1, 2, 70_000] and arrays["some"].dtype == np.uint32
+        assert arrays["none"].shape == (0,) and meta == {"known": 3}
+        assert isinstance(arrays["some"].base, np.memmap)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 10**6])
+def test_cached_conversations_are_the_template_of_each_and_the_places_of_its_replies(
+    chunk, tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(sft, "CHUNK_CHARACTERS", chunk)
+    chats = dataset_of("conversations", tmp_path / "a.jsonl", tokenizer, 60, val_fraction=0.0).train.chats
+    tokens, starts, begins, ends, owners, hashes = [], [0], [], [], [], []
+    for number in range(60):
+        messages = row("conversations", number)["messages"]
+        for place, message in enumerate(messages):
+            if message["role"] == "assistant" and message["content"]:
+                begins.append(len(tokens) + len(encode_chat(tokenizer, messages[:place], True)))
+                ends.append(begins[-1] + len(encode(tokenizer, message["content"])) + 1)
+                owners.append(number)
+        tokens += encode_chat(tokenizer, messages, False)
+        starts.append(len(tokens))
+        hashes.append(content_hash(render_chat(messages, False)))
+    found = (chats.tokens, chats.starts, chats.reply_begins, chats.reply_ends, chats.reply_owners, chats.hashes)
+    assert [array.tolist() for array in found] == [tokens, starts, begins, ends, owners, hashes]
+
+
+@pytest.mark.parametrize("chunk", [1, 300, 10**6])
+def test_cached_pairs_are_prompt_and_replies_of_each_and_how_far_these_are_alike(
+    chunk, tmp_path, tokenizer, monkeypatch
+):
+    monkeypatch.setattr(preferences, "CHUNK_CHARACTERS", chunk)
+    rows = dataset_of("pairs", tmp_path / "a.jsonl", tokenizer, 60, val_fraction=0.0).train
+    parts, eos = [], [tokenizer.eos_token_id]
+    for number in range(60):
+        pair = pair_of(row("pairs", number))
+        parts.append(encode_chat(tokenizer, pair.prompt, True))
+        parts += [encode(tokenizer, reply) + eos for reply in (pair.chosen, pair.rejected)]
+    assert [part.tolist() for part in np.split(rows.pairs.tokens, rows.pairs.starts[1:-1])] == parts
+    for number, (first, second) in enumerate(zip(parts[1::3], parts[2::3], strict=True)):
+        alike = rows.pairs.common[number]
+        assert (
+            first[:alike] == second[:alike]
+            and first[alike : alike + 1] != second[alike : alike + 1]
+            or (first == second and alike == len(first))
+        )
+    different = [number for number in range(60) if parts[3 * number + 1] != parts[3 * number + 2]]
+    assert rows.chosen.tolist() == different and 0 < len(different) < 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_how_many_are_looked_at_together(kind, tmp_path, tokenizer, monkeypatch):
+    flags = {"val_fraction": 0.3, "max_seq_len": 40} | ({"packing": False} if kind == "documents" else {})
+
+    def shown():
+        made = dataset_of(kind, tmp_path / "a.jsonl", tokenizer, 80, **flags)
+        batches = [rows.batch(np.arange(len(rows))) for rows in (made.train, made.validation)]
+        return made.describe(), [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
+
+    whole = shown()
+    monkeypatch.setattr(disk_cache, "STRETCH", 7)
+    assert shown() == whole
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokenizer, monkeypatch):
+    """While the cache is made and while rows are read in the order of training: numbers alone stay in memory."""
+    monkeypatch.setattr(MODULES[kind], "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(disk_cache, "STRETCH", 100)
+    flags = {"packing": False} if kind == "documents" else {}
+
+    def peak(count):
+        path = write(kind, tmp_path / f"{count}.jsonl", count)
+        tracemalloc.start()
+        try:
+            rows = opened(kind, path, tokenizer, **flags).train
+            rows.batch(rows.order(0, 8)(0, 8))
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    peak(10)
+    few, many = 200, 700
+    assert peak(many) - peak(few) < 48 * (many - few)
+
+
+# -- whole or not at all -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_build_leaves_no_cache(kind, tmp_path, tokenizer, monkeypatch):
+    module, calls = MODULES[kind], []
+    name = "encode_batch" if kind == "documents" else "encode_conversations"
+    original = getattr(module, name)
+
+    def interrupted(tokenizer, some):
+        calls.append(some)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(tokenizer, some)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "CHUNK_CHARACTERS", 1)
+        patch.setattr(module, name, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            dataset_of(kind, tmp_path / "a.jsonl", tokenizer, 30)
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert len(dataset_of(kind, tmp_path / "a.jsonl", tokenizer, 30).train)
+
+
+def test_arrays_of_a_killed_build_are_no_cache(tmp_path):
+    """The child ends without any cleaning up, as after kill -9, when the first entries are on disk."""
+    child = (
+        "import os, sys, numpy; from pathlib import Path; from dataset.disk_cache import cached_arrays\n"
+        "def fill(files):\n"
+        "    files.append('a', numpy.arange(10**6))\n"
+        "    os._exit(9)\n"
+        "cached_arrays(Path(sys.argv[1]), Path(sys.argv[2]), (), {'a': numpy.int64}, fill)"
+    )
+    source, folder = tmp_path / "source", tmp_path / "cache"
+    source.write_text("")
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", child, source, folder], cwd=root).returncode == 9
+    (left,) = folder.iterdir()
+    assert left.suffix == ".building" and (left / "a").stat().st_size > 0
+
+    def fill(files):
+        files.append("a", np.arange(3))
+        return {}
+
+    assert cached_arrays(source, folder, (), {"a": np.int64}, fill)[0]["a"].tolist() == [0, 1, 2]
+    assert len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, tmp_path, tokenizer):
+    """A limit on the size of files stands for the full disk: both end in an OSError somewhere in the writing."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = write(kind, tmp_path / "a.jsonl", 800)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
+    try:
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\); choose another --cache-dir") as told:
+            opened(kind, path, tokenizer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(told.value)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["conversations", "pairs"])
+def test_a_file_that_grows_while_it_is_read_is_refused(kind, tmp_path, tokenizer, monkeypatch):
+    module, path = MODULES[kind], tmp_path / "a.jsonl"
+    original = module.encode_conversations
+
+    def growing(tokenizer, some):
+        if some != [[{"role": "user", "content": ""}]]:
+            with path.open("ab") as file:
+                file.write(b"\n")
+        return original(tokenizer, some)
+
+    monkeypatch.setattr(module, "encode_conversations", growing)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        dataset_of(kind, path, tokenizer, 5)
+    assert list((tmp_path / "cache").iterdir()) == []
