@@ -36,8 +36,10 @@ class _LinearNats(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None) -> Tensor:
         nats = hidden.new_empty(len(hidden), dtype=torch.float32)
-        gradient = hidden.new_empty(len(hidden), len(weight)) if any(ctx.needs_input_grad[:2]) else None
         chunk = max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
+        gradient = None
+        if any(ctx.needs_input_grad[:2]):  # of whole chunks: sizes that come again are memory that is there already
+            gradient = hidden.new_empty(-(-len(hidden) // chunk) * chunk, len(weight))[: len(hidden)]
         for first in range(0, len(hidden), chunk):
             rows, target = slice(first, first + chunk), targets[first : first + chunk, None]
             logits = F.linear(hidden[rows], weight).float()

@@ -39,13 +39,14 @@ def yarn_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def rotary_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-    """position_ids (B or 1, L) -> cos, sin, each (B or 1, 1, L, head_dim) float32, halves repeated."""
+    """position_ids (B or 1, L) -> cos and sin for `apply_rotary`, each (B or 1, 1, L, head_dim) float32: halves
+    repeated, the first of sin negative."""
     angles = position_ids[:, None, :, None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x (B, H, L, D) by cos, sin (B or 1, 1, L, D) in float32; returns the dtype of x."""
-    first, second = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+    swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)  # compilers vectorise this, a concatenation they do not
+    return (x * cos + swapped * sin).to(x.dtype)

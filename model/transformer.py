@@ -12,34 +12,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.attention_mask import AttentionMask, BlockMask, block_causal_mask, flex_attend
+from model.attention import attend, mask_of_pass
+from model.attention_mask import AttentionMask, block_causal_mask
 from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
 from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_frequencies
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
-
-# Up to this many keys, explicit attention beats PyTorch's fused CPU kernel in bfloat16 (forward + backward at
-# B 16, H 4, L 256, D 64: 14 ms against 25 ms on two cores); it needs L_query x L_key scores of memory.
-EXPLICIT_ATTENTION_KEYS = 512
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: AttentionMask | None, is_causal: bool) -> Tensor:
-    """q (B, H, L, D), k and v (B, H_kv, L_key, D) -> (B, H, L, D); attn_mask a BlockMask or, as is_causal, SDPA's."""
-    if isinstance(attn_mask, BlockMask):
-        return flex_attend(q, k, v, attn_mask)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= EXPLICIT_ATTENTION_KEYS:
-        if k.shape[1] != q.shape[1]:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if is_causal:
-            attn_mask = block_causal_mask(k.shape[2], 1, q.device)
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        return scores.softmax(dim=-1, dtype=torch.float32).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=k.shape[1] != q.shape[1]
-    )
 
 
 class Attention(nn.Module):
@@ -182,6 +161,7 @@ class Transformer(nn.Module):
         if perturbation is not None:
             x = x + perturbation
         rotary = self._rotary(position_ids, canvas)
+        attn_mask, is_causal = mask_of_pass(attn_mask, is_causal, x)
         for layer in self.layers[:-1]:
             x = layer(x, rotary, attn_mask, is_causal, cache)
         x = self.norm(self.layers[-1](x, rotary, attn_mask, is_causal, cache, select=select))

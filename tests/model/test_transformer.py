@@ -173,18 +173,6 @@ def test_selected_positions_have_the_logits_of_the_dense_head(tiny_model):
     torch.testing.assert_close(model(ids, select=select), model(ids).flatten(0, 1)[select])
 
 
-def test_explicit_bfloat16_attention_is_the_fused_kernel_within_its_precision():
-    """The two ways of `attend` are one function; the tolerance is bfloat16's 8 bits."""
-    from model.transformer import attend
-
-    q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
-    mask = document_mask(torch.tensor([[0] * 4 + [1] * 5]))
-    for arguments in ((None, False), (None, True), (mask, False)):
-        exact = attend(q, k, v, *arguments)
-        explicit = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), *arguments)
-        torch.testing.assert_close(explicit.float(), exact, rtol=0.03, atol=0.03)
-
-
 def test_default_shape_has_32_million_parameters():
     with torch.device("meta"):
         assert Transformer(ModelConfig()).num_parameters() == pytest.approx(32e6, rel=0.01)
