@@ -5,6 +5,7 @@ Shapes: B rows, L positions of the longest row. A position is given, open or pad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,12 +46,11 @@ class Canvas:
         if any(config.mask_token_id in row for row in rows):
             raise ValueError(f"token {config.mask_token_id}, [MASK], is among the given tokens; use None for a blank")
         lengths = [len(row) for row in rows]
-        config.require_length(max(lengths), "prompt and continuation" if may_end else "the text with its blanks")
-        ids = torch.full((len(rows), max(lengths)), config.pad_token_id)
-        blank = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor([config.mask_token_id if token is None else token for token in row])
-            blank[i, : len(row)] = torch.tensor([token is None for token in row])
+        width = max(lengths)
+        config.require_length(width, "prompt and continuation" if may_end else "the text with its blanks")
+        padded = [[config.mask_token_id if token is None else token for token in row] for row in rows]
+        ids = torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in padded])
+        blank = torch.tensor([[token is None for token in row] + [False] * (width - len(row)) for row in rows])
         return cls(ids.to(device), blank.to(device), torch.tensor(lengths, device=device), may_end)
 
     @property
@@ -94,30 +94,48 @@ class Draft:
     belongs to no text. Rows draw from generators of their own, so no row's text depends on its neighbours.
 
     What is written where is kept on the CPU, whatever computes the logits: an accelerator would be asked after it, and
-    waited for, several times a step. Noise is drawn where the canvas was.
+    waited for, several times a step. What is asked of single rows is kept in lists, not tensors: in a small network's
+    time there is room for few tensor operations. Noise is drawn where the canvas was.
     """
 
     def __init__(self, canvas: Canvas, config: ModelConfig, seeds: Sequence[int]):
         if len(seeds) != len(canvas.ids):
             raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
-        self.device = device = canvas.ids.device
+        self.device, self.seeds = canvas.ids.device, list(seeds)
         self.eos_token_id, self.mask_token_id, self.open = config.eos_token_id, config.mask_token_id, canvas.open.cpu()
-        self.ids, self.masked = canvas.ids.cpu().clone(), self.open.clone()
-        self.rows = self.open.any(dim=1).nonzero()[:, 0].tolist()  # unfinished
+        self.ids = canvas.ids.cpu().clone(memory_format=torch.contiguous_format)
+        self.open_columns = [[i for i, blank in enumerate(row) if blank] for row in self.open.tolist()]
+        # Per row the columns still to be written, in order; dicts, so that each is crossed out in constant time.
+        self.left: list[dict[int, None]] = [dict.fromkeys(columns) for columns in self.open_columns]
+        self.end = [self.ids.shape[1]] * len(seeds)  # the column of the leftmost EOS written
+        self.rows = [row for row, left in enumerate(self.left) if left]  # unfinished
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
-        # float64 is drawn, which MPS does not have.
-        self.generators = [torch.Generator("cpu" if device.type == "mps" else device).manual_seed(s) for s in seeds]
+
+    @property
+    def masked(self) -> Tensor:
+        """(B, L) bool: open and not written yet."""
+        return self.open & (self.ids == self.mask_token_id)
 
     @property
     def written(self) -> Tensor:
         """(B, L) bool: open at first, written since."""
-        return self.open & ~self.masked
+        return self.open & (self.ids != self.mask_token_id)
+
+    @cached_property
+    def generators(self) -> list[torch.Generator]:
+        """One per row; float64 is drawn, which MPS does not have."""
+        device = "cpu" if self.device.type == "mps" else self.device
+        return [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
 
     def spent(self, rows: Sequence[int]) -> None:
         """Note a network call for these rows."""
         self.num_forward_passes += 1
         for row in rows:
             self.row_passes[row] += 1
+
+    def unfinished(self, values: Tensor) -> Tensor:
+        """values (B, ...) -> (R, ...), those of the unfinished rows."""
+        return values if len(self.rows) == len(values) else values[self.rows]
 
     def uniform(self, counts: list[int], *shape: int) -> Tensor:
         """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th unfinished row's generator."""
@@ -133,26 +151,31 @@ class Draft:
         ValueError for a position that is not masked, or a [MASK] to be written.
         """
         rows, columns, tokens, confidence = (values.cpu() for values in (rows, columns, tokens, confidence))
-        if not bool(self.masked[rows, columns].all()) or bool((tokens == self.mask_token_id).any()):
+        changes, mask = list(zip(rows.tolist(), columns.tolist(), tokens.tolist(), strict=True)), self.mask_token_id
+        if any(column not in self.left[row] or token == mask for row, column, token in changes):
             raise ValueError("only masked positions can be written, and only with tokens other than [MASK]")
-        written, probability = torch.zeros_like(self.masked), torch.zeros(self.ids.shape)
-        written[rows, columns], probability[rows, columns] = True, confidence
-        self.ids[rows, columns] = tokens
-        self.masked &= ~written
-        ends = self.written & (self.ids == self.eos_token_id) & (self.masked.cumsum(dim=1) == 0)
-        finished = (ends.any(dim=1) | ~self.masked.any(dim=1)).tolist()
-        self.rows = [row for row in self.rows if not finished[row]]
+        for row, column, token in changes:
+            self.left[row].pop(column, None)
+            if token == self.eos_token_id and column < self.end[row]:
+                self.end[row] = column
+        places, shape = rows * self.ids.shape[1] + columns, self.ids.shape
+        written, probability = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        written.view(-1)[places] = True
+        probability.view(-1)[places] = confidence
+        self.ids.view(-1)[places] = tokens
+        self.rows = [row for row in self.rows if not self._has_ended(row)]
         return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes)
+
+    def _has_ended(self, row: int) -> bool:
+        left = self.left[row]
+        return not left or self.end[row] < next(iter(left))
 
     def finish(self) -> Decoded:
         """The result; ValueError while a row is unfinished."""
         if self.rows:
             raise ValueError(f"{len(self.rows)} rows are unfinished")
-        canvas = self.ids.masked_fill(self.masked, self.eos_token_id)
-        new = [ids[blank].tolist() for ids, blank in zip(canvas, self.open, strict=True)]
-        ended = [self.eos_token_id in tokens for tokens in new]
-        new = [
-            tokens[: tokens.index(self.eos_token_id) + 1] if end else tokens
-            for tokens, end in zip(new, ended, strict=True)
-        ]
+        canvas, eos = self.ids.masked_fill(self.masked, self.eos_token_id), self.eos_token_id
+        new = [[ids[c] for c in columns] for ids, columns in zip(canvas.tolist(), self.open_columns, strict=True)]
+        ended = [eos in tokens for tokens in new]
+        new = [tokens[: tokens.index(eos) + 1] if end else tokens for tokens, end in zip(new, ended, strict=True)]
         return Decoded(canvas, new, ended, self.num_forward_passes, list(self.row_passes))

@@ -14,9 +14,10 @@ from torch import Tensor
 from model.attention_mask import block_causal_mask, document_mask
 from model.cache import KVCache
 from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
+from model.config import ModelConfig
 from model.denoiser import DenoisingConfig, denoise
 from model.losses import forbid
-from model.sampling import Draw, penalise_repeats, require_draw, sample_tokens
+from model.sampling import Draw, noise_width, penalise_repeats, require_draw, sample_tokens
 from model.transformer import Transformer
 
 
@@ -54,7 +55,6 @@ class SamplingConfig:
         return Draw(self.ar_temperature, self.ar_top_k, self.ar_top_p, self.ar_repeat_penalty, self.ar_repeat_window)
 
 
-@torch.no_grad()
 def autoregress(
     model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]
 ) -> Generator[DecodingStep, None, Decoded]:
@@ -66,29 +66,72 @@ def autoregress(
         raise ValueError("this checkpoint was trained by diffusion; decode it with scripts.eval.eval_diffusion")
     require_context(model)
     start, draft, draw = _prompt_lengths(canvas), Draft(canvas, model.config, seeds), config.draw
-    eos, longest = model.config.eos_token_id, int(start.max())
-    cache = KVCache(model.config, len(start), longest + int((canvas.lengths - start).max()))
-    # In the cache the prompts end together, at slot `longest`: they are padded on the left.
-    columns = torch.arange(longest, device=start.device) - (longest - start)[:, None]
-    new, ragged = canvas.ids.gather(1, columns.clamp(min=0)), int(start.min()) < longest
-    while draft.rows:
-        attention = _left_padded(columns, longest - start, cache) if ragged else {"is_causal": True}
-        last = torch.arange(1, len(new) + 1, device=new.device) * new.shape[1] - 1
-        logits = model(new, cache=cache, select=last, **attention).float()
-        cache.advance(new.shape[1])
-        draft.spent(draft.rows)
-        rows, columns = torch.tensor(draft.rows, device=new.device), columns[:, -1:] + 1
-        logits, column = logits[rows], columns[rows, 0]
-        if draw.repeat_penalty > 0:
-            ids, written = (values.to(new.device)[rows] for values in (draft.ids, draft.written))
-            logits = penalise_repeats(logits, ids, written, column, draw.repeat_penalty, draw.repeat_window, eos)
-        logits = forbid(logits, model.config.mask_token_id)
-        uniform = draft.uniform([1] * len(rows), logits.shape[1]) if draw.temperature > 0 else None
-        tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
-        new = new.new_full((len(new), 1), eos)  # what a finished row is given matters to no other
-        new[rows, 0] = tokens
-        yield draft.write(rows, column, tokens, confidence)
+    rows = draft.rows
+    with torch.inference_mode():
+        fed = _Fed.prompts(model.config, canvas.ids, start, rows, int((canvas.lengths - start).max()))
+    while rows:
+        with torch.inference_mode():
+            logits = forbid(fed.logits(model), model.config.mask_token_id)
+            draft.spent(rows)
+            if draw.repeat_penalty > 0:
+                ids, written = (draft.unfinished(values).to(start.device) for values in (draft.ids, draft.written))
+                near = ids, written, fed.columns[:, 0], draw.repeat_penalty, draw.repeat_window
+                logits = penalise_repeats(logits, *near, model.config.eos_token_id)
+            uniform = None
+            if draw.temperature > 0:
+                uniform = draft.uniform([1] * len(rows), noise_width(logits.shape[1], draw.top_k))
+            tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
+        yield draft.write(torch.tensor(rows), fed.columns[:, 0], tokens, confidence)
+        with torch.inference_mode():
+            fed.ids = tokens[:, None]
+            going = set(draft.rows)
+            fed.keep([place for place, row in enumerate(rows) if row in going])
+        rows = draft.rows
     return draft.finish()
+
+
+class _Fed:
+    """What the network is fed next, and what it remembers, of the R unfinished rows. In the cache the prompts end
+    together: they are padded on the left."""
+
+    def __init__(self, cache: KVCache, ids: Tensor, columns: Tensor, padding: Tensor | None):
+        self.cache, self.ids, self.columns = cache, ids, columns  # (R, W), (R, W); columns are negative on padding
+        self.visible = None if padding is None else torch.arange(cache.max_length, device=ids.device) >= padding
+
+    @classmethod
+    def prompts(cls, config: ModelConfig, ids: Tensor, start: Tensor, rows: list[int], num_new: int) -> "_Fed":
+        if len(rows) < len(ids):
+            ids, start = ids[rows], start[rows]
+        longest = int(start.max()) if rows else 0
+        padding = (longest - start)[:, None]
+        columns = torch.arange(longest, device=start.device) - padding
+        cache = KVCache(config, len(rows), longest + num_new)
+        return cls(cache, ids.gather(1, columns.clamp(min=0)), columns, padding if padding.any() else None)
+
+    def logits(self, model: Transformer) -> Tensor:
+        """(R, V) float32 of the next token, whose column becomes the one fed next."""
+        rows, width = self.ids.shape
+        if self.visible is None:
+            attention = {"is_causal": True}
+        elif self.cache.length:
+            visible = self.visible[:, None, None, : self.cache.length + 1]
+            attention = {"attn_mask": visible, "position_ids": self.columns}
+        else:
+            causal = block_causal_mask(width, 1, self.ids.device)
+            attention = {"attn_mask": document_mask((self.columns < 0).long()) & causal}
+            attention["position_ids"] = self.columns.clamp(min=0)
+        last = torch.arange(1, rows + 1, device=self.ids.device) * width - 1
+        logits = model(self.ids, cache=self.cache, select=last, **attention).float()
+        self.cache.advance(width)
+        self.columns = self.columns[:, -1:] + 1
+        return logits
+
+    def keep(self, places: list[int]) -> None:
+        """Go on with these rows alone."""
+        if 0 < len(places) < len(self.ids):
+            self.ids, self.columns = self.ids[places], self.columns[places]
+            self.visible = None if self.visible is None else self.visible[places]
+            self.cache.keep(torch.tensor(places, device=self.ids.device))
 
 
 def _prompt_lengths(canvas: Canvas) -> Tensor:
@@ -98,16 +141,6 @@ def _prompt_lengths(canvas: Canvas) -> Tensor:
     if not torch.equal(canvas.given, columns < start[:, None]):
         raise ValueError("an autoregressive model writes at the end of a text only; infilling needs one of diffusion")
     return start
-
-
-def _left_padded(columns: Tensor, padding: Tensor, cache: KVCache) -> dict[str, Tensor]:
-    """Arguments of the forward pass for tokens at `columns` (B, L), negative on padding, `padding` (B,) slots."""
-    if cache.length:
-        slots = torch.arange(cache.length + 1, device=columns.device)
-        attn_mask = (slots >= padding[:, None])[:, None, None]
-    else:
-        attn_mask = document_mask((columns < 0).long()) & block_causal_mask(columns.shape[1], 1, columns.device)
-    return {"attn_mask": attn_mask, "position_ids": columns.clamp(min=0)}
 
 
 def decode(

@@ -7,6 +7,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Annotated, Literal
 
 import torch
@@ -24,8 +25,8 @@ from model.denoising_forward import (
     UnfusedBlockCached,
 )
 from model.losses import forbid
-from model.remasking import POLICIES, Step, commit, transfer_schedule
-from model.sampling import Draw, guide, penalise_repeats, require_draw, sample_tokens
+from model.remasking import POLICIES, Step, commit, padded, transfer_schedule
+from model.sampling import Draw, guide, noise_width, penalise_repeats, require_draw, sample_tokens
 from model.transformer import Transformer
 
 DEFAULT_BLOCK_SIZE = 8  # on larger canvases a small model commits to the EOS at their end first: report, section 10
@@ -174,16 +175,13 @@ class Denoiser:
     def __init__(self, model: Transformer, canvas: Canvas, config: DenoisingConfig, seeds: Sequence[int]):
         self.config = config = config.fitted(model.config)
         require_context(model)
-        self.model_config, self.may_end, self.given = model.config, canvas.may_end, canvas.given.cpu()
+        self.model_config, self.may_end = model.config, canvas.may_end
         self.draft, self.lengths = Draft(canvas, model.config, seeds), canvas.lengths.tolist()
         self.forward = forward_of(model, canvas, config, self.draft)
         if config.gen_cfg_scale > 0:
-            self.unprompted = forward_of(model, canvas, config, self.draft)
-        self.open_columns = [row.nonzero()[:, 0].tolist() for row in self.draft.open]
-        size = config.gen_block_size or max(map(len, self.open_columns)) or 1
-        self.on_grid, self.block_size = model.config.attention == "block", size
-        place = torch.arange(canvas.ids.shape[1]) if self.on_grid else self.draft.open.cumsum(dim=1) - 1
-        self.block_of = (place // size).expand(canvas.ids.shape)  # (B, L), of the open positions
+            self.unprompted, self.given = forward_of(model, canvas, config, self.draft), canvas.given.cpu()
+        self.on_grid = model.config.attention == "block"
+        self.block_size = config.gen_block_size or max(map(len, self.draft.open_columns)) or 1
         # Per row: the active block, its columns, the steps made in it, and its transfer schedule.
         self.block, self.step = [-1] * len(seeds), [0] * len(seeds)
         self.span: list[tuple[int, int]] = [(0, 0)] * len(seeds)
@@ -193,25 +191,24 @@ class Denoiser:
     def finished(self) -> bool:
         return not self.draft.rows
 
-    @torch.no_grad()
     def predict(self) -> Candidates:
         """One forward pass, or two with guidance; writes nothing. ValueError once every row is finished."""
         if self.finished:
             raise ValueError("every row is finished; call finish()")
-        rows = torch.tensor(self.draft.rows)
-        masked, block_of = self.draft.masked[rows], self.block_of[rows]
-        block = block_of.masked_fill(~masked, block_of.shape[1]).amin(dim=1, keepdim=True)
-        active = masked & (block_of == block)
-        counts = active.sum(dim=1).tolist()
-        self._enter(block[:, 0].tolist(), counts)
-        place, columns = active.nonzero(as_tuple=True)
-        logits = self._logits(rows, place, columns)
-        draw = self.config.draw
-        uniform = self.draft.uniform(counts, logits.shape[1]) if draw.temperature > 0 else None
-        tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
-        tokens, confidence = tokens.cpu(), confidence.cpu()
-        kept = self._keep(counts, logits, tokens, confidence)
-        return Candidates(rows[place], columns, tokens, confidence, kept)
+        wanted = [self._wanted(row) for row in self.draft.rows]
+        counts = [len(columns) for columns in wanted]
+        with torch.inference_mode():
+            logits = self._logits(wanted)
+            draw, uniform = self.config.draw, None
+            if draw.temperature > 0:
+                uniform = self.draft.uniform(counts, noise_width(logits.shape[1], draw.top_k))
+            tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
+            tokens, confidence = tokens.cpu(), confidence.cpu()
+            kept = self._keep(counts, logits, tokens, confidence)
+        rows = torch.tensor([row for row, count in zip(self.draft.rows, counts, strict=True) for _ in range(count)])
+        columns = torch.tensor([column for columns in wanted for column in columns])
+        # Copies: what inference mode makes can be changed in it alone.
+        return Candidates(rows, columns, tokens.clone(), confidence.clone(), kept.clone())
 
     @torch.no_grad()
     def commit(self, candidates: Candidates) -> DecodingStep:
@@ -227,55 +224,65 @@ class Denoiser:
         """The result; ValueError while a row is unfinished."""
         return self.draft.finish()
 
-    def _enter(self, blocks: list[int], counts: list[int]) -> None:
-        """Where a row has come to a new block: its place, and its schedule from the start."""
-        for row, block, count in zip(self.draft.rows, blocks, counts, strict=True):
-            if self.block[row] != block:
-                opened, begin = self.open_columns[row], block * self.block_size
-                end = begin + self.block_size
-                if self.on_grid:
-                    self.span[row] = begin, min(end, self.lengths[row])
-                    first, last = bisect_left(opened, begin), bisect_left(opened, end)
-                else:
-                    first, last = begin, min(end, len(opened))
-                    self.span[row] = opened[first], opened[last - 1] + 1
-                self.block[row], self.step[row] = block, 0
-                self.schedule[row] = transfer_schedule(count, self.config.steps_of(first, last, len(opened)))
+    def _wanted(self, row: int) -> list[int]:
+        """The masked columns of the row's active block, which is the next one if that of the step before is full."""
+        left = self.draft.left[row]
+        first, stop = next(iter(left)), self.span[row][1]
+        if first < stop:
+            return list(takewhile(stop.__gt__, left))
+        opened = self.draft.open_columns[row]
+        block = (first if self.on_grid else bisect_left(opened, first)) // self.block_size
+        begin, end = block * self.block_size, (block + 1) * self.block_size
+        if self.on_grid:
+            self.span[row] = begin, min(end, self.lengths[row])
+            begin, end = bisect_left(opened, begin), bisect_left(opened, end)
+        else:
+            end = min(end, len(opened))
+            self.span[row] = opened[begin], opened[end - 1] + 1
+        columns = list(takewhile(self.span[row][1].__gt__, left))
+        self.block[row], self.step[row] = block, 0
+        self.schedule[row] = transfer_schedule(len(columns), self.config.steps_of(begin, end, len(opened)))
+        return columns
 
-    def _logits(self, rows: Tensor, place: Tensor, columns: Tensor) -> Tensor:
-        """(N, V) float32 of columns (N,) of the rows rows[place], place (N,), as they are drawn from."""
-        lengths = [self.lengths[row] for row in self.draft.rows]
-        start, stop = zip(*(self.span[row] for row in self.draft.rows), strict=True)
-        at = Active(self.draft.rows, self.draft.ids[rows], lengths, list(start), list(stop), place, columns)
+    def _logits(self, wanted: list[list[int]]) -> Tensor:
+        """(N, V) float32 of the columns wanted in each row, as they are drawn from."""
+        draft, rows = self.draft, self.draft.rows
+        start, stop = ([self.span[row][side] for row in rows] for side in (0, 1))
+        at = Active(rows, draft.unfinished(draft.ids), [self.lengths[row] for row in rows], start, stop, wanted)
         logits = self.forward.logits(at)
         if self.config.gen_cfg_scale > 0:
-            without = replace(at, ids=torch.where(self.given[rows], self.model_config.mask_token_id, at.ids))
+            given = draft.unfinished(self.given)
+            without = replace(at, ids=torch.where(given, self.model_config.mask_token_id, at.ids))
             logits = guide(logits, self.unprompted.logits(without), self.config.gen_cfg_scale)
         draw, eos = self.config.draw, self.model_config.eos_token_id
         if draw.repeat_penalty > 0:
-            ids, written, place, columns = (
-                values.to(logits.device) for values in (at.ids, self.draft.written[rows], place, columns)
-            )
-            logits = penalise_repeats(
-                logits, ids[place], written[place], columns, draw.repeat_penalty, draw.repeat_window, eos
-            )
+            place = torch.tensor([place for place, columns in enumerate(wanted) for _ in columns])
+            columns = torch.tensor([column for columns in wanted for column in columns])
+            near = at.ids[place], draft.unfinished(draft.written)[place], columns
+            ids, written, columns = (values.to(logits.device) for values in near)
+            logits = penalise_repeats(logits, ids, written, columns, draw.repeat_penalty, draw.repeat_window, eos)
         if self.config.gen_eos == "never" or not self.may_end:
             forbid(logits, eos)
         return forbid(logits, self.model_config.mask_token_id)
 
     def _keep(self, counts: list[int], logits: Tensor, tokens: Tensor, confidence: Tensor) -> Tensor:
         """(N,) bool: what the remasking policy keeps of the candidates, counts[i] of which are the i-th row's."""
-        masked = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-        held_back = (tokens == self.model_config.eos_token_id) & (self.config.gen_eos == "confidence")
+        masked = torch.ones(len(counts), max(counts), dtype=torch.bool)
+        if min(counts) < masked.shape[1]:
+            masked = torch.arange(masked.shape[1]) < torch.tensor(counts)[:, None]
+        held_back = torch.zeros_like(tokens, dtype=torch.bool)
+        if self.config.gen_eos == "confidence":
+            held_back = tokens == self.model_config.eos_token_id
+            confidence = confidence.masked_fill(held_back, 0.0)
         quotas, budgets = [], []
         for row, left in zip(self.draft.rows, counts, strict=True):
             step, schedule = self.step[row], self.schedule[row]
             quotas.append(schedule[step] if step < len(schedule) - 1 else left)
             budgets.append(self.config.budget(left, step, len(schedule)))
         step = Step(
-            confidence=torch.zeros(masked.shape),
+            confidence=padded(confidence, masked),
             masked=masked,
-            held_back=torch.zeros_like(masked),
+            held_back=padded(held_back, masked),
             quota=torch.tensor(quotas),
             budget=torch.tensor(budgets),
             threshold=self.config.gen_confidence_threshold,
@@ -283,7 +290,6 @@ class Denoiser:
             logits=logits,
             noise=lambda: self.draft.uniform(counts).float(),
         )
-        step.confidence[masked], step.held_back[masked] = confidence.masked_fill(held_back, 0.0), held_back
         return commit(self.config.gen_remasking, step)[masked]
 
 

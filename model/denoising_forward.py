@@ -24,23 +24,27 @@ Spend = Callable[[Sequence[int]], None]  # told the rows of the batch that a net
 
 @dataclass(frozen=True)
 class Active:
-    """The active block of each unfinished row, and where in it logits are wanted. Tensors are on the CPU."""
+    """The active block of each unfinished row, and where in it logits are wanted."""
 
     rows: list[int]  # R, of the batch
-    ids: Tensor  # (R, L) int64
+    ids: Tensor  # (R, L) int64, on the CPU
     lengths: list[int]  # tokens of the row, padding not counted
     start: list[int]  # first column of the block
     stop: list[int]  # column behind its last
-    place: Tensor  # (N,) int64 of 0 ... R - 1, ascending
-    columns: Tensor  # (N,) int64
+    wanted: list[list[int]]  # columns, ascending, of each row; N in all
 
     def unasked(self, places: list[int]) -> "Active":
         """The rows at these places, with no logits wanted."""
-        nothing = self.place[:0]
         rows, lengths, start, stop = (
             [values[place] for place in places] for values in (self.rows, self.lengths, self.start, self.stop)
         )
-        return Active(rows, self.ids[places], lengths, start, stop, nothing, nothing)
+        return Active(rows, self.ids[places], lengths, start, stop, [[] for _ in places])
+
+    def among(self, first: Sequence[int], width: int) -> Tensor:
+        """(N,) int64: the places of what is wanted among R x width tokens, each row's from column first[r] on."""
+        begins = [place * width - begin for place, begin in enumerate(first)]
+        places = [begin + c for begin, columns in zip(begins, self.wanted, strict=True) for c in columns]
+        return torch.tensor(places, dtype=torch.long)
 
 
 class Forward(Protocol):
@@ -53,15 +57,18 @@ class Recomputed:
 
     def __init__(self, model: Transformer, device: torch.device, block_size: int, spend: Spend):
         self.model, self.device, self.block_size, self.spend = model, device, block_size, spend
+        self.stops: list[int] = []  # of the last pass; the next one's are mostly the same
+        self.attn_mask: Tensor | None = None
 
     def logits(self, at: Active) -> Tensor:
         stops = at.stop if self.block_size else at.lengths
         width = max(stops)
-        columns = torch.arange(width, device=self.device)[None]
-        attn_mask = visibility(columns, stops, self.block_size if width > self.block_size else 0)
+        if stops != self.stops:
+            columns, size = torch.arange(width, device=self.device)[None], self.block_size
+            self.stops, self.attn_mask = stops, visibility(columns, stops, size if width > size else 0)
         self.spend(at.rows)
-        select = (at.place * width + at.columns).to(self.device)
-        return self.model(at.ids[:, :width].to(self.device), attn_mask=attn_mask, select=select).float()
+        select = at.among([0] * len(stops), width).to(self.device)
+        return self.model(at.ids[:, :width].to(self.device), attn_mask=self.attn_mask, select=select).float()
 
 
 def visibility(columns: Tensor, stops: list[int], block_size: int) -> Tensor | None:
@@ -118,8 +125,7 @@ class Cached:
         self.cache.aim(None if rows is None else rows.to(self.device), target, max(stops))
         columns = columns.to(self.device)
         several = self.block_size and any(a // self.block_size < (b - 1) // self.block_size for a, b, _ in spans)
-        begin = first[0] if min(first) == max(first) else torch.tensor(first)[at.place]
-        select = at.place * ids.shape[1] + at.columns - begin
+        select = at.among(first, ids.shape[1])
         self.spend(at.rows)
         return self.model(
             ids.to(self.device),

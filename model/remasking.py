@@ -27,10 +27,16 @@ class Step:
     noise: Callable[[], Tensor]  # () -> (N,) uniform in [0, 1), each row's from its own generator
 
     def padded(self, values: Tensor) -> Tensor:
-        """values (N,) at the masked positions -> (R, W), 0 on padding, on the device of `masked`."""
-        out = torch.zeros(self.masked.shape, dtype=values.dtype, device=self.masked.device)
-        out[self.masked] = values.to(out.device)
-        return out
+        """values (N,) at the masked positions -> (R, W)."""
+        return padded(values, self.masked)
+
+
+def padded(values: Tensor, masked: Tensor) -> Tensor:
+    """values (N,) where masked (R, W) is True, row by row -> (R, W), 0 elsewhere, on the device of `masked`."""
+    values = values.to(masked.device)
+    if len(values) == masked.numel():
+        return values.view(masked.shape)
+    return torch.zeros(masked.shape, dtype=values.dtype, device=masked.device).masked_scatter_(masked, values)
 
 
 Choice = tuple[Tensor, Tensor]
@@ -99,8 +105,9 @@ def commit(policy: str, step: Step) -> Tensor:
     """bool (R, W): the masked positions of every row that are kept; ties go to the left."""
     keys, numbers = POLICIES[policy](step)
     keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)
-    rank = keys.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return step.masked & (rank < numbers.clamp(min=1)[:, None])
+    best = keys.argsort(dim=1, descending=True, stable=True)
+    few = torch.arange(keys.shape[1], device=keys.device) < numbers.clamp(min=1)[:, None]
+    return torch.zeros_like(few).scatter_(1, best, few) & step.masked
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FEW_ROWS, STRIDE = 4, 64  # of `_argmax`
+
 
 class Draw(NamedTuple):
     """How a token is drawn from its logits."""
@@ -35,28 +37,43 @@ def sample_tokens(
 ) -> tuple[Tensor, Tensor]:
     """logits (N, V) -> tokens (N,) and the probability of each under these logits (N,) float32.
 
-    temperature 0 is argmax; otherwise Gumbel-max with the float64 noise `uniform` (N, V) in [0, 1), over the `top_k`
-    likeliest and of these the fewest that hold `top_p` of the tempered mass: lower precision truncates the tail of the
-    distribution (arXiv:2409.02908). The probability is that of the plain softmax: temperature 1, all tokens.
+    temperature 0 is argmax; otherwise Gumbel-max with the float64 noise `uniform` (N, noise_width(...)) in [0, 1), over
+    the `top_k` likeliest and of these the fewest that hold `top_p` of the tempered mass: lower precision truncates the
+    tail of the distribution (arXiv:2409.02908). The noise owes nothing to the logits, so that it is drawn for the
+    `top_k` alone changes no distribution. The probability is that of the plain softmax: temperature 1, all tokens.
     """
     if logits.device.type == "mps":  # has no float64
         return tuple(x.to(logits.device) for x in sample_tokens(logits.cpu(), temperature, top_k, top_p, uniform))
     probabilities = logits.float().softmax(dim=-1)
     if temperature == 0:
-        tokens = logits.argmax(dim=-1)
-    else:
-        size, kept = logits.shape[-1], None
-        scaled = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no overflow
-        if top_p < 1 or 0 < top_k < size:
-            scaled, kept = scaled.topk(min(top_k or size, size), dim=-1)
-            uniform = uniform.gather(-1, kept)
-        scaled = scaled.double() / temperature
-        if top_p < 1:
-            mass_before = F.pad(scaled.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
-            scaled = scaled.masked_fill(mass_before >= top_p, -math.inf)
-        tokens = _gumbel_argmax(scaled, uniform)
-        tokens = (tokens if kept is None else kept.gather(-1, tokens))[:, 0]
-    return tokens, probabilities.gather(-1, tokens[:, None])[:, 0]
+        return _argmax(logits), probabilities.amax(dim=-1)
+    size, kept = logits.shape[-1], None
+    scaled = logits - logits.amax(dim=-1, keepdim=True)  # the largest is 0: no overflow
+    if top_p < 1 or 0 < top_k < size:
+        scaled, kept = scaled.topk(min(top_k or size, size), dim=-1)
+    scaled = scaled.double() / temperature
+    if top_p < 1:
+        mass_before = F.pad(scaled.softmax(dim=-1).cumsum(dim=-1)[:, :-1], (1, 0))
+        scaled = scaled.masked_fill(mass_before >= top_p, -math.inf)
+    tokens = _gumbel_argmax(scaled, uniform)
+    tokens = tokens if kept is None else kept.gather(-1, tokens)
+    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0]
+
+
+def noise_width(vocab_size: int, top_k: int) -> int:
+    """How many numbers a token is drawn with."""
+    return min(top_k or vocab_size, vocab_size)
+
+
+def _argmax(logits: Tensor) -> Tensor:
+    """argmax of (N, V), the first of equals. In two stages on a CPU, where torch vectorises the maximum, but not the
+    search for its place (64 x 4096, one core: 0.18 ms, in one stage 0.50)."""
+    number, size = logits.shape
+    if logits.device.type != "cpu" or number < FEW_ROWS or size % STRIDE:
+        return logits.argmax(dim=-1)
+    parts = logits.view(number, -1, STRIDE)
+    part = parts.amax(dim=-1).argmax(dim=-1)
+    return part * STRIDE + parts[torch.arange(number), part].argmax(dim=-1)
 
 
 def _gumbel_argmax(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from model.sampling import guide, penalise_repeats, sample_tokens
+from model.sampling import FEW_ROWS, STRIDE, guide, noise_width, penalise_repeats, sample_tokens
 
 
 def noise(*shape, seed=0):
@@ -14,7 +14,9 @@ def noise(*shape, seed=0):
 def test_sampling_follows_the_tempered_softmax_and_reports_the_plain_probability():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
     for temperature, top_k in ((1.0, 0), (0.5, 0), (2.0, 3), (1.0, 9)):
-        tokens, confidence = sample_tokens(logits.expand(100_000, 4), temperature, top_k, uniform=noise(100_000, 4))
+        tokens, confidence = sample_tokens(
+            logits.expand(100_000, 4), temperature, top_k, uniform=noise(100_000, noise_width(4, top_k))
+        )
         scaled = logits / temperature
         if top_k:
             scaled = scaled.masked_fill(scaled < scaled.sort(descending=True).values[min(top_k, 4) - 1], -math.inf)
@@ -27,6 +29,19 @@ def test_temperature_zero_is_argmax_and_small_temperatures_approach_it():
     logits = torch.randn(500, 30)
     assert torch.equal(sample_tokens(logits)[0], logits.argmax(-1))
     assert (sample_tokens(logits, 1e-4, uniform=noise(500, 30))[0] == logits.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("size", [STRIDE // 2, STRIDE, 3 * STRIDE, 3 * STRIDE + 1])
+@pytest.mark.parametrize("number", [1, FEW_ROWS - 1, FEW_ROWS, 300])
+def test_the_likeliest_is_the_first_of_equals_and_its_probability_that_of_the_softmax(number, size):
+    logits = torch.randint(4, (number, size)).float() * 2  # ties in most rows, within and between strides
+    logits[:, 0] = -math.inf
+    logits[0] = 3.0
+    tokens, confidence = sample_tokens(logits)
+    first = [row.index(max(row)) for row in logits.tolist()]
+    assert tokens.tolist() == first
+    expected = logits.double().softmax(-1)[torch.arange(number), first].float()
+    torch.testing.assert_close(confidence, expected)
 
 
 def test_rare_tokens_can_be_drawn():
@@ -62,7 +77,7 @@ def fewest(p: list[float], mass: float) -> set[int]:
 def test_top_p_keeps_the_fewest_tokens_that_hold_the_mass(top_p, top_k, temperature):
     """Of the tempered distribution, after top-k; and what is kept is drawn in the same proportions."""
     draws, logits = 20_000, torch.randn(9, generator=torch.Generator().manual_seed(3)) * 1.5
-    tokens, _ = sample_tokens(logits.expand(draws, 9), temperature, top_k, top_p, noise(draws, 9))
+    tokens, _ = sample_tokens(logits.expand(draws, 9), temperature, top_k, top_p, noise(draws, noise_width(9, top_k)))
     p = (logits.double() / temperature).softmax(0)
     if top_k:
         p = p * (p >= p.sort(descending=True).values[top_k - 1])
