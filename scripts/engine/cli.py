@@ -15,7 +15,8 @@ class _Parser(argparse.ArgumentParser):
         typed = re.match("unrecognized arguments: (--[^ =]+)", message)
         near = difflib.get_close_matches(typed[1], self._option_string_actions, n=1) if typed else []
         meant = f"did you mean {near[0]}? " if near else ""
-        self.exit(2, f"error: {message} ({meant}--help lists the flags)\n")
+        _say(f"error: {message} ({meant}--help lists the flags)")
+        self.exit(2)
 
 
 def parse_args(description: str, *groups: type, argv: list[str] | None = None, **defaults: Any) -> tuple:
@@ -79,16 +80,26 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        print("error: out of memory; lower --batch-size, --max-seq-len or the size of the model", file=sys.stderr)
+        _say("error: out of memory; lower --batch-size, --max-seq-len or the size of the model")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(0)
+
+
+def _say(sentence: str) -> None:
+    """Print it on stderr; of the processes that torchrun started, one does."""
+    if "WORLD_SIZE" in os.environ:  # torch takes seconds to load, which a wrong flag of one process does not
+        from scripts.engine.distributed import first_to_say
+
+        if not first_to_say(sentence):
+            return
+    print(sentence, file=sys.stderr)
 
 
 def refuse_idle(given: frozenset[str], **needs: tuple[bool, str]) -> None:

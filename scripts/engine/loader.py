@@ -1,6 +1,8 @@
 """Rows as the training loop asks for them, and their way to the device."""
 
-from collections.abc import Callable, Iterator
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,26 +27,82 @@ class Rows(Protocol):
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Move the tensors of a batch from the host, also those in lists and dicts, without `document_ids` where every row
     is one document and full: no mask is needed then."""
+    return move(host_ready(batch, device), device)
+
+
+def host_ready(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The host's part of `to_device`, which a thread may do."""
     if "document_ids" in batch and not batch["document_ids"].any():
         batch = {name: value for name, value in batch.items() if name != "document_ids"}
-    return {name: _moved(value, device) for name, value in batch.items()}
+    # Pinned memory lets the copy overlap with the step before.
+    return _each(batch, Tensor.pin_memory) if device.type == "cuda" else batch
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The device's part of `to_device`; for pinned tensors the host does not wait."""
+    return _each(batch, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
+
+
+def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, list):
-        return [_moved(item, device) for item in value]
+        return [_each(item, change) for item in value]
     if isinstance(value, dict):
-        return {name: _moved(item, device) for name, item in value.items()}
-    if not isinstance(value, Tensor):
-        return value
-    if device.type == "cuda":  # pinned memory lets the copy overlap with the step before
-        return value.pin_memory().to(device, non_blocking=True)
-    return value.to(device)
+        return {name: _each(item, change) for name, item in value.items()}
+    return change(value) if isinstance(value, Tensor) else value
 
 
-def in_order(rows: Rows, batch_size: int, max_rows: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """(number of the first row, batch) over `max_rows` rows spread evenly, always the same ones."""
+class Ahead:
+    """The items of an iterable, in order, made by a thread while the caller is busy with the ones before.
+
+    An exception in the making comes where its item would have come. The thread ends with the `with` statement.
+    """
+
+    def __init__(self, items: Iterable, depth: int = 2):
+        """depth: items that may lie ready."""
+        self._items, self._made, self._room = iter(items), queue.SimpleQueue(), threading.Semaphore(depth)
+        self._closed = False
+        self._thread = threading.Thread(target=self._make, name="data", daemon=True)
+
+    def __enter__(self) -> "Ahead":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed = True
+        self._room.release()
+        self._thread.join()
+
+    def __iter__(self) -> "Ahead":
+        return self
+
+    def __next__(self) -> Any:
+        item, error = self._made.get()
+        self._room.release()
+        if error is not None:
+            self._made.put((None, error))  # for whoever asks again
+            raise error
+        return item
+
+    def _make(self) -> None:
+        try:
+            while self._room.acquire() and not self._closed:
+                self._made.put((next(self._items), None))
+        except BaseException as error:  # StopIteration among them
+            self._made.put((None, error))
+
+
+def in_order(
+    rows: Rows, batch_size: int, max_rows: int, rank: int = 0, size: int = 1
+) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
+    """(number of the first row, number of rows that count, batch) over `max_rows` rows spread evenly, always the same.
+
+    Of every batch process `rank` of `size` gets its equal, contiguous part. Where the last batch has none left for it,
+    no row counts: it gets one of the others', since processes that share a model must call it equally often.
+    """
     count = min(len(rows), max_rows)
     chosen = np.linspace(0, len(rows) - 1, count).round().astype(np.int64) if count else np.empty(0, dtype=np.int64)
-    for first in range(0, count, batch_size):
-        yield first, rows.batch(chosen[first : first + batch_size])
+    own = batch_size // size
+    for start in range(0, count, batch_size):
+        first = start + rank * own
+        mine = chosen[first : first + own]
+        yield (first, len(mine), rows.batch(mine)) if len(mine) else (start, 0, rows.batch(chosen[start : start + 1]))

@@ -2,10 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
+
+from scripts.engine.distributed import is_sharded, shards_like
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,16 @@ def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.o
     ]
 
 
+def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """saved: a state_dict of whole tensors; where a parameter is sharded, its shard of them is kept."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: shards_like(values, dict.fromkeys(values, parameters[number])) if number < len(parameters) else values
+        for number, values in saved["state"].items()
+    }
+    optimizer.load_state_dict(saved | {"state": state})
+
+
 class MovingAverage:
     """shadow = d * shadow + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) at the n-th update."""
 
@@ -124,7 +136,8 @@ def scale_and_clip(parameters: list[Tensor], scale: Tensor, max_norm: float) -> 
     One pass over the gradients and no wait for the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients) * scale
+    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = (norm.full_tensor() if is_sharded(norm) else norm) * scale
     factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else scale
     torch._foreach_mul_(gradients, factor)
     return norm

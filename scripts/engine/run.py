@@ -36,6 +36,7 @@ TOLD = {
     "device",
     "dtype",
     "compile",
+    "fsdp",
 }
 
 
@@ -189,8 +190,10 @@ class Interrupted(SystemExit):
 class StopSignals:
     """While active, SIGINT and SIGTERM are noted instead of ending the process; `number` is the one that came, or 0."""
 
-    def __init__(self):
-        self.number = 0
+    def __init__(self, impatient: bool = True):
+        """impatient: a second signal ends the process at once. What torchrun starts may be told twice of one wish, by
+        torchrun and by the system, and torchrun itself does not wait for ever."""
+        self.number, self.impatient = 0, impatient
 
     def __enter__(self) -> "StopSignals":
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -201,6 +204,6 @@ class StopSignals:
             signal.signal(number, handler or signal.SIG_DFL)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number:  # asked twice: do not make the user wait
+        if self.number and self.impatient:  # asked twice: do not make the user wait
             raise Interrupted(128 + number)
         self.number = number

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import torch
 import transformers
 
+from scripts.engine.distributed import launched, local_rank, num_processes
+
 
 @dataclass(frozen=True)
 class RuntimeConfig:
@@ -37,15 +39,28 @@ class RuntimeConfig:
             raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
         if device.type == "mps" and not torch.backends.mps.is_available():
             raise ValueError("--device mps was asked for, but this machine has no Metal GPU that torch can use")
+        if num_processes() > 1:
+            self._require_own_device(device)
         if self.dtype == "float16" and device.type == "cpu":
             raise ValueError("--dtype float16 needs a GPU; use bfloat16 or float32 on a CPU")
 
+    def _require_own_device(self, device: torch.device) -> None:
+        if device.type == "mps":
+            raise ValueError("--device mps trains in one process; start the command without torchrun")
+        if ":" in self.device:
+            raise ValueError(f"--device {self.device} is one for all processes; give --device {device.type}")
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
+            raise ValueError(
+                f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine; "
+                "give torchrun a smaller --nproc-per-node"
+            )
+
     @property
     def torch_device(self) -> torch.device:
+        if self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available()):
+            return torch.device("cuda", local_rank()) if launched() else torch.device("cuda")
         if self.device != "auto":
             return torch.device(self.device)
-        if torch.cuda.is_available():
-            return torch.device("cuda")
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
     @property
@@ -72,7 +87,8 @@ class RuntimeConfig:
             else f"{torch.get_num_threads()} threads"
         )
         dtype = str(self.torch_dtype).removeprefix("torch.")
-        return f"{self.torch_device} ({name}), {dtype}"
+        processes = f", {num_processes()} processes" if num_processes() > 1 else ""
+        return f"{self.torch_device} ({name}), {dtype}{processes}"
 
 
 def _cpu_has_bfloat16_units() -> bool:

@@ -14,6 +14,8 @@ from model.config import ModelConfig
 from model.forward_process import rate_range
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
+from scripts.engine.distributed import World, whole
+from scripts.engine.memory import keep_freed_memory
 from scripts.engine.optim import OptimConfig
 from scripts.engine.preview import dry_run, show_batch
 from scripts.engine.run import RunConfig, compare_settings, continues, require_writable, settings_of
@@ -42,13 +44,28 @@ def train_stage(
     build: Callable[[ModelConfig], Any],
     before_training: Callable[[], None] = lambda: None,
 ) -> Transformer | None:
-    """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch.
+    """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch, and in all
+    processes but the first.
 
     data: the data group of flags, with `data` and `max_seq_len`. build(config of the model) -> the dataset: `train` and
     `validation` rows, `meta`, `describe()`; it is called only once nothing else is wrong, since reading a corpus takes
     time.
     before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
+    with World.opened(configs.runtime.torch_device) as world:
+        return _train_stage(world, stage, configs, objective, data, tokenizer, build, before_training)
+
+
+def _train_stage(
+    world: World,
+    stage: str,
+    configs: StageConfigs,
+    objective: Any,
+    data: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    build: Callable[[ModelConfig], Any],
+    before_training: Callable[[], None],
+) -> Transformer | None:
     run = configs.run
     state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
     settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
@@ -61,7 +78,7 @@ def train_stage(
     model.set_context(data.max_seq_len)
     objective = objective.for_weights(model.config)
     model.config = replace(model.config, **objective.decoding)
-    dataset = build(model.config)
+    dataset = world.main_first(lambda: build(model.config))  # caches are made once
     if configs.trainer.early_stop_patience and not len(dataset.validation):
         raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
@@ -74,11 +91,13 @@ def train_stage(
             f"{run.state_path} was tuned against another reference than {objective.reference_from}; "
             "give the same weights with --reference-from, or choose another --run-name"
         )
-    print(_header(stage, model, dataset, configs, state), flush=True)
-    for note in notes:
-        print(f"resuming with another setting: {note}")
+    if world.is_main:
+        print(_header(stage, model, dataset, configs, state), flush=True)
+        for note in notes:
+            print(f"resuming with another setting: {note}")
     if run.previewing:
-        _preview(model, objective, dataset, configs, tokenizer)
+        if world.is_main:
+            _preview(model, objective, dataset, configs, tokenizer)
         return None
     identity = {
         "tokenizer": fingerprint(tokenizer),
@@ -88,9 +107,9 @@ def train_stage(
         "command": shlex.join(sys.argv),
         "provenance": provenance(configs.runtime),
     }
-    before_training()
-    _fit(model, objective, dataset, configs, identity, state, moments)
-    return model
+    if world.is_main:
+        before_training()
+    return _fit(world, model, objective, dataset, configs, identity, state, moments)
 
 
 def require_start(configs: StageConfigs, example: str) -> None:
@@ -108,6 +127,7 @@ def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageCon
 
 
 def _fit(
+    world: World,
     model: Transformer,
     objective: Any,
     dataset: Any,
@@ -115,7 +135,8 @@ def _fit(
     identity: dict,
     state: dict | None,
     moments: list[dict] | None,
-) -> None:
+) -> Transformer | None:
+    keep_freed_memory()
     trainer = Trainer(
         model,
         objective,
@@ -128,16 +149,24 @@ def _fit(
         identity=identity,
         state=state,
         moments=moments,
+        world=world,
     )
-    trainer.log.write(
-        "resume" if state else "start",
-        step=trainer.step,
-        total_steps=trainer.total_steps,
-        parameters=model.num_parameters(),
-        config=asdict(trainer.model.config),
-        **identity,
-    )
+    if world.is_main:
+        trainer.log.write(
+            "resume" if state else "start",
+            step=trainer.step,
+            total_steps=trainer.total_steps,
+            parameters=model.num_parameters(),
+            config=asdict(trainer.model.config),
+            **identity,
+        )
     trainer.fit()
+    weights = whole(model.state_dict(), keep=world.is_main)
+    if configs.trainer.fsdp and world.is_main:  # what comes next has one process to itself
+        context, model = model.context_length, Transformer(model.config)
+        model.load_state_dict(weights)
+        model.to(configs.runtime.torch_device).context_length = context
+    return model if world.is_main else None
 
 
 def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
@@ -157,6 +186,8 @@ def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
         repeat_penalty_delay_steps=penalty,
         repeat_penalty_warmup_steps=penalty,
     )
+    if configs.trainer.fsdp and configs.runtime.torch_dtype == torch.float16:
+        raise ValueError("--fsdp trains in bfloat16 or float32; choose one of them with --dtype, or leave out --fsdp")
     if getattr(objective, "block_size", None) == 1:
         told = False, "blocks of more than one token, which are masked at any rate but 1"
         refuse_idle(

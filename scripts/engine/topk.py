@@ -11,9 +11,9 @@ from scripts.engine.run import RunConfig
 class TopK:
     """The --topk-merge best validated weights, in files of their own: <run>_top_<step>.pt."""
 
-    def __init__(self, run: RunConfig, best: list[tuple[float, int]]):
-        """best: (validation loss, step) of those kept so far, best first."""
-        self.run, self.best = run, [(loss, step) for loss, step in best]
+    def __init__(self, run: RunConfig, best: list[tuple[float, int]], deletes: bool = True):
+        """best: (validation loss, step) of those kept so far, best first. deletes: whether this process may."""
+        self.run, self.best, self.deletes = run, [(loss, step) for loss, step in best], deletes
 
     def path(self, step: int) -> Path:
         return self.run.path(f"_top_{step}.pt")
@@ -24,7 +24,7 @@ class TopK:
         self.best, dropped = ranked[: self.run.topk_merge], ranked[self.run.topk_merge :]
         if (loss, step) in self.best:
             write(self.path(step))
-        for _, old in dropped:
+        for _, old in dropped if self.deletes else ():
             self.path(old).unlink(missing_ok=True)
 
     def average(self) -> dict:

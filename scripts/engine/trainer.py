@@ -4,6 +4,7 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,14 +17,16 @@ from model.checkpoint import load_weights, save_checkpoint
 from model.forward_process import StepNoise
 from model.objective import RowLoss
 from model.transformer import Transformer
-from scripts.engine.loader import Rows, in_order, to_device
+from scripts.engine.distributed import ALONE, Replica, World, launched, num_processes, shards_like, whole
+from scripts.engine.loader import Ahead, Rows, host_ready, in_order, move
 from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
-from scripts.engine.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
+from scripts.engine.optim import MovingAverage, OptimConfig, load_state, lr_at, make_optimizers, scale_and_clip
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.topk import TopK
 
 CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
+COUNTERS = ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens")
 VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of every run
 
 
@@ -31,7 +34,7 @@ VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of eve
 class TrainerConfig:
     """Duration and batch."""
 
-    batch_size: Annotated[int, "rows per forward pass"] = 96
+    batch_size: Annotated[int, "rows per forward pass, of all processes together"] = 96
     accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
     epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
     max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
@@ -40,11 +43,19 @@ class TrainerConfig:
         float, "decrease of the validation loss that counts as improvement, nats per token"
     ] = 0.0
     compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
+    fsdp: Annotated[bool, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2)"] = False
 
     def __post_init__(self):
         for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.batch_size % num_processes():
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not divide among {num_processes()} processes; "
+                "give a multiple of their number"
+            )
+        if self.fsdp and not launched():
+            raise ValueError("--fsdp needs the processes that torchrun starts; start with it, or leave out --fsdp")
         if self.epochs is not None and self.max_iters is not None:
             raise ValueError("give --epochs or --max-iters, not both")
         if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
@@ -62,7 +73,8 @@ class TrainerConfig:
 
 class Trainer:
     """Runs a stage from its first step, or from a saved state, to its end. Everything in the loop depends on
-    (seed, step) alone, so on a CPU a resumed run repeats the uninterrupted one bit for bit (CUDA sums in any order)."""
+    (seed, step) alone, so on a CPU a resumed run repeats the uninterrupted one bit for bit (CUDA sums in any order).
+    The number of processes changes the order of sums, and what dropout drops, but no row, noise or learning rate."""
 
     def __init__(
         self,
@@ -78,12 +90,14 @@ class Trainer:
         identity: dict[str, Any],
         state: dict | None,
         moments: list[dict] | None = None,
+        world: World = ALONE,
     ):
         """identity: what every checkpoint of the run says of it: tokenizer, stage, settings, ... state: a saved run;
         moments: without one, the optimizer states of the run that the weights come from."""
         self.optim, self.trainer, self.run, self.runtime, self.identity = optim, trainer, run, runtime, identity
-        self.device = runtime.torch_device
-        self.model, self.objective = model.to(self.device), objective
+        self.device, self.world = runtime.torch_device, world
+        self.model, self.objective = model, objective
+        self.replica = Replica(model, world, self.device, trainer.fsdp, runtime.torch_dtype)
         self.train_rows, self.val_rows = train_rows, val_rows
         self.order = train_rows.order(runtime.seed, trainer.rows_per_step)
         self.total_steps = trainer.total_steps(len(train_rows))
@@ -93,71 +107,75 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=runtime.torch_dtype == torch.float16)
         self.step = self.saved_step = self.last_eval = self.bad_evals = self.best_step = 0
         self.best_loss = self.stop_loss = math.inf
+        # What a process has counted; what all of them have is the sum, which _collect brings to the first one.
         self.seconds, self.tokens, self.meter = 0.0, 0, Meter()
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        self.top = TopK(run, state.get("top", []) if state else [])
+        self.top = TopK(run, state.get("top", []) if state else [], deletes=world.is_main)
         self.top.require_files()
-        self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
         if state:
             self._restore(state)
         else:
             for optimizer, saved in zip(self.optimizers, moments or [], strict=False):
-                optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["state"]})
-            for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
-                path.unlink(missing_ok=True)  # --overwrite: files of another run must not pass for this one's
-            self.top.clear()
+                load_state(optimizer, optimizer.state_dict() | {"state": saved["state"]})
+        if world.is_main:
+            self.log = RunLog(run.path("_log.jsonl"), state["log_lines"] if state else 0)
+            if not state:  # --overwrite: files of another run must not pass for this one's
+                for path in (run.state_path, run.path("_best.pt"), run.exported_path, run.path("_loss.png")):
+                    path.unlink(missing_ok=True)
+                self.top.clear()
         if trainer.compile:
+            # One graph for the first shape and one for all others, each with and without gradients, for every kind of
+            # mask, for the last layer and for the others. Past the limit layers would run uncompiled.
+            torch._dynamo.config.recompile_limit = 32
             for layer in self.model.layers:
-                layer.compile()
+                layer.forward = torch.compile(layer.forward)  # and not the hooks around it, which FSDP2 has
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
     def fit(self) -> float:
         """Train to the end; returns the best validation loss. Raises Interrupted, saved, on SIGINT and SIGTERM."""
         self.model.train()
-        started, already = time.perf_counter(), self.seconds
-        window = (started, self.tokens)
-        bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
-        )
-        with StopSignals() as stop:
-            while True:
-                if self.last_eval < self.step and (self.step % self.run.eval_interval == 0 or self.finished):
-                    paused = time.perf_counter()
-                    self._validate(stop)
-                    window = (window[0] + time.perf_counter() - paused, window[1])
-                if self.finished:
-                    break
-                learning_rate = self._train_step()
-                bar.update()
-                self.seconds = already + time.perf_counter() - started
-                if self.step % self.run.log_interval == 0 or self.finished:
-                    now = time.perf_counter()
-                    self._log_training(learning_rate, (self.tokens - window[1]) / (now - window[0]), bar)
-                    window = (now, self.tokens)
-                if (
-                    self.step % self.run.save_interval == 0
-                    or self.step % self.run.eval_interval == 0
-                    or self.finished
-                    or stop.number
-                ):
-                    self.save()
-                self._stop_if_asked(stop)
+        quiet = not (self.world.is_main and sys.stderr.isatty())
+        bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
+        with StopSignals(impatient=self.world.size == 1) as stop, Ahead(self._micro_batches()) as self.batches:
+            self._steps(stop, bar)
             bar.close()
             self.save()
-        if (
-            self.trainer.compile
-        ):  # what comes next, samples, has other shapes at every step, and would be compiled for each
+        if self.trainer.compile:  # what comes next, samples, has other shapes at every step
             for layer in self.model.layers:
-                layer._compiled_call_impl = None
+                del layer.forward
         if self.average:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)
         self._say(f"saved {self.run.exported_path}")
         if self.top.best:
             self._merge()
-        plot_losses(self.log.path, self.run.path("_loss.png"))
+        self._plot()
         return self.best_loss
+
+    def _steps(self, stop: StopSignals, bar: tqdm) -> None:
+        started, already = time.perf_counter(), self.seconds
+        window = (started, self.tokens)
+        while True:
+            if self.last_eval < self.step and (self.step % self.run.eval_interval == 0 or self.finished):
+                paused = time.perf_counter()
+                self._validate(stop)
+                window = (window[0] + time.perf_counter() - paused, window[1])
+            if self.finished:
+                break
+            learning_rate = self._train_step()
+            bar.update()
+            self.seconds = already + time.perf_counter() - started
+            if self.step % self.run.log_interval == 0 or self.finished:
+                self._require_finite()
+                self._collect()
+                now = time.perf_counter()
+                if self.world.is_main:
+                    self._log_training(learning_rate, (self.tokens - window[1]) / (now - window[0]), bar)
+                window = (now, self.tokens)
+            if self.step % self.run.save_interval == 0 or self.step % self.run.eval_interval == 0 or self.finished:
+                self.save()
+            self._stop_if_asked(stop)
 
     @property
     def finished(self) -> bool:
@@ -165,37 +183,60 @@ class Trainer:
         return self.step >= self.total_steps or bool(patience and self.bad_evals >= patience)
 
     def _train_step(self) -> float:
-        """One optimizer step; returns its learning rate."""
+        """One optimizer step; returns its learning rate. The host does not wait for the device."""
         learning_rate = lr_at(self.step, self.total_steps, self.optim)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
-        per_step, size = self.trainer.rows_per_step, self.trainer.batch_size
-        indices = self._rows_of_step(per_step)
-        torch.manual_seed(self.runtime.seed * 1_000_003 + self.step)  # dropout
-        nominal, count = None, torch.zeros((), device=self.device)
-        for first in range(0, per_step, size):
-            batch = self.train_rows.batch(indices[first : first + size])
-            self.tokens += int((batch["input_ids"] != self.model.config.pad_token_id).sum())
-            nominal = nominal or float(batch["loss_mask"].numel() * self.trainer.accumulation_steps)
-            loss = self._loss(self.objective, batch, self._noise(self.runtime.seed, self.step, per_step, first))
+        torch.manual_seed(self.runtime.seed * 1_000_003 + self.step + (self.world.rank << 53))  # dropout
+        # A constant of about the size of the count, which the last micro-batch completes and _update puts in place.
+        nominal = float(self.trainer.rows_per_step * self.train_rows.seq_len)
+        count = torch.zeros((), device=self.device)
+        for number in range(self.trainer.accumulation_steps):
+            prepared, tokens = self._next()
+            self.tokens += tokens
+            with self.replica.accumulating(last=number + 1 == self.trainer.accumulation_steps):
+                loss = self._loss(self.objective, prepared)
+                self.scaler.scale(loss.nats.sum() / nominal).backward()
             self.meter.add("loss", loss.nats.sum(), loss.count.sum())
-            for name, (total, number) in loss.averages.items():
-                self.meter.add(name, total, number)
+            for name, (total, seen) in loss.averages.items():
+                self.meter.add(name, total, seen)
             count += loss.count.sum()
-            # A constant of about the size of the count, which the last micro-batch completes and _update puts in place.
-            self.scaler.scale(loss.nats.sum() / nominal).backward()
-        self._update(nominal / count.clamp(min=1))
+        # Gradients come as the mean over the processes of what is to be their sum.
+        self._update(nominal * self.world.size / self.world.add(count).clamp(min=1))
         self.step += 1
         return learning_rate
 
-    def _rows_of_step(self, count: int) -> np.ndarray:
+    def _next(self) -> tuple[dict[str, Any], int]:
+        """The next micro-batch and its tokens. Where a bad row has been met, what was learnt before it is not lost."""
         try:
-            return self.order(self.step * count, count)
-        except (ValueError, OSError):  # a stream has met a bad row: what was learnt before it is not lost
+            item, error = next(self.batches), None
+        except (ValueError, OSError) as fault:
+            item, error = (), fault
+        if self.world.most(error is not None):
             if self.step > self.saved_step:
                 self.save()
-            raise
+            raise error or SystemExit(1)
+        return item
+
+    def _micro_batches(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """This process's part of every micro-batch to come, prepared, and its number of tokens."""
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # a thread of its own begins with the first one
+        per_step, size = self.trainer.rows_per_step, self.trainer.batch_size
+        for step in range(self.step, self.total_steps):
+            indices = self._rows_of_step(step)
+            for first in range(0, per_step, size):
+                rows = self.world.share(first, size)
+                batch = self.train_rows.batch(indices[rows])
+                tokens = int((batch["input_ids"] != self.model.config.pad_token_id).sum())
+                noise = self._noise(self.runtime.seed, step, per_step, rows.start)
+                prepared = self.objective.prepare(batch, self.model.config, noise)
+                yield host_ready(prepared, self.device), tokens
+
+    def _rows_of_step(self, step: int) -> np.ndarray:
+        per_step = self.trainer.rows_per_step
+        return self.order(step * per_step, per_step)
 
     def _update(self, scale: torch.Tensor) -> None:
         for optimizer in self.optimizers:
@@ -203,7 +244,8 @@ class Trainer:
         norm = scale_and_clip(self.parameters, scale, self.optim.grad_clip)
         if not self.scaler.is_enabled():  # the scaler meets infinities on purpose, and skips those steps
             self.finite = self.finite & norm.isfinite()
-        self.meter.add("grad_norm", norm, torch.ones((), device=self.device))
+        if self.world.is_main:  # all have the same
+            self.meter.add("grad_norm", norm, torch.ones((), device=self.device))
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
             optimizer.zero_grad(set_to_none=True)
@@ -215,10 +257,9 @@ class Trainer:
         progress = min(max(step, 0) / self.total_steps, 1.0)
         return StepNoise(seed, step, total_rows, first_row, self.train_rows.seq_len, progress)
 
-    def _loss(self, objective: Any, batch: dict[str, torch.Tensor], noise: StepNoise) -> RowLoss:
-        prepared = to_device(objective.prepare(batch, self.model.config, noise), self.device)
+    def _loss(self, objective: Any, prepared: dict[str, Any]) -> RowLoss:
         with self.runtime.autocast():
-            return objective.loss(self.model, prepared)
+            return self.replica.loss(objective, move(prepared, self.device))
 
     def _validate(self, stop: StopSignals) -> None:
         """Validation loss on fixed rows with fixed noise; keeps the best weights; counts towards an early stop."""
@@ -238,29 +279,43 @@ class Trainer:
         """Nats and counts of every validation row, float64 on the host, under the weights in the model."""
         objective, size = self.objective.for_validation(), self.trainer.batch_size
         max_rows = min(len(self.val_rows), self.run.eval_max_batches * size)
-        meter, nats, counts = Meter(), [], []
+        meter, measured = Meter(), []
+
+        def batches() -> Iterator[tuple[int, int, dict[str, Any]]]:
+            for first, own, batch in in_order(self.val_rows, size, max_rows, self.world.rank, self.world.size):
+                noise = self._noise(VALIDATION_SEED, VALIDATION_STEP, max_rows, first)
+                yield first, own, host_ready(objective.prepare(batch, self.model.config, noise), self.device)
+
         self.model.eval()
         try:
-            for first, batch in in_order(self.val_rows, size, max_rows):
-                self._stop_if_asked(stop)
-                loss = self._loss(objective, batch, self._noise(VALIDATION_SEED, VALIDATION_STEP, max_rows, first))
-                nats.append(loss.nats.cpu().double())
-                counts.append(loss.count.cpu().double())
-                for name, (total, number) in loss.averages.items():
-                    meter.add(name, total, number)
+            with Ahead(batches()) as ready:
+                for first, own, prepared in ready:
+                    self._stop_if_asked(stop)
+                    loss = self._loss(objective, prepared)
+                    if own:
+                        measured.append((slice(first, first + own), loss))
+                        for name, (total, number) in loss.averages.items():
+                            meter.add(name, total, number)
         finally:
             self.model.train()
-        return (torch.cat(nats), torch.cat(counts), meter) if nats else (torch.empty(0), torch.empty(0), meter)
+            self.replica.rest()
+        rows = torch.zeros(2, max_rows, dtype=torch.float64)
+        for mine, loss in measured:
+            rows[0, mine], rows[1, mine] = loss.nats.cpu(), loss.count.cpu()
+        nats, counts = self.world.total(rows)
+        return nats, counts, self._gathered(meter)
 
     def _merge(self) -> None:
         """<run>_topk_merged.pt: the mean of the best weights, validated like each of them."""
+        self.world.most(0)  # the first process has written what all of them now read
         kept = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        load_weights(self.model, self.top.average(), str(self.run.merged_path))
+        self._put_weights(self.top.average(), str(self.run.merged_path))
         nats, counts, _ = self._validation(StopSignals())
         loss, steps = float(nats.sum() / counts.sum()), sorted(step for _, step in self.top.best)
         self._write_weights(self.run.merged_path)
         self.model.load_state_dict(kept)
-        self.log.write("merge", step=self.step, loss=loss, steps=steps, best_loss=self.best_loss)
+        if self.world.is_main:
+            self.log.write("merge", step=self.step, loss=loss, steps=steps, best_loss=self.best_loss)
         self._say(
             f"merged steps {', '.join(map(str, steps))}: val loss {loss:.4f} {self.objective.unit}, best of them "
             f"{self.top.best[0][0]:.4f}; saved {self.run.merged_path}"
@@ -284,21 +339,21 @@ class Trainer:
             self._write_weights(self.run.path("_best.pt"))
         if self.run.topk_merge:
             self.top.offer(loss, self.step, self._write_weights)
-        self.log.write(
-            "eval",
-            step=self.step,
-            loss=loss,
-            standard_error=float(spread.sqrt() / counts.sum()),
-            best_loss=or_none(self.best_loss),
-            best_step=self.best_step,
-            **meter.read(),
-        )
+        if self.world.is_main:
+            self.log.write(
+                "eval",
+                step=self.step,
+                loss=loss,
+                standard_error=float(spread.sqrt() / counts.sum()),
+                best_loss=or_none(self.best_loss),
+                best_step=self.best_step,
+                **meter.read(),
+            )
         best = f"best_val {self.best_loss:.4f}@{self.best_step}"
         self._say(f"step {self.step}: val loss {loss:.4f} {self.objective.unit}, {best}")
-        plot_losses(self.log.path, self.run.path("_loss.png"))
+        self._plot()
 
     def _log_training(self, learning_rate: float, speed: float, bar: tqdm) -> None:
-        self._require_finite()
         values = self.meter.read()
         loss = "none scored" if values["loss"] is None else f"{values['loss']:.4f}"
         self.log.write(
@@ -322,36 +377,56 @@ class Trainer:
     def tokens_per_row(self) -> float:
         return self.tokens / max(self.step * self.trainer.rows_per_step, 1)
 
-    @staticmethod
-    def _say(line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+    def _say(self, line: str) -> None:
+        if self.world.is_main:
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
+
+    def _plot(self) -> None:
+        if self.world.is_main:
+            plot_losses(self.log.path, self.run.path("_loss.png"))
+
+    def _collect(self) -> None:
+        """Bring what the processes have counted to the first one."""
+        self.meter, self.tokens = self._gathered(self.meter), sum(self.world.gather(self.tokens))
+
+    def _gathered(self, meter: Meter) -> Meter:
+        """The sums of all processes on the first one, none on the others."""
+        if self.world.size == 1:
+            return meter
+        everything = Meter()
+        for sums in self.world.gather({k: (a.cpu(), b.cpu()) for k, (a, b) in meter.sums.items()}):
+            for name, (total, count) in sums.items():
+                everything.add(name, total.to(self.device), count.to(self.device))
+        return everything
 
     # -- the files -----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
         """<run>.pt: everything needed to continue. ValueError, and nothing written, once a gradient was not finite."""
         self._require_finite()
-        save_checkpoint(
-            self.run.state_path,
-            self.model.config,
-            self.model.state_dict(),
-            **self.identity,
-            step=self.step,
-            last_eval=self.last_eval,
-            bad_evals=self.bad_evals,
-            best_loss=self.best_loss,
-            best_step=self.best_step,
-            stop_loss=self.stop_loss,
-            seconds=self.seconds,
-            tokens=self.tokens,
-            top=self.top.best,
-            log_lines=self.log.lines,
-            meter=self.meter.sums,
-            optimizers=[o.state_dict() for o in self.optimizers],
-            scaler=self.scaler.state_dict(),
-            average={"shadow": self.average.shadow, "updates": self.average.updates} if self.average else None,
+        self._collect()
+        shared = whole(
+            {
+                "weights": self.model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "average": {"shadow": self.average.shadow, "updates": self.average.updates} if self.average else None,
+            },
+            keep=self.world.is_main,
         )
+        if self.world.is_main:
+            counters = {name: getattr(self, name) for name in COUNTERS}
+            save_checkpoint(
+                self.run.state_path,
+                self.model.config,
+                **shared,
+                **self.identity,
+                **counters,
+                top=self.top.best,
+                log_lines=self.log.lines,
+                meter=self.meter.sums,
+                scaler=self.scaler.state_dict(),
+            )
         self.saved_step = self.step
         self._say(f"saved {self.run.state_path} (step {self.step})")
 
@@ -364,28 +439,36 @@ class Trainer:
             )
 
     def _restore(self, state: dict[str, Any]) -> None:
-        load_weights(self.model, state["weights"], str(self.run.state_path))
+        self._put_weights(state["weights"], str(self.run.state_path))
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_state(optimizer, saved)
         if self.scaler.is_enabled() and state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        for name in ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
         self.saved_step = self.step
-        self.meter = Meter({k: (a.to(self.device), b.to(self.device)) for k, (a, b) in state["meter"].items()})
+        if self.world.is_main:
+            self.meter = Meter({k: (a.to(self.device), b.to(self.device)) for k, (a, b) in state["meter"].items()})
+        else:
+            self.tokens = 0
         if self.average:
             self.average.updates = state["average"]["updates"]
-            self.average.shadow = {k: v.to(self.device) for k, v in state["average"]["shadow"].items()}
+            shadow = shards_like(state["average"]["shadow"], self.average.shadow)
+            self.average.shadow = {name: tensor.to(self.device) for name, tensor in shadow.items()}
+
+    def _put_weights(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        load_weights(self.model, shards_like(weights, self.model.state_dict()), source)
 
     def _write_weights(self, path: Path) -> None:
-        save_checkpoint(
-            path, self.model.config, self.model.state_dict(), **self.identity, step=self.step, best_loss=self.best_loss
-        )
+        weights = whole(self.model.state_dict(), keep=self.world.is_main)
+        if self.world.is_main:
+            save_checkpoint(path, self.model.config, weights, **self.identity, step=self.step, best_loss=self.best_loss)
 
     def _stop_if_asked(self, stop: StopSignals) -> None:
-        if stop.number:
+        number = self.world.most(stop.number)
+        if number:
             if self.saved_step != self.step:  # the signal came between two checks
                 self.save()
             how = "--resume must instead of --overwrite" if self.run.overwrite else "--resume must"
             self._say(f"stopped at step {self.step} of {self.total_steps}; continue with the same command and {how}")
-            raise Interrupted(128 + stop.number)
+            raise Interrupted(128 + number)

@@ -87,9 +87,9 @@ def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
     sizes = []
 
     class Spy(train_pretrain.NextToken):
-        def __call__(self, model, batch, noise):
-            sizes.append(len(batch["input_ids"]))
-            return super().__call__(model, batch, noise)
+        def loss(self, model, prepared):
+            sizes.append(len(prepared["input_ids"]))
+            return super().loss(model, prepared)
 
     monkeypatch.setattr(train_pretrain, "NextToken", Spy)
     jsonl(workspace / "few.jsonl", texts[:2])

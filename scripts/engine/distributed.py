@@ -1,0 +1,244 @@
+"""Several processes that train one model: who they are, what they agree upon, how they share its weights.
+
+torchrun starts the processes and tells each its place in environment variables. Without it there is one process, and
+nothing of torch.distributed is touched.
+"""
+
+import hashlib
+import inspect
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+PATIENCE = timedelta(days=1)  # for a process that reads a corpus while the others wait
+MEETING = timedelta(minutes=5)  # for all processes to arrive
+
+
+def launched() -> bool:
+    """Whether torchrun, or something that speaks to processes as it does, has started this process."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def num_processes() -> int:
+    return int(os.environ["WORLD_SIZE"]) if launched() else 1
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine, and so its GPU's."""
+    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
+
+
+@cache
+def _store() -> Any:
+    return next(dist.rendezvous("env://", timeout=MEETING))[0]
+
+
+def _attempt(key: str) -> str:
+    """torchrun may start all of them again, with the same store."""
+    return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether no other process of this run has said it: a mistake that all of them find is told once."""
+    if not launched():
+        return True
+    digest = hashlib.sha256(sentence.encode()).hexdigest()
+    try:
+        return _store().add(_attempt(f"said/{digest}"), 1) == 1
+    except RuntimeError:  # the process that keeps the store has gone; it speaks for all
+        return os.environ["RANK"] == "0"
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training, numbered by `rank`. All of them take the same steps and learn the same weights; the
+    first alone prints and writes."""
+
+    rank: int = 0
+    size: int = 1
+    control: Any = None  # for what hosts tell each other, beside the devices' gradients
+
+    @staticmethod
+    @contextmanager
+    def opened(device: torch.device) -> Iterator["World"]:
+        """The world of the processes that torchrun has started, each on its `device`; else that of this one alone.
+
+        Where an error ends one process, the others end with it, in silence.
+        """
+        if not launched():
+            yield ALONE
+            return
+        rank, size = int(os.environ["RANK"]), num_processes()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, device_id=own)
+        try:
+            yield World(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))
+        except SystemExit:  # agreed upon
+            dist.destroy_process_group()
+            raise
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and _another_failed():  # it left us in the middle of a sum
+                raise SystemExit(1) from error
+            with suppress(RuntimeError):
+                _store().set(_attempt("failed"), str(rank))
+            raise
+        dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def share(self, first: int, count: int) -> slice:
+        """This process's part of the `count` rows from `first` on."""
+        own = count // self.size
+        return slice(first + self.rank * own, first + (self.rank + 1) * own)
+
+    def most(self, number: int) -> int:
+        """The largest of the numbers that the processes give."""
+        if self.control is None:
+            return number
+        found = torch.tensor(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum, over the processes, of a tensor on the host."""
+        if self.control is not None:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum, over the processes, of a tensor on the device; the host does not wait."""
+        if self.control is not None:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """What the processes give, on the first one; nothing on the others."""
+        if self.control is None:
+            return [value]
+        found = [None] * self.size if self.is_main else None
+        dist.gather_object(value, found, dst=0, group=self.control)
+        return found or []
+
+    def main_first(self, action: Callable[[], Any]) -> Any:
+        """action() on the first process, and then on the others, which find made what the first one has made."""
+        result = action() if self.is_main else None
+        self.most(0)
+        return result if self.is_main else action()
+
+
+ALONE = World()
+
+
+def _another_failed() -> bool:
+    try:
+        return _store().check([_attempt("failed")])
+    except RuntimeError:  # it kept the store
+        return True
+
+
+class Scoring(nn.Module):
+    """A model whose forward pass is an objective's loss. Objectives call the model inside; so that
+    DistributedDataParallel sees the whole, it wraps this."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, objective: Any, prepared: Mapping[str, Any]) -> Any:
+        return objective.loss(self.model, prepared)
+
+
+class Replica:
+    """The model in training as one process holds it: all of it, a copy like that of every other, or a shard."""
+
+    def __init__(self, model: nn.Module, world: World, device: torch.device, sharded: bool, dtype: torch.dtype):
+        """sharded: by FSDP2, with the arithmetic of autocast in `dtype`."""
+        self.model, self.sharded = shard(model, device, dtype) if sharded else model.to(device), sharded
+        self.scoring = Scoring(self.model)
+        self.copies = None
+        if world.control is not None and not sharded:
+            self.copies = data_parallel(self.scoring)
+
+    def loss(self, objective: Any, prepared: Mapping[str, Any]) -> Any:
+        """The objective's RowLoss of this process's rows."""
+        if self.sharded:  # an objective may read the embedding before it calls the model
+            self.model.unshard()
+        return (self.copies if self.copies and torch.is_grad_enabled() else self.scoring)(objective, prepared)
+
+    def accumulating(self, last: bool) -> AbstractContextManager:
+        """Within it a backward pass exchanges gradients between the processes only if it is the `last` of the step."""
+        if self.sharded:
+            self.model.set_requires_gradient_sync(last)
+        return self.copies.no_sync() if self.copies and not last else nullcontext()
+
+    def rest(self) -> None:
+        """To be called after forward passes without backward, which leave some parameters unsharded."""
+        if self.sharded:
+            self.model.reshard()
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    wrap = nn.parallel.DistributedDataParallel
+    # The model's buffers are constants. The first name is that of torch 2.13 and later.
+    names = ("forward_sync_buffers", "broadcast_buffers")
+    constant = next(name for name in names if name in inspect.signature(wrap).parameters)
+    return wrap(module, gradient_as_bucket_view=True, **{constant: False})
+
+
+def shard(model: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Shard a Transformer with FSDP2, a layer at a time, onto `device`.
+
+    Its arithmetic stays that of autocast in `dtype`: the matrices of the layers are gathered in it, to which autocast
+    would cast them; norms, embedding and head are gathered, and all gradients summed, in float32.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    matrices = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in model.layers:
+        if dtype != torch.float32:
+            fully_shard([module for module in layer.modules() if isinstance(module, nn.RMSNorm)], mesh=mesh)
+        fully_shard(layer, mesh=mesh, mp_policy=matrices if dtype != torch.float32 else MixedPrecisionPolicy())
+    return fully_shard(model, mesh=mesh, reshard_after_forward=False).to(device)
+
+
+def is_sharded(value: Any) -> bool:
+    return isinstance(value, Tensor) and hasattr(value, "full_tensor")
+
+
+def whole(value: Any, keep: bool) -> Any:
+    """`value`, a tensor or nested dicts and lists, its shards put together on the host, where it is to be kept, else
+    without them; all processes call it."""
+    if isinstance(value, dict):
+        return {name: whole(item, keep) for name, item in value.items()}
+    if isinstance(value, list):
+        return [whole(item, keep) for item in value]
+    if not is_sharded(value):
+        return value
+    together = value.full_tensor()
+    return together.cpu() if keep else None
+
+
+def shards_like(values: Mapping[Any, Tensor], own: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    """`values`, those cut into shards whose namesake in `own` is sharded, and of its shape."""
+    from torch.distributed.tensor import distribute_tensor
+
+    made = dict(values)
+    for name, value in values.items():
+        like = own.get(name)
+        if is_sharded(like) and isinstance(value, Tensor) and like.shape == value.shape:
+            # Every process has the whole tensor, so nothing is sent.
+            made[name] = distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    return made
