@@ -38,13 +38,17 @@ def interleave(
 ) -> dict[str, Timing]:
     """Call every case `warm_up` times unmeasured, then once in each of `rounds` rounds, in the same order."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for number in range(-warm_up, rounds):
-        for name, case in cases.items():
-            gc.collect()
-            synchronise(device)
-            began = time.perf_counter()
-            case()
-            synchronise(device)
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - began)
+    gc.collect()
+    gc.disable()  # a collection would hit whichever case is running
+    try:
+        for number in range(-warm_up, rounds):
+            for name, case in cases.items():
+                synchronise(device)
+                began = time.perf_counter()
+                case()
+                synchronise(device)
+                if number >= 0:
+                    seconds[name].append(time.perf_counter() - began)
+    finally:
+        gc.enable()
     return {name: Timing(tuple(values)) for name, values in seconds.items()}

@@ -40,6 +40,7 @@ TINY = {
         "--experiments initialisation --initialisation-tokens 256 --initialisation-shares 0 --heldout-tokens 150 "
         f"--nmc 2 --tokenizer-dir . {SHAPE} --max-seq-len 32 --batch-size 4 --val-fraction 0.3 --dtype float32"
     ),
+    "scripts.eval.benchmark": f"{SHAPE} --rounds 1 --batch-size 2 --kinds ar --parts peak",
     "scripts.quickstart": "--scale 0.001 --dtype float32",
     "scripts.chat": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
 }

@@ -1,0 +1,99 @@
+"""Speed and memory of this machine and this code, in one run, as tables and as JSON.
+
+    uv run python -m scripts.eval.benchmark --data dataset/pretrain_hq.jsonl --json weights/benchmark.json
+    uv run python -m scripts.eval.benchmark --parts peak,training --hidden-size 768 --num-hidden-layers 12
+
+peak      what the device makes of a matrix product, float32 and bfloat16
+training  whole steps beside a plain float32 implementation: tokens/s, share of the peak, where the time goes, memory
+ablation  the same with one optimisation at a time left out
+scaling   how a step's cost grows with length, batch and parameters
+decoding  tokens/s, forward passes and latency of every sampler, beside a KV-cached autoregressive model
+data      speed and memory of tokenising growing corpora, and of reading them shuffled
+
+Cases take turns, round by round, so that other work on the machine slows all alike; what is told is medians.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from dataset.pretrain import PretrainData
+from dataset.tokenizer import load_tokenizer
+from model.config import ModelConfig
+from scripts.engine import (
+    benchmark_data,
+    benchmark_decoding,
+    benchmark_peak,
+    benchmark_scaling,
+    benchmark_training,
+)
+from scripts.engine.benchmark_data import DataBenchmarkConfig
+from scripts.engine.benchmark_decoding import DecodingBenchmarkConfig
+from scripts.engine.benchmark_scaling import ScalingBenchmarkConfig
+from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
+from scripts.engine.cli import parse_args, run
+from scripts.engine.evaluation import circumstances
+from scripts.engine.run import require_writable
+from scripts.engine.runtime import RuntimeConfig
+
+PARTS = ("peak", "training", "ablation", "scaling", "decoding", "data")
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure."""
+
+    parts: Annotated[tuple[str, ...], f"some of {', '.join(PARTS)}"] = ("peak", "training", "decoding")
+    json: Annotated[Path | None, "also write the results to this file, after every part"] = None
+
+    def __post_init__(self):
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise ValueError(f"--parts: {unknown[0]!r} is none; expected some of {', '.join(PARTS)}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, shape, training, scaling, decoding, data_config, data, runtime, _ = parse_args(
+        __doc__,
+        BenchmarkConfig,
+        ModelConfig,
+        TrainingBenchmarkConfig,
+        ScalingBenchmarkConfig,
+        DecodingBenchmarkConfig,
+        DataBenchmarkConfig,
+        PretrainData,
+        RuntimeConfig,
+        argv=argv,
+    )
+    if config.json:
+        require_writable(config.json, "--json")
+    setting, results = Setting(shape, data, training, runtime), {}
+
+    def peaks() -> dict[str, float]:
+        if "peak" not in results:
+            results["peak"] = benchmark_peak.measure_peak(runtime.torch_device)
+        return benchmark_peak.best(results["peak"])
+
+    measures: dict[str, tuple[Callable[[], list[dict[str, Any]]], Any]] = {
+        "peak": (lambda: [*peaks()] and results["peak"], benchmark_peak),
+        "training": (lambda: benchmark_training.measure_training(setting, peaks()), benchmark_training),
+        "ablation": (lambda: benchmark_training.measure_ablation(setting), benchmark_training),
+        "scaling": (lambda: benchmark_scaling.measure_scaling(setting, scaling), benchmark_scaling),
+        "decoding": (lambda: benchmark_decoding.measure(decoding, shape, runtime), benchmark_decoding),
+        "data": (lambda: benchmark_data.measure(data_config), benchmark_data),
+    }
+    about = circumstances(runtime, load_tokenizer(data.tokenizer_dir), data.source, shape, training, data)
+    print(f"{about['device']}, {about['processor']}, torch {about['torch']}, commit {about['commit']}", flush=True)
+    for part in sorted(config.parts, key=PARTS.index):
+        measure, module = measures[part]
+        results[part] = measure()
+        print(f"\n{part}\n{module.table(results[part])}", flush=True)
+        if config.json:
+            config.json.parent.mkdir(parents=True, exist_ok=True)
+            config.json.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)
