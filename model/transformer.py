@@ -21,6 +21,14 @@ from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
+def cast_once(x: Tensor) -> Tensor:
+    """x in the dtype to which autocast would cast it for each projection anew. Where a gradient is wanted that is left
+    to autocast, for so the projections' gradients are summed in float32."""
+    if torch.is_grad_enabled() or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and, on request, RMSNorm on queries and keys."""
 
@@ -80,9 +88,9 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, *attention_args: Any, select: Tensor | None = None) -> Tensor:
         """x (B, L, C) -> (B, L, C), or (N, C) at the flat positions `select` (N,): all are attended to, nothing more is
         computed elsewhere."""
-        mixed = self.self_attn(self.input_layernorm(x), *attention_args, select)
+        mixed = self.self_attn(cast_once(self.input_layernorm(x)), *attention_args, select)
         x = (x if select is None else x.flatten(0, 1)[select]) + self.dropout(mixed)
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x + self.dropout(self.mlp(cast_once(self.post_attention_layernorm(x))))
 
 
 class Transformer(nn.Module):

@@ -75,8 +75,8 @@ def _measured(setting: Setting, kind: str, points: list[tuple]) -> list[dict[str
         bench = replace(setting.bench, batch_size=batch)
         source = RandomRows(length, shape.vocab_size)
         case = Case(kind, replace(OURS, compiled=False), shape, source, bench, setting.runtime)
-        for _ in range(1 + bench.rounds):
-            case.step()
+        for _ in range(bench.rounds):
+            case.turn()
         rows.append(
             {
                 "kind": kind,

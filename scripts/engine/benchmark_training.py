@@ -35,7 +35,6 @@ from scripts.engine.timing import Timing, interleave, synchronise
 
 KINDS = ("ar", "full", "block")
 PARTS = ("data", "forward", "backward", "optimizer")
-MEMORY_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class TrainingBenchmarkConfig:
     kinds: Annotated[tuple[str, ...], "ar = autoregressive, full = diffusion, block = block diffusion"] = KINDS
     batch_size: Annotated[int, "rows per step"] = 8
     block_size: Annotated[int, "of block diffusion"] = 32
-    rounds: Annotated[int, "measured steps of every case, in turns"] = 5
+    rounds: Annotated[int, "measured steps of every case, which take turns"] = 5
     compile: Annotated[bool, "compile the layers (needs a C++ compiler on a CPU)"] = True
 
     def __post_init__(self):
@@ -116,8 +115,11 @@ class Case:
                 layer.compile()
         self.parts, self.real, self.padded, self.flops = [], [], [], []
 
-    def step(self) -> None:
+    def turn(self) -> None:
+        """Two steps, of which the second counts: the first finds the caches and the allocator as another case left
+        them."""
         with self._switched():
+            self._step()
             self._step()
 
     def _step(self) -> None:
@@ -161,11 +163,12 @@ class Case:
             model.attention.EXPLICIT_ATTENTION_KEYS = usual
 
     def row(self, rounds: int) -> dict[str, Any]:
-        """What is reported of the last `rounds` steps."""
-        parts = torch.tensor(self.parts[-rounds:], dtype=torch.float64)
+        """What is reported of the last `rounds` turns."""
+        last = slice(1 - 2 * rounds, None, 2)
+        parts = torch.tensor(self.parts[last], dtype=torch.float64)
         timing = Timing(tuple(parts.sum(dim=1).tolist()))
         seconds = timing.median
-        real, padded, flops = (sum(values[-rounds:]) / rounds for values in (self.real, self.padded, self.flops))
+        real, padded, flops = (sum(values[last]) / rounds for values in (self.real, self.padded, self.flops))
         medians = parts.quantile(0.5, dim=0).tolist()
         return {
             "seconds_per_step": seconds,
@@ -199,20 +202,18 @@ class Setting:
         }
 
     def measured(self, kind: str, made: dict[str, Made]) -> dict[str, dict[str, Any]]:
-        """Rows by name; every case takes its step in each round."""
+        """Rows by name; every case takes its turn in each round."""
         cases, rounds = self.cases(kind, made), self.bench.rounds
         for name in cases:
             print(f"{kind}: {name}", file=sys.stderr)
-        # The first two steps compile and fill the allocator's store.
-        interleave({name: case.step for name, case in cases.items()}, rounds, 2, self.runtime.torch_device)
+        interleave({name: case.turn for name, case in cases.items()}, rounds, 1, self.runtime.torch_device)
         return {name: {"kind": kind, "case": name} | case.row(rounds) for name, case in cases.items()}
 
 
 def take_steps(setting: Setting, kind: str, made: Made) -> None:
     """For `peak_of`."""
     (case,) = setting.cases(kind, {"": made}).values()
-    for _ in range(MEMORY_STEPS):
-        case.step()
+    case.turn()
 
 
 def measure_training(setting: Setting, peaks: dict[str, float]) -> list[dict[str, Any]]:
