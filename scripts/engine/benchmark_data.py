@@ -23,6 +23,7 @@ from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
+from scripts.engine.memory import most_resident
 
 ROOT = Path(__file__).resolve().parents[2]
 MEGABYTE = 10**6
@@ -154,7 +155,7 @@ def _work(phase: str, kind: str, corpus: str, tokenizer_dir: str, rows_per_batch
             found = {"tokens": sum(KINDS[kind].tokens(dataset.meta)), "seconds": time.perf_counter() - began}
         else:
             found = _read_an_epoch(dataset.train, int(rows_per_batch))
-    print(json.dumps(found | {"resident": _resident_peak(), "private": private.bytes}))
+    print(json.dumps(found | {"resident": most_resident(), "private": private.bytes}))
 
 
 def _read_an_epoch(rows: Any, size: int) -> dict[str, Any]:
@@ -183,16 +184,6 @@ class _PrivatePeak:
     def _watch(self) -> None:
         while self.bytes is not None and not self._ended.wait(SAMPLED_EVERY):
             self.bytes = max(self.bytes, _status("RssAnon"))
-
-
-def _resident_peak() -> int:
-    """Bytes; what getrusage says on Linux may be the parent's peak, so the process itself is asked there."""
-    peak = _status("VmHWM")
-    if peak is None:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak
 
 
 def _status(name: str) -> int | None:

@@ -69,6 +69,8 @@ class DecodingBenchmarkConfig:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if unknown := [name for name in self.decoding_policies if name not in POLICIES]:
             raise ValueError(f"--decoding-policies: {unknown[0]!r} is not one of {', '.join(POLICIES)}")
+        if unknown := [name for name in self.decoding_dtypes if name not in ("auto", "float32", "float16", "bfloat16")]:
+            raise ValueError(f"--decoding-dtypes: {unknown[0]!r} is none; expected auto, float32, float16 or bfloat16")
         list(self.samplers("diffusion", True))
 
     @property

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-# glibc's malloc.h; the values are its defaults, and those under which it gives nothing back before the process ends.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-USUAL = {M_TRIM_THRESHOLD: 2**17, M_TOP_PAD: 2**17, M_MMAP_MAX: 2**16}
+# glibc's malloc.h. Setting any of them ends the allocator's own adjustment, so the usual values are those that it comes
+# to in a training; under the others it gives nothing back before the process ends.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -2, -3, -4
+USUAL = {M_MMAP_THRESHOLD: 2**25, M_TRIM_THRESHOLD: 2**26, M_TOP_PAD: 2**17, M_MMAP_MAX: 2**16}
 KEPT = {M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26, M_MMAP_MAX: 0}
 
 
@@ -52,6 +53,7 @@ def peak_of(work: Callable[..., Any], device: torch.device, *args: Any) -> int:
 def _peak(work: Callable[..., Any], device: torch.device, args: tuple) -> int:
     torch.ones(8, 8, requires_grad=True).square().sum().backward()  # what the first use loads is no part of it
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
         work(*args)
         return torch.cuda.max_memory_allocated(device)

@@ -53,7 +53,9 @@ def dry_run(
     per_layer = (
         tokens * (10 * width + 3 * model.config.intermediate_size) * element + 2 * tokens * heads * length * element
     )
-    activations = model.config.num_hidden_layers * per_layer + 3 * scored * model.config.vocab_size * 4
+    # Of the logits their gradient is kept; objectives that need themselves, CAP and the repetition penalty, keep more.
+    logits = 3 * 4 if getattr(objective, "cap_weight", 0) or getattr(objective, "repeat_penalty_weight", 0) else element
+    activations = model.config.num_hidden_layers * per_layer + scored * model.config.vocab_size * logits
     print(
         f"parameters {parameters:,}; weights, gradients and optimizer {16 * parameters / 2**30:.2f} GiB; "
         f"activations of one forward pass at most about {activations / 2**30:.2f} GiB"

@@ -119,6 +119,7 @@ def require_start(configs: StageConfigs, example: str) -> None:
 
 
 def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, tokenizer: Any) -> None:
+    keep_freed_memory()
     rows, size, seed = dataset.train, configs.trainer.rows_per_step, configs.runtime.seed
     if configs.run.show_batch:
         show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed)

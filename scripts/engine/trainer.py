@@ -26,6 +26,7 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.topk import TopK
 
 CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
+RECOMPILE_LIMIT = 32  # graphs of one layer's code; past it layers would run uncompiled
 COUNTERS = ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens")
 VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of every run
 
@@ -58,8 +59,8 @@ class TrainerConfig:
             raise ValueError("--fsdp needs the processes that torchrun starts; start with it, or leave out --fsdp")
         if self.epochs is not None and self.max_iters is not None:
             raise ValueError("give --epochs or --max-iters, not both")
-        if self.compile and not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
-            raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found")
+        if self.compile:
+            require_compiler("leave it out")
         if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
             raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
 
@@ -69,6 +70,12 @@ class TrainerConfig:
 
     def total_steps(self, num_rows: int) -> int:
         return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))
+
+
+def require_compiler(remedy: str) -> None:
+    """ValueError where layers cannot be compiled, before anything else is done."""
+    if not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
+        raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found: {remedy}")
 
 
 class Trainer:
@@ -126,7 +133,8 @@ class Trainer:
         if trainer.compile:
             # One graph for the first shape and one for all others, each with and without gradients, for every kind of
             # mask, for the last layer and for the others. Past the limit layers would run uncompiled.
-            torch._dynamo.config.recompile_limit = 32
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two where its buckets end
             for layer in self.model.layers:
                 layer.forward = torch.compile(layer.forward)  # and not the hooks around it, which FSDP2 has
 
@@ -137,7 +145,7 @@ class Trainer:
         self.model.train()
         quiet = not (self.world.is_main and sys.stderr.isatty())
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
-        with StopSignals(impatient=self.world.size == 1) as stop, Ahead(self._micro_batches()) as self.batches:
+        with StopSignals(impatient=self.world.control is None) as stop, Ahead(self._micro_batches()) as self.batches:
             self._steps(stop, bar)
             bar.close()
             self.save()
@@ -192,6 +200,7 @@ class Trainer:
         # A constant of about the size of the count, which the last micro-batch completes and _update puts in place.
         nominal = float(self.trainer.rows_per_step * self.train_rows.seq_len)
         count = torch.zeros((), device=self.device)
+        self._begun = self.tokens, dict(self.meter.sums)
         for number in range(self.trainer.accumulation_steps):
             prepared, tokens = self._next()
             self.tokens += tokens
@@ -215,6 +224,7 @@ class Trainer:
             item, error = (), fault
         if self.world.most(error is not None):
             if self.step > self.saved_step:
+                self.tokens, self.meter.sums = self._begun  # of the step that will not be, nothing is counted
                 self.save()
             raise error or SystemExit(1)
         return item

@@ -10,14 +10,19 @@ scaling   how a step's cost grows with length, batch and parameters
 decoding  tokens/s, forward passes and latency of every sampler, beside a KV-cached autoregressive model
 data      speed and memory of tokenising growing corpora, and of reading them shuffled
 
-Cases take turns, round by round, so that other work on the machine slows all alike; what is told is medians.
+In training, ablation (but for kept memory) and decoding the cases take turns, round by round, so that other work on the
+machine slows all alike; what is told is medians.
 """
 
 import json
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+
+import torch
 
 from dataset.pretrain import PretrainData
 from dataset.tokenizer import load_tokenizer
@@ -33,11 +38,20 @@ from scripts.engine.benchmark_data import DataBenchmarkConfig
 from scripts.engine.benchmark_decoding import DecodingBenchmarkConfig
 from scripts.engine.benchmark_scaling import ScalingBenchmarkConfig
 from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
-from scripts.engine.cli import parse_args, run
+from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import circumstances
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.trainer import require_compiler
 
+GROUPS = (
+    ModelConfig,
+    TrainingBenchmarkConfig,
+    ScalingBenchmarkConfig,
+    DecodingBenchmarkConfig,
+    DataBenchmarkConfig,
+    PretrainData,
+)
 PARTS = ("peak", "training", "ablation", "scaling", "decoding", "data")
 
 
@@ -54,19 +68,27 @@ class BenchmarkConfig:
             raise ValueError(f"--parts: {unknown[0]!r} is none; expected some of {', '.join(PARTS)}")
 
 
+def _refuse(
+    config: BenchmarkConfig, training: TrainingBenchmarkConfig, runtime: RuntimeConfig, given: frozenset[str]
+) -> None:
+    """ValueError for flags that the chosen parts do not use, or that this machine cannot follow."""
+    if "packing" in given:
+        raise ValueError("--packing and --no-packing are what the benchmark compares; leave the flag out")
+    if "training" in config.parts and runtime.torch_dtype == torch.float16:
+        raise ValueError("--parts training compares with the peak of float32 or bfloat16; choose one with --dtype")
+    for prefix in ("scaling", "decoding", "data"):
+        mine = [name for name in given if name.startswith(prefix + "_")]
+        refuse_idle(given, **dict.fromkeys(mine, (prefix in config.parts, f"--parts {prefix}")))
+    trains = {"training", "ablation"} & set(config.parts), "--parts training or ablation"
+    refuse_idle(given, compile=trains)
+    if trains[0] and training.compile:
+        require_compiler("give --no-compile")
+
+
 def main(argv: list[str] | None = None) -> None:
-    config, shape, training, scaling, decoding, data_config, data, runtime, _ = parse_args(
-        __doc__,
-        BenchmarkConfig,
-        ModelConfig,
-        TrainingBenchmarkConfig,
-        ScalingBenchmarkConfig,
-        DecodingBenchmarkConfig,
-        DataBenchmarkConfig,
-        PretrainData,
-        RuntimeConfig,
-        argv=argv,
-    )
+    config, *groups, runtime, given = parse_args(__doc__, BenchmarkConfig, *GROUPS, RuntimeConfig, argv=argv)
+    shape, training, scaling, decoding, data_config, data = groups
+    _refuse(config, training, runtime, given)
     if config.json:
         require_writable(config.json, "--json")
     setting, results = Setting(shape, data, training, runtime), {}
@@ -84,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         "decoding": (lambda: benchmark_decoding.measure(decoding, shape, runtime), benchmark_decoding),
         "data": (lambda: benchmark_data.measure(data_config), benchmark_data),
     }
-    about = circumstances(runtime, load_tokenizer(data.tokenizer_dir), data.source, shape, training, data)
+    about = circumstances(runtime, load_tokenizer(data.tokenizer_dir), data.source, *groups)
     print(f"{about['device']}, {about['processor']}, torch {about['torch']}, commit {about['commit']}", flush=True)
     for part in sorted(config.parts, key=PARTS.index):
         measure, module = measures[part]
@@ -92,7 +114,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{part}\n{module.table(results[part])}", flush=True)
         if config.json:
             config.json.parent.mkdir(parents=True, exist_ok=True)
-            config.json.write_text(json.dumps(about | {"results": results}, indent=1) + "\n", encoding="utf-8")
+            written = about | {"command": shlex.join(sys.argv), "results": results}
+            config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

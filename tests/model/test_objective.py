@@ -11,6 +11,9 @@ from model.attention_mask import block_causal_mask, document_mask
 from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
 from model.losses import run_lengths, unlikelihood
 from model.objective import MaskedDiffusion, NextToken
+from model.preference import DiffusionDPO, ExactDPO
+from model.transformer import Transformer
+from tests.conftest import TINY
 
 DIFFUSION = MaskedDiffusion(variable_length_prob=0.0)
 
@@ -295,25 +298,27 @@ OBJECTIVES = {
         DIFFUSION, complementary_masks=True, cap_weight=1.0, repeat_penalty_weight=0.5, mask_embedding_noise=1.0
     ),
     "blocks": replace(DIFFUSION, block_size=4, mask_schedule="iid_t", sequence_mean=True),
+    "preferences": ExactDPO(reference=Transformer(TINY), dpo_sft_weight=0.1),
+    "preferences by a bound": DiffusionDPO(reference=Transformer(replace(TINY, attention="full")), dpo_num_masks=2),
 }
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_the_loss_and_its_gradient_never_wait_for_the_device(kind, tiny_model):
-    model, documents = tiny_model().train(), torch.arange(12).expand(3, -1) // 5
+    model, documents = tiny_model().train(), torch.arange(12).expand(4, -1) // 5
     objective = OBJECTIVES[kind]
-    prepared = objective.prepare(batch_of(torch.randint(4, 24, (3, 12)), documents), model.config, StepNoise(0, 1, 3))
+    prepared = objective.prepare(batch_of(torch.randint(4, 24, (4, 12)), documents), model.config, StepNoise(0, 1, 4))
     with Waits():
         objective.loss(model, prepared).nats.sum().backward()
 
 
 @pytest.mark.parametrize("kind", OBJECTIVES)
 def test_preparing_needs_no_weights_and_the_loss_nothing_random(kind, tiny_model):
-    model, documents = tiny_model(), torch.arange(12).expand(3, -1) // 5
-    objective, batch = OBJECTIVES[kind], batch_of(torch.randint(4, 24, (3, 12)), documents)
-    prepared = objective.prepare(batch, model.config, StepNoise(0, 1, 3))
+    model, documents = tiny_model(), torch.arange(12).expand(4, -1) // 5
+    objective, batch = OBJECTIVES[kind], batch_of(torch.randint(4, 24, (4, 12)), documents)
+    prepared = objective.prepare(batch, model.config, StepNoise(0, 1, 4))
     torch.manual_seed(1)
     first = objective.loss(model, prepared).nats
     torch.manual_seed(2)
     assert torch.equal(first, objective.loss(model, prepared).nats)
-    assert torch.equal(first, objective(model, batch, StepNoise(0, 1, 3)).nats)
+    assert torch.equal(first, objective(model, batch, StepNoise(0, 1, 4)).nats)

@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -6,6 +8,7 @@ from model.attention_mask import block_causal_mask, document_mask
 from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
 from model.transformer import Transformer
+from scripts.engine.trainer import CXX_COMPILERS
 
 CASES = {
     "plain": {},
@@ -229,3 +232,22 @@ def test_what_is_not_selected_is_attended_to_all_the_same(layers, tiny_model):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     hidden = model(ids, select=chosen, head=False)
     torch.testing.assert_close(model.lm_head(hidden), whole)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, CXX_COMPILERS)), reason="there is nothing to compile with")
+def test_compiled_layers_have_the_values_and_gradients_of_eager_ones(tiny_model):
+    """In bfloat16 with packed documents, as in training, within its precision."""
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model(num_hidden_layers=1).train()
+        if compiled:
+            for layer in model.layers:
+                layer.forward = torch.compile(layer.forward)
+        mask, ids = document_mask(torch.arange(12).expand(2, -1) // 5), torch.arange(24).view(2, 12)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(ids, attn_mask=mask, select=torch.tensor([0, 5, 20]))
+        logits = logits.float()
+        results.append((logits, *torch.autograd.grad(logits.square().mean(), list(model.parameters()))))
+    for eager, made in zip(*results, strict=True):
+        assert (made - eager).norm() < 0.03 * eager.norm() + 1e-6

@@ -85,14 +85,18 @@ def processes(_nursery, workspace):
 RUNS = {
     "ar": (train_pretrain, "--accumulation-steps 2 --ema-decay 0.9 --topk-merge 2 --save-interval 50"),
     "dm": (diffusion, "--accumulation-steps 2 --mask-schedule iid_t --variable-length-prob 0.5"),
+    "half": (train_pretrain, "--run-name half --dtype bfloat16 --max-iters 4 --log-interval 1"),
     "muon": (diffusion, "--run-name muon --optimizer muon --max-iters 3 --log-interval 1 --block-size 4"),
 }
+
+
+TOLERANCES = {"half": (1e-3, 2e-3), "muon": (1e-4, 5e-4)}  # of losses and of weights
 
 
 @pytest.fixture
 def runs(pretrain_argv, diffusion_argv):
     """runs[name] -> (module, argv) of a run of 12 steps."""
-    base = {"ar": pretrain_argv, "dm": diffusion_argv, "muon": diffusion_argv}
+    base = {"ar": pretrain_argv, "dm": diffusion_argv, "half": pretrain_argv, "muon": diffusion_argv}
     return {name: (module, [*base[name], *more.split()]) for name, (module, more) in RUNS.items()}
 
 
@@ -141,21 +145,23 @@ def write_nothing(rank):
         sys.addaudithook(told)
 
 
-@pytest.mark.parametrize("name, more", [("ar", ""), ("dm", ""), ("ar", "--fsdp"), ("muon", "--fsdp")])
+@pytest.mark.parametrize(
+    "name, more", [("ar", ""), ("dm", ""), ("ar", "--fsdp"), ("half", "--fsdp"), ("muon", "--fsdp")]
+)
 def test_two_processes_learn_what_one_learns_and_one_of_them_writes_it(name, more, alone, runs, processes):
     module, argv = runs[name]
     first, second = processes(module, [*argv, "--save-dir", "two", *more.split()], write_nothing)
     assert (first.code, second.code) == (0, 0), first.err + second.err
     assert "2 processes" in first.out and not second.out and not second.complaints
     expected = alone(name)
-    # Muon's iteration in bfloat16 magnifies what the order of sums does.
-    assert_same_learning(expected, outcome("two", name), 1e-4, of_weights=5e-4 if name == "muon" else None)
+    # bfloat16, and so Muon's iteration, magnifies what the order of sums does.
+    assert_same_learning(expected, outcome("two", name), *TOLERANCES.get(name, (1e-4,)))
     assert expected[1].keys() == load_checkpoint(Path(f"two/{name}.pt")).keys()
     if name == "ar":
         merged = load_checkpoint(Path("two/ar_topk_merged.pt"))["weights"]
         assert merged.keys() == expected[1]["weights"].keys()
-    else:  # after the training the first process alone has gone on, with the whole model
-        assert "sample" in first.out.lower() or "tok" in first.out
+    elif module is diffusion:  # after the training the first process alone has gone on, with the whole model
+        assert " forward passes, " in first.out
 
 
 def stop_in(rank_asked, step, rank):
