@@ -53,32 +53,46 @@ def train_stage(
     before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
     with World.opened(configs.runtime.torch_device) as world:
-        return _train_stage(world, stage, configs, objective, data, tokenizer, build, before_training)
+        run = configs.run
+        state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
+        settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
+        _refuse_idle(configs, objective, data)
+        require_writable(run.state_path, "--save-dir")
+        require_writable(run.exported_path, "--weights-path")
+        notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
+        model = _starting_model(configs, objective, tokenizer, state)
+        moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
+        model.set_context(data.max_seq_len)
+        objective = objective.for_weights(model.config)
+        model.config = replace(model.config, **objective.decoding)
+        dataset = world.main_first(lambda: build(model.config))  # caches are made once
+        _require_dataset(dataset, configs, state, data, objective)
+        if world.is_main:
+            print(_header(stage, model, dataset, configs, state), flush=True)
+            for note in notes:
+                print(f"resuming with another setting: {note}")
+        if run.previewing:
+            if world.is_main:
+                _preview(model, objective, dataset, configs, tokenizer)
+            return None
+        identity = {
+            "tokenizer": fingerprint(tokenizer),
+            "stage": stage,
+            "settings": settings,
+            "data": dataset.meta,
+            "command": shlex.join(sys.argv),
+            "provenance": provenance(configs.runtime),
+        }
+        if world.is_main:
+            before_training()
+        return _fit(world, model, objective, dataset, configs, identity, state, moments)
 
 
-def _train_stage(
-    world: World,
-    stage: str,
-    configs: StageConfigs,
-    objective: Any,
-    data: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    build: Callable[[ModelConfig], Any],
-    before_training: Callable[[], None],
-) -> Transformer | None:
+def _require_dataset(
+    dataset: Any, configs: StageConfigs, state: dict[str, Any] | None, data: Any, objective: Any
+) -> None:
+    """ValueError if it has no rows that an early stop needs, or is not what the saved run was trained on."""
     run = configs.run
-    state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
-    settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
-    _refuse_idle(configs, objective, data)
-    require_writable(run.state_path, "--save-dir")
-    require_writable(run.exported_path, "--weights-path")
-    notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
-    model = _starting_model(configs, objective, tokenizer, state)
-    moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
-    model.set_context(data.max_seq_len)
-    objective = objective.for_weights(model.config)
-    model.config = replace(model.config, **objective.decoding)
-    dataset = world.main_first(lambda: build(model.config))  # caches are made once
     if configs.trainer.early_stop_patience and not len(dataset.validation):
         raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
     if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
@@ -91,25 +105,6 @@ def _train_stage(
             f"{run.state_path} was tuned against another reference than {objective.reference_from}; "
             "give the same weights with --reference-from, or choose another --run-name"
         )
-    if world.is_main:
-        print(_header(stage, model, dataset, configs, state), flush=True)
-        for note in notes:
-            print(f"resuming with another setting: {note}")
-    if run.previewing:
-        if world.is_main:
-            _preview(model, objective, dataset, configs, tokenizer)
-        return None
-    identity = {
-        "tokenizer": fingerprint(tokenizer),
-        "stage": stage,
-        "settings": settings,
-        "data": dataset.meta,
-        "command": shlex.join(sys.argv),
-        "provenance": provenance(configs.runtime),
-    }
-    if world.is_main:
-        before_training()
-    return _fit(world, model, objective, dataset, configs, identity, state, moments)
 
 
 def require_start(configs: StageConfigs, example: str) -> None:
