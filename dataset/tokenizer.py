@@ -1,7 +1,8 @@
 """Text to token ids and back: load, train and save tokenizers, and the chat format.
 
 Contract: `encode` treats text as plain data. A document that spells <|im_end|> or <|mask|> gets the ids of those
-characters; only code that names an id (`encode_chat`, packing, noising) can put a control token into a sequence.
+characters; only code that names an id (`encode_chat`, packing, noising), or that asks for it with `control=True`, can
+put a control token into a sequence.
 (Tokens that a foreign tokenizer declares as ordinary text, such as MiniMind's <think>, are text.)
 Every tokenizer accepted here is lossless: decode(encode(text)) == text.
 """
@@ -113,19 +114,22 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Ids of `text` as plain data: nothing added, nothing cut. ValueError: a character the vocabulary cannot spell."""
-    return encode_batch(tokenizer, [text])[0]
+def encode(tokenizer: PreTrainedTokenizerFast, text: str, control: bool = False) -> list[int]:
+    """Ids of `text` as plain data: nothing added, nothing cut. ValueError: a character the vocabulary cannot spell.
+
+    control: text that spells a control token becomes that token.
+    """
+    return encode_batch(tokenizer, [text], control)[0]
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
+def encode_batch(tokenizer: PreTrainedTokenizerFast, texts: list[str], control: bool = False) -> list[list[int]]:
     """`encode` of every text, on all cores unless TOKENIZERS_PARALLELISM=false."""
     backend = tokenizer.backend_tokenizer
     # transformers leaves these three set on the shared backend after a call, and sets them anew before each of its own.
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = not control
     backend.no_truncation()
     backend.no_padding()
-    _check_spellable(backend, texts)
+    _check_spellable(backend, texts, control)
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
@@ -275,10 +279,13 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _check_spellable(backend: Tokenizer, texts: list[str]) -> None:
+def _check_spellable(backend: Tokenizer, texts: list[str], control: bool) -> None:
     for text in texts:
         _check_unicode(text)
     if isinstance(backend.model, models.WordLevel):
+        if control:
+            names = [re.escape(token.content) for token in backend.get_added_tokens_decoder().values()]
+            texts = [re.sub("|".join(names), "", text) for text in texts]
         for character in sorted(set().union(*texts)):
             if backend.token_to_id(character) is None:
                 raise ValueError(
