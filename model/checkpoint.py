@@ -1,24 +1,33 @@
 """One file per checkpoint: config, weights, where they come from and, for resuming, the training state.
 
 Files are plain torch archives of tensors and built-in types, read with `weights_only=True`: loading one never runs
-code. Nothing is inferred from tensor shapes, and nothing is loaded "where it fits".
+code. Nothing is inferred from tensor shapes, and nothing is loaded "where it fits". A file ends with the SHA-256 of all
+before it (as the comment of a zip archive, which torch and other programs read over), so no byte of it can be lost or
+changed without being noticed.
 """
 
+import hashlib
 import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-FORMAT, VERSION = "nano-llada", 2
+FORMAT, VERSION = "nano-llada", 3  # 2 added block_size to the config, 3 the seal
+SEAL = b"sha256:"
+SEAL_BYTES = len(SEAL) + 64
 # Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
 ADJUSTABLE = ("inference_rope_scaling", "dropout")
 
@@ -39,13 +48,40 @@ def save_checkpoint(
         "stage": stage,
         **more,
     }
+    write_archive(path, payload)
+
+
+def write_archive(path: Path, payload: Any) -> None:
+    """Tensors and built-in types as a sealed torch archive."""
+    with replacing(Path(path)) as file:
+        torch.save(payload, file)
+        file.seek(-2, os.SEEK_END)  # a zip archive ends with its comment, after the length of it
+        file.write(SEAL_BYTES.to_bytes(2, "little"))
+        file.seek(0)
+        seal = SEAL + hashlib.file_digest(file, "sha256").hexdigest().encode()
+        file.write(seal)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file that becomes `path` when the block is left: whatever happens, `path` is the old file or the new one,
+    whole. An error leaves the old one, and OSError names `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        torch.save(payload, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        fault = _system_error(error)
+        if fault is None:
+            raise
+        raise OSError(
+            f"{path} cannot be written ({fault.strerror}), and is left as it was; make room, or choose another place"
+        ) from error
     if os.name == "posix":  # the new name, too, must survive a power cut; Windows has no such call for folders
         folder = os.open(path.parent, os.O_RDONLY)
         try:
@@ -54,17 +90,32 @@ def save_checkpoint(
             os.close(folder)
 
 
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error behind what was raised: torch's writer reports one of its own."""
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Whatever torch archive of tensors and built-in types lies at `path`; ValueError if there is none."""
+    """Whatever torch archive of tensors and built-in types, or file of safetensors, lies at `path`; ValueError if there
+    is none, or if it is not as it was written."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no checkpoint {path}; training writes <run>_state_dict.pt, and --save-dir says where"
         )
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():  # torch does not compare the checksums
+        if path.suffix == ".safetensors":
+            return load_file(path, device=str(device))
+        sealed = _is_sealed(path)
+        # torch does not compare the checksums that every zip archive has.
+        if not sealed and zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError
-        return torch.load(path, map_location=device, weights_only=True)
+        payload = torch.load(path, map_location=device, weights_only=True)
+        if not sealed and isinstance(payload, dict) and payload.get("format") == FORMAT and payload["version"] >= 3:
+            raise ValueError
+        return payload
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
@@ -80,11 +131,31 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         IndexError,
         AttributeError,
         TypeError,
+        OverflowError,
         zipfile.BadZipFile,
+        SafetensorError,
     ):
         raise ValueError(
             f"{path} is damaged or not a torch checkpoint; copy it again, or use the run's other files"
         ) from None
+
+
+def _is_sealed(path: Path) -> bool:
+    """Whether the file ends with the SHA-256 of what comes before it; ValueError if of something else."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - SEAL_BYTES, 0))
+        seal = file.read()
+        if not seal.startswith(SEAL):
+            return False
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - SEAL_BYTES
+        while left and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+    if seal != SEAL + digest.hexdigest().encode():
+        raise ValueError
+    return True
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -96,10 +167,11 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
             "weights of MiniMind or Hugging Face are read by --init-from-minimind"
         )
     if payload.get("version") == 1 and isinstance(payload.get("config"), dict):
-        payload["config"] = {"block_size": 0} | payload["config"]  # which version 2 added
-    elif payload.get("version") != VERSION:
+        payload["config"] = {"block_size": 0} | payload["config"]
+    elif payload.get("version") not in (2, VERSION):
         raise ValueError(
-            f"{path} has checkpoint version {payload.get('version')}, this code reads versions 1 and {VERSION}"
+            f"{path} has checkpoint version {payload.get('version')}, this code reads versions 1 to {VERSION}; "
+            "update the code, or train anew"
         )
     missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
     if missing:

@@ -26,13 +26,13 @@ from model.forward_process import StepNoise
 from model.losses import forbid, token_nats
 from model.objective import MaskedDiffusion, NextToken, Objective
 from model.transformer import Transformer
+from scripts.engine.compiling import compile_layers
 from scripts.engine.flops import step_flops
 from scripts.engine.loader import Rows, to_device
 from scripts.engine.memory import keep_freed_memory, peak_of
 from scripts.engine.optim import OptimConfig, make_optimizers, scale_and_clip
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.timing import Timing, interleave, synchronise
-from scripts.engine.trainer import RECOMPILE_LIMIT
 
 KINDS = ("ar", "full", "block")
 PARTS = ("data", "forward", "backward", "optimizer")
@@ -115,8 +115,7 @@ class Case:
             groups = [{k: v for k, v in group.items() if k in keys} for group in groups]
             self.optimizers = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), foreach=False, fused=False)]
         if made.compiled:
-            for layer in self.network.layers:
-                layer.compile()
+            compile_layers(self.network)
         self.parts, self.real, self.padded, self.flops = [], [], [], []
 
     def turn(self) -> None:
@@ -208,7 +207,6 @@ class Setting:
     def measured(self, kind: str, made: dict[str, Made]) -> dict[str, dict[str, Any]]:
         """Rows by name; every case takes its turn in each round."""
         torch._dynamo.reset()  # lest the shapes of another kind make these dynamic
-        torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
         cases, rounds = self.cases(kind, made), self.bench.rounds
         for name in cases:
             print(f"{kind}: {name}", file=sys.stderr)

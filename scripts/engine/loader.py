@@ -1,7 +1,9 @@
 """Rows as the training loop asks for them, and their way to the device."""
 
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -54,13 +56,14 @@ def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 class Ahead:
     """The items of an iterable, in order, made by a thread while the caller is busy with the ones before.
 
-    An exception in the making comes where its item would have come. The thread ends with the `with` statement.
+    An exception in the making comes where its item would have come. The thread ends with the `with` statement. Where an
+    item is long in coming, it is said on stderr what the thread is doing.
     """
 
-    def __init__(self, items: Iterable, depth: int = 2):
-        """depth: items that may lie ready."""
+    def __init__(self, items: Iterable, depth: int = 2, patience: float = 60.0):
+        """depth: items that may lie ready. patience: seconds of waiting before the first word, then twice as many."""
         self._items, self._made, self._room = iter(items), queue.SimpleQueue(), threading.Semaphore(depth)
-        self._closed = False
+        self._closed, self._patience = False, patience
         self._thread = threading.Thread(target=self._make, name="data", daemon=True)
 
     def __enter__(self) -> "Ahead":
@@ -76,12 +79,25 @@ class Ahead:
         return self
 
     def __next__(self) -> Any:
-        item, error = self._made.get()
+        item, error = self._wait()
         self._room.release()
         if error is not None:
             self._made.put((None, error))  # for whoever asks again
             raise error
         return item
+
+    def _wait(self) -> tuple[Any, BaseException | None]:
+        patience, waited = self._patience, 0.0
+        while True:
+            try:
+                return self._made.get(timeout=patience)
+            except queue.Empty:
+                waited += patience
+                patience *= 2
+            busy = sys._current_frames().get(self._thread.ident)
+            where = traceback.extract_stack(busy)[-1] if busy else None
+            doing = f"it is in {where.filename}, line {where.lineno} ({where.name})" if where else "it has ended"
+            print(f"no batch for {waited:.0f} s from the data thread; {doing}; waiting on", file=sys.stderr, flush=True)
 
     def _make(self) -> None:
         try:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scripts.engine.distributed import World
+
 
 class Meter:
     """Running sums of (sum, count) pairs, kept on the device and read once per log line."""
@@ -22,6 +24,16 @@ class Meter:
         total, count = total.detach().to(wide), count.detach().to(wide)
         old = self.sums.get(name)
         self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
+
+    def gathered(self, world: World) -> "Meter":
+        """The sums of all processes on the first one, none on the others."""
+        if world.size == 1:
+            return self
+        everything, device = Meter(), next((total.device for total, _ in self.sums.values()), None)
+        for sums in world.gather({name: (total.cpu(), count.cpu()) for name, (total, count) in self.sums.items()}):
+            for name, (total, count) in sums.items():
+                everything.add(name, total.to(device), count.to(device))
+        return everything
 
     def read(self) -> dict[str, Any]:
         """name -> sum / count, a float or a list of floats, None where not finite; clears the sums."""
@@ -54,6 +66,11 @@ class RunLog:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
         self.lines += 1
+
+    def sync(self) -> None:
+        """Have the lines on the disk, before something says how many there are."""
+        with self.path.open("ab") as file:
+            os.fsync(file.fileno())
 
 
 def read_log(path: Path) -> list[dict]:

@@ -136,8 +136,26 @@ def scale_and_clip(parameters: list[Tensor], scale: Tensor, max_norm: float) -> 
     One pass over the gradients and no wait for the device.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    norm = (norm.full_tensor() if is_sharded(norm) else norm) * scale
+    norm = total_norm(gradients) * scale
     factor = scale * (max_norm / (norm + 1e-6)).clamp(max=1.0) if max_norm else scale
     torch._foreach_mul_(gradients, factor)
     return norm
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """The norm of them all together, (), also where they are sharded."""
+    norm = torch.nn.utils.get_total_norm(tensors)
+    return norm.full_tensor() if is_sharded(norm) else norm
+
+
+def step_if(optimizer: torch.optim.Optimizer, sound: Tensor) -> None:
+    """optimizer.step() if `sound`, () bool, else nothing changes, neither weights nor moments.
+
+    A fused optimizer is told on the device, as a GradScaler tells it; for others the host waits to know.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):
+        optimizer.found_inf = (~sound).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif sound:
+        optimizer.step()

@@ -13,7 +13,7 @@ from model.forward_process import StepNoise
 from model.transformer import Transformer
 from scripts.engine.loader import Rows, to_device
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "padding": "\033[100m"}
 RESET = "\033[0m"

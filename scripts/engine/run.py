@@ -1,5 +1,6 @@
 """A run on disk: its files, its settings, and whether it starts, continues or is refused."""
 
+import math
 import os
 import signal
 from collections.abc import Mapping
@@ -37,6 +38,7 @@ TOLD = {
     "dtype",
     "compile",
     "fsdp",
+    "max_skipped_steps",
 }
 
 
@@ -111,6 +113,10 @@ class RunConfig:
         return self.path(".pt")
 
     @property
+    def lock_path(self) -> Path:
+        return self.path(".lock")
+
+    @property
     def best_path(self) -> Path:
         return self.path("_best.pt")
 
@@ -137,6 +143,12 @@ def settings_of(*groups: Any) -> dict[str, Any]:
             value = getattr(group, name)
             values[name] = str(value) if isinstance(value, Path) else value
     return values
+
+
+def defaults_of(*groups: Any) -> dict[str, Any]:
+    """The flags of settings_of, with the values that they have where nobody gives them."""
+    values = {f.name: f.default for group in groups for f in fields(group)}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def continues(config: RunConfig) -> bool:
@@ -174,7 +186,10 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Pat
         name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name) and name not in SILENT
     ]
     told = {name: f"--{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}" for name in differ}
-    refused = [told[name] for name in differ if name not in TOLD]
+    batch = ("batch_size", "accumulation_steps")  # the same rows per step in other portions: sums in another order
+    same = len({math.prod(settings.get(name, 0) for name in batch) for settings in (saved, now)}) == 1
+    harmless = TOLD | set(batch) if same else TOLD
+    refused = [told[name] for name in differ if name not in harmless]
     if refused:
         raise ValueError(
             f"{path} was trained with other settings: {'; '.join(refused)}; "

@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,12 +16,21 @@ from model.forward_process import rate_range
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.distributed import World, whole
+from scripts.engine.lock import locked
 from scripts.engine.memory import keep_freed_memory
 from scripts.engine.optim import OptimConfig
 from scripts.engine.preview import dry_run, show_batch
-from scripts.engine.run import RunConfig, compare_settings, continues, require_writable, settings_of
+from scripts.engine.run import RunConfig, compare_settings, continues, defaults_of, require_writable, settings_of
 from scripts.engine.runtime import RuntimeConfig, provenance
-from scripts.engine.trainer import Trainer, TrainerConfig
+from scripts.engine.trainer import Trainer
+from scripts.engine.trainer_config import TrainerConfig
+
+# For weights that an autoregressive stage cannot start from: what trains them on.
+BY_DIFFUSION = {
+    "scripts.train.train_pretrain": "scripts.train.diffusion --train",
+    "scripts.train.train_sft_minimind": "scripts.train.train_sft_diffusion",
+    "scripts.train.train_dpo_minimind": "scripts.train.train_dpo_diffusion",
+}
 
 
 @dataclass(frozen=True)
@@ -52,15 +62,16 @@ def train_stage(
     time.
     before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
-    with World.opened(configs.runtime.torch_device) as world:
-        run = configs.run
+    run = configs.run
+    with World.opened(configs.runtime.torch_device) as world, _alone_at(run, world):
         state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
-        settings = settings_of(configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data)
+        groups = configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data
+        settings = settings_of(*groups)
         _refuse_idle(configs, objective, data)
-        require_writable(run.state_path, "--save-dir")
-        require_writable(run.exported_path, "--weights-path")
+        if state:  # flags that came after it was saved had their defaults
+            state["settings"] = {k: v for k, v in defaults_of(*groups).items() if k in settings} | state["settings"]
         notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
-        model = _starting_model(configs, objective, tokenizer, state)
+        model = _starting_model(stage, configs, objective, tokenizer, state)
         moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
         model.set_context(data.max_seq_len)
         objective = objective.for_weights(model.config)
@@ -86,6 +97,16 @@ def train_stage(
         if world.is_main:
             before_training()
         return _fit(world, model, objective, dataset, configs, identity, state, moments)
+
+
+@contextmanager
+def _alone_at(run: RunConfig, world: World) -> Iterator[None]:
+    """Within it no other command writes the run. ValueError if one does, or if its files cannot be written."""
+    require_writable(run.state_path, "--save-dir")
+    require_writable(run.exported_path, "--weights-path")
+    with locked(run.lock_path) if world.is_main and not run.previewing else nullcontext():
+        world.most(0)  # only now may the others look at what is there
+        yield
 
 
 def _require_dataset(
@@ -223,8 +244,9 @@ def _check_continuation(
     """Lines on what differs harmlessly; ValueError if the saved run is another stage's or had other settings."""
     if state["stage"] != stage:
         raise ValueError(
-            f"{run.state_path} is a run of {state['stage']}, not of {stage}; "
-            "choose another --run-name, and --load-from for its weights"
+            f"{run.state_path} is a run of {state['stage']}, not of {stage}: go on with it by "
+            f"uv run python -m {state['stage']} --run-name {run.run_name} --resume must, "
+            "or choose another --run-name, and --load-from for its weights"
         )
     if "step" not in state or "optimizers" not in state:
         raise ValueError(f"{run.state_path} holds weights only; resume from the run's own <run-name>.pt")
@@ -236,7 +258,7 @@ def _check_continuation(
 
 
 def _starting_model(
-    configs: StageConfigs, objective: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
+    stage: str, configs: StageConfigs, objective: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
 ) -> Transformer:
     """The saved run's model, that of --load-from, or a new one seeded by --seed. ValueError: diffusion weights for an
     autoregressive stage (the reverse is how diffusion starts from AR)."""
@@ -249,7 +271,8 @@ def _starting_model(
         if objective.decoding["attention"] == "causal" and model.config.attention != "causal":
             raise ValueError(
                 f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
-                "an autoregressive stage needs an autoregressive checkpoint"
+                "an autoregressive stage needs an autoregressive checkpoint; train it on by "
+                f"uv run python -m {BY_DIFFUSION[stage]} --load-from {configs.run.load_from}"
             )
         return model
     return Transformer(shape)

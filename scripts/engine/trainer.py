@@ -1,15 +1,13 @@
 """The one training loop. A stage supplies a model, an objective and rows; nothing here knows what they learn."""
 
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -17,65 +15,28 @@ from model.checkpoint import load_weights, save_checkpoint
 from model.forward_process import StepNoise
 from model.objective import RowLoss
 from model.transformer import Transformer
-from scripts.engine.distributed import ALONE, Replica, World, launched, num_processes, shards_like, whole
-from scripts.engine.loader import Ahead, Rows, host_ready, in_order, move
+from scripts.engine.compiling import compile_layers, uncompile
+from scripts.engine.distributed import ALONE, Replica, World, shards_like, whole
+from scripts.engine.health import Health, is_out_of_memory, smaller_batch
+from scripts.engine.loader import Ahead, Rows, host_ready, move
 from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
-from scripts.engine.optim import MovingAverage, OptimConfig, load_state, lr_at, make_optimizers, scale_and_clip
+from scripts.engine.optim import (
+    MovingAverage,
+    OptimConfig,
+    load_state,
+    lr_at,
+    make_optimizers,
+    scale_and_clip,
+    step_if,
+    total_norm,
+)
 from scripts.engine.run import Interrupted, RunConfig, StopSignals
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.topk import TopK
+from scripts.engine.trainer_config import TrainerConfig
+from scripts.engine.validation import Validation
 
-CXX_COMPILERS = ("c++", "g++", "clang++", "cl")
-RECOMPILE_LIMIT = 32  # graphs of one layer's code; past it layers would run uncompiled
 COUNTERS = ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens")
-VALIDATION_SEED, VALIDATION_STEP = 0, -1  # the noise of every validation of every run
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Duration and batch."""
-
-    batch_size: Annotated[int, "rows per forward pass, of all processes together"] = 96
-    accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
-    epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
-    max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
-    early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
-    early_stop_min_delta: Annotated[
-        float, "decrease of the validation loss that counts as improvement, nats per token"
-    ] = 0.0
-    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
-    fsdp: Annotated[bool, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2)"] = False
-
-    def __post_init__(self):
-        for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        if self.batch_size % num_processes():
-            raise ValueError(
-                f"--batch-size {self.batch_size} does not divide among {num_processes()} processes; "
-                "give a multiple of their number"
-            )
-        if self.fsdp and not launched():
-            raise ValueError("--fsdp needs the processes that torchrun starts; start with it, or leave out --fsdp")
-        if self.epochs is not None and self.max_iters is not None:
-            raise ValueError("give --epochs or --max-iters, not both")
-        if self.compile:
-            require_compiler("leave it out")
-        if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
-            raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
-
-    @property
-    def rows_per_step(self) -> int:
-        return self.batch_size * self.accumulation_steps
-
-    def total_steps(self, num_rows: int) -> int:
-        return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))
-
-
-def require_compiler(remedy: str) -> None:
-    """ValueError where layers cannot be compiled, before anything else is done."""
-    if not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
-        raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found: {remedy}")
 
 
 class Trainer:
@@ -106,6 +67,10 @@ class Trainer:
         self.model, self.objective = model, objective
         self.replica = Replica(model, world, self.device, trainer.fsdp, runtime.torch_dtype)
         self.train_rows, self.val_rows = train_rows, val_rows
+        most = min(len(val_rows), run.eval_max_batches * trainer.batch_size)
+        self.validation = Validation(
+            self.replica, objective, val_rows, most, trainer.batch_size, train_rows.seq_len, runtime, world
+        )
         self.order = train_rows.order(runtime.seed, trainer.rows_per_step)
         self.total_steps = trainer.total_steps(len(train_rows))
         self.parameters = list(model.parameters())
@@ -116,7 +81,7 @@ class Trainer:
         self.best_loss = self.stop_loss = math.inf
         # What a process has counted; what all of them have is the sum, which _collect brings to the first one.
         self.seconds, self.tokens, self.meter = 0.0, 0, Meter()
-        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self.health = Health(state.get("health") if state else None)
         self.top = TopK(run, state.get("top", []) if state else [], deletes=world.is_main)
         self.top.require_files()
         if state:
@@ -131,12 +96,7 @@ class Trainer:
                     path.unlink(missing_ok=True)
                 self.top.clear()
         if trainer.compile:
-            # One graph for the first shape and one for all others, each with and without gradients, for every kind of
-            # mask, for the last layer and for the others. Past the limit layers would run uncompiled.
-            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
-            torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two where its buckets end
-            for layer in self.model.layers:
-                layer.forward = torch.compile(layer.forward)  # and not the hooks around it, which FSDP2 has
+            compile_layers(self.model)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -150,8 +110,7 @@ class Trainer:
             bar.close()
             self.save()
         if self.trainer.compile:  # what comes next, samples, has other shapes at every step
-            for layer in self.model.layers:
-                del layer.forward
+            uncompile(self.model)
         if self.average:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)
@@ -174,8 +133,10 @@ class Trainer:
             learning_rate = self._train_step()
             bar.update()
             self.seconds = already + time.perf_counter() - started
-            if self.step % self.run.log_interval == 0 or self.finished:
-                self._require_finite()
+            told = self.step % self.run.log_interval == 0 or self.finished
+            if told or self.device.type == "cpu":  # elsewhere, to look is to wait
+                self._tell_skipped()
+            if told:
                 self._collect()
                 now = time.perf_counter()
                 if self.world.is_main:
@@ -199,21 +160,27 @@ class Trainer:
         torch.manual_seed(self.runtime.seed * 1_000_003 + self.step + (self.world.rank << 53))  # dropout
         # A constant of about the size of the count, which the last micro-batch completes and _update puts in place.
         nominal = float(self.trainer.rows_per_step * self.train_rows.seq_len)
-        count = torch.zeros((), device=self.device)
-        self._begun = self.tokens, dict(self.meter.sums)
+        scored = torch.zeros(2, device=self.device)  # nats, and the number of what they are the sum of
+        averages = []
+        self._begun = self.tokens
         for number in range(self.trainer.accumulation_steps):
             prepared, tokens = self._next()
             self.tokens += tokens
-            with self.replica.accumulating(last=number + 1 == self.trainer.accumulation_steps):
-                loss = self._loss(self.objective, prepared)
+            with self.replica.accumulating(last=number + 1 == self.trainer.accumulation_steps), self._advised():
+                loss = self._loss(prepared)
                 self.scaler.scale(loss.nats.sum() / nominal).backward()
-            self.meter.add("loss", loss.nats.sum(), loss.count.sum())
-            for name, (total, seen) in loss.averages.items():
-                self.meter.add(name, total, seen)
-            count += loss.count.sum()
+            sums = loss.nats.detach().sum(), loss.count.sum()
+            averages += [("loss", *sums), *((name, *pair) for name, pair in loss.averages.items())]
+            scored += torch.stack(sums)
+        nats, count = self.world.add(scored)
         # Gradients come as the mean over the processes of what is to be their sum.
-        self._update(nominal * self.world.size / self.world.add(count).clamp(min=1))
+        norm, sound = self._update(nominal * self.world.size / count.clamp(min=1), nats)
+        if self.world.is_main:  # all have the same
+            averages.append(("grad_norm", norm, torch.ones((), device=self.device)))
+        for name, total, number in averages:
+            self.meter.add(name, total.where(sound, 0), number.where(sound, 0))
         self.step += 1
+        self.health.note(self.step, sound)
         return learning_rate
 
     def _next(self) -> tuple[dict[str, Any], int]:
@@ -224,7 +191,7 @@ class Trainer:
             item, error = (), fault
         if self.world.most(error is not None):
             if self.step > self.saved_step:
-                self.tokens, self.meter.sums = self._begun  # of the step that will not be, nothing is counted
+                self.tokens = self._begun  # of the step that will not be, nothing is counted
                 self.save()
             raise error or SystemExit(1)
         return item
@@ -235,41 +202,92 @@ class Trainer:
             torch.cuda.set_device(self.device)  # a thread of its own begins with the first one
         per_step, size = self.trainer.rows_per_step, self.trainer.batch_size
         for step in range(self.step, self.total_steps):
-            indices = self._rows_of_step(step)
+            indices = self.order(step * per_step, per_step)
             for first in range(0, per_step, size):
                 rows = self.world.share(first, size)
                 batch = self.train_rows.batch(indices[rows])
                 tokens = int((batch["input_ids"] != self.model.config.pad_token_id).sum())
-                noise = self._noise(self.runtime.seed, step, per_step, rows.start)
+                noise = StepNoise(
+                    self.runtime.seed, step, per_step, rows.start, self.train_rows.seq_len, step / self.total_steps
+                )
                 prepared = self.objective.prepare(batch, self.model.config, noise)
                 yield host_ready(prepared, self.device), tokens
 
-    def _rows_of_step(self, step: int) -> np.ndarray:
-        per_step = self.trainer.rows_per_step
-        return self.order(step * per_step, per_step)
-
-    def _update(self, scale: torch.Tensor) -> None:
+    def _update(self, scale: torch.Tensor, nats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the step if its loss and gradient are finite; returns the gradient's norm and whether they are."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = scale_and_clip(self.parameters, scale, self.optim.grad_clip)
-        if not self.scaler.is_enabled():  # the scaler meets infinities on purpose, and skips those steps
-            self.finite = self.finite & norm.isfinite()
-        if self.world.is_main:  # all have the same
-            self.meter.add("grad_norm", norm, torch.ones((), device=self.device))
+        sound = nats.isfinite() & norm.isfinite()
         for optimizer in self.optimizers:
-            self.scaler.step(optimizer)
+            if self.scaler.is_enabled():  # which meets infinite gradients on purpose, skips them and scales down
+                self.scaler.step(optimizer)
+            else:
+                step_if(optimizer, sound)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
         if self.average:
             self.average.update(self.model)
+        return norm, nats.isfinite() if self.scaler.is_enabled() else sound
 
-    def _noise(self, seed: int, step: int, total_rows: int, first_row: int) -> StepNoise:
-        progress = min(max(step, 0) / self.total_steps, 1.0)
-        return StepNoise(seed, step, total_rows, first_row, self.train_rows.seq_len, progress)
+    def _tell_skipped(self) -> None:
+        """Log the steps that were skipped since the last call; ValueError when there are too many in a row."""
+        per_step = self.trainer.rows_per_step
+        for step in self.health.read():
+            order = self.train_rows.order(self.runtime.seed, per_step)  # one of its own: the data thread uses the other
+            rows = sorted((order((step - 1) * per_step, per_step) % len(self.train_rows)).tolist())
+            if self.world.is_main:
+                self.log.write("skipped", step=step, rows=rows)
+            shown = f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}"
+            self._say(f"step {step}: loss or gradient not finite, step skipped (training rows {shown}, from 0)")
+        if self.health.in_a_row >= self.trainer.max_skipped_steps:
+            raise ValueError(self._given_up())
 
-    def _loss(self, objective: Any, prepared: dict[str, Any]) -> RowLoss:
+    def _given_up(self) -> str:
+        """Save the weights if they give a finite loss on the validation rows, so that the fault was in data or
+        arithmetic; what to tell the user."""
+        steps, self.health.in_a_row = self.health.in_a_row, 0
+        nats, _, _ = self._validation(StopSignals())
+        sound = len(nats) > 0 and math.isfinite(nats.sum())
+        if sound:
+            self.save()
+        told = f"{steps} steps in a row, to step {self.step}, had no finite loss and gradient, and were skipped"
+        if sound:
+            return (
+                f"{told}; the weights give a finite loss on other rows{self._holds}; look at the rows that "
+                f"{self.run.path('_log.jsonl')} names, and go on with --resume must, or with another --dtype, too"
+            )
+        remedy = "start again with a lower --learning-rate or another --dtype"
+        return f"{told}; the weights are spoilt{self._holds}; {remedy}"
+
+    @property
+    def _holds(self) -> str:
+        return f"; {self.run.state_path} holds step {self.saved_step}" if self.saved_step else ""
+
+    @contextmanager
+    def _advised(self) -> Iterator[None]:
+        """Where memory does not suffice, the step before is saved, and ValueError says with which flags it would."""
+        try:
+            yield
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        for optimizer in self.optimizers:  # outside of the except clause, which would keep the step's tensors alive
+            optimizer.zero_grad(set_to_none=True)
+        if self.world.size == 1 and self.step > self.saved_step:
+            self.tokens = self._begun
+            self.save()
+        config = self.trainer
+        flags = smaller_batch(config.batch_size, config.accumulation_steps, self.run.eval_max_batches, self.world.size)
+        less = f"give {flags}, which trains the same" if flags else "give a smaller model or --max-seq-len"
+        more = ", and --resume must" if flags and self.saved_step else ""
+        raise ValueError(f"out of memory in step {self.step + 1}{self._holds}; {less}{more}")
+
+    def _loss(self, prepared: dict[str, Any]) -> RowLoss:
         with self.runtime.autocast():
-            return self.replica.loss(objective, move(prepared, self.device))
+            return self.replica.loss(self.objective, move(prepared, self.device))
 
     def _validate(self, stop: StopSignals) -> None:
         """Validation loss on fixed rows with fixed noise; keeps the best weights; counts towards an early stop."""
@@ -284,36 +302,11 @@ class Trainer:
             if self.average:
                 self.average.swap(self.model)
 
-    @torch.no_grad()
     def _validation(self, stop: StopSignals) -> tuple[torch.Tensor, torch.Tensor, Meter]:
-        """Nats and counts of every validation row, float64 on the host, under the weights in the model."""
-        objective, size = self.objective.for_validation(), self.trainer.batch_size
-        max_rows = min(len(self.val_rows), self.run.eval_max_batches * size)
-        meter, measured = Meter(), []
-
-        def batches() -> Iterator[tuple[int, int, dict[str, Any]]]:
-            for first, own, batch in in_order(self.val_rows, size, max_rows, self.world.rank, self.world.size):
-                noise = self._noise(VALIDATION_SEED, VALIDATION_STEP, max_rows, first)
-                yield first, own, host_ready(objective.prepare(batch, self.model.config, noise), self.device)
-
-        self.model.eval()
-        try:
-            with Ahead(batches()) as ready:
-                for first, own, prepared in ready:
-                    self._stop_if_asked(stop)
-                    loss = self._loss(objective, prepared)
-                    if own:
-                        measured.append((slice(first, first + own), loss))
-                        for name, (total, number) in loss.averages.items():
-                            meter.add(name, total, number)
-        finally:
-            self.model.train()
-            self.replica.rest()
-        rows = torch.zeros(2, max_rows, dtype=torch.float64)
-        for mine, loss in measured:
-            rows[0, mine], rows[1, mine] = loss.nats.cpu(), loss.count.cpu()
-        nats, counts = self.world.total(rows)
-        return nats, counts, self._gathered(meter)
+        """As `Validation` gives it, of the weights that are in the model now."""
+        self._begun = self.tokens
+        with self._advised():
+            return self.validation(lambda: self._stop_if_asked(stop))
 
     def _merge(self) -> None:
         """<run>_topk_merged.pt: the mean of the best weights, validated like each of them."""
@@ -365,6 +358,7 @@ class Trainer:
 
     def _log_training(self, learning_rate: float, speed: float, bar: tqdm) -> None:
         values = self.meter.read()
+        usual = self.health.spike(values["loss"]) if values["loss"] is not None else None
         loss = "none scored" if values["loss"] is None else f"{values['loss']:.4f}"
         self.log.write(
             "train",
@@ -381,6 +375,12 @@ class Trainer:
             f"step {self.step}: train loss {loss}, lr {learning_rate:.2e}{best}, {speed:.0f} tok/s, "
             f"{self.seconds:.0f} s, {left:.0f} s to go"
         )
+        if usual:
+            self.log.write("spike", step=self.step, loss=values["loss"], median=usual[0], deviation=usual[1])
+            self._say(
+                f"step {self.step}: the training loss {loss} is far above the {usual[0]:.4f} +- {usual[1]:.4f} of the "
+                "log lines before"
+            )
         bar.set_postfix(loss=loss, lr=f"{learning_rate:.1e}", tok_s=f"{speed:.0f}")
 
     @property
@@ -398,23 +398,22 @@ class Trainer:
 
     def _collect(self) -> None:
         """Bring what the processes have counted to the first one."""
-        self.meter, self.tokens = self._gathered(self.meter), sum(self.world.gather(self.tokens))
-
-    def _gathered(self, meter: Meter) -> Meter:
-        """The sums of all processes on the first one, none on the others."""
-        if self.world.size == 1:
-            return meter
-        everything = Meter()
-        for sums in self.world.gather({k: (a.cpu(), b.cpu()) for k, (a, b) in meter.sums.items()}):
-            for name, (total, count) in sums.items():
-                everything.add(name, total.to(self.device), count.to(self.device))
-        return everything
+        self.meter, self.tokens = self.meter.gathered(self.world), sum(self.world.gather(self.tokens))
 
     # -- the files -----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """<run>.pt: everything needed to continue. ValueError, and nothing written, once a gradient was not finite."""
-        self._require_finite()
+        """<run>.pt: everything needed to continue. ValueError, and nothing written, where weights are not finite. Nor
+        is anything written while steps are being skipped: what is there leads here again, if need be."""
+        self._tell_skipped()
+        if self.health.in_a_row and not self.finished:
+            return
+        norm = total_norm([parameter.detach() for parameter in self.parameters])
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"the weights are not finite at step {self.step}{self._holds}; "
+                "start again with a lower --learning-rate or another --dtype"
+            )
         self._collect()
         shared = whole(
             {
@@ -425,6 +424,7 @@ class Trainer:
             keep=self.world.is_main,
         )
         if self.world.is_main:
+            self.log.sync()
             counters = {name: getattr(self, name) for name in COUNTERS}
             save_checkpoint(
                 self.run.state_path,
@@ -435,18 +435,11 @@ class Trainer:
                 top=self.top.best,
                 log_lines=self.log.lines,
                 meter=self.meter.sums,
+                health=self.health.state,
                 scaler=self.scaler.state_dict(),
             )
         self.saved_step = self.step
         self._say(f"saved {self.run.state_path} (step {self.step})")
-
-    def _require_finite(self) -> None:
-        if not bool(self.finite):
-            last = f"; {self.run.state_path} holds step {self.saved_step}" if self.saved_step else ""
-            raise ValueError(
-                f"the gradient was not finite at or before step {self.step}, so the weights are spoilt{last}; "
-                "start again with a lower --learning-rate or another --dtype"
-            )
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._put_weights(state["weights"], str(self.run.state_path))
@@ -480,5 +473,7 @@ class Trainer:
             if self.saved_step != self.step:  # the signal came between two checks
                 self.save()
             how = "--resume must instead of --overwrite" if self.run.overwrite else "--resume must"
-            self._say(f"stopped at step {self.step} of {self.total_steps}; continue with the same command and {how}")
+            stood = "" if self.saved_step == self.step else f", saved at step {self.saved_step}"
+            at = f"step {self.step} of {self.total_steps}{stood}"
+            self._say(f"stopped at {at}; continue with the same command and {how}")
             raise Interrupted(128 + number)

@@ -39,10 +39,10 @@ from scripts.engine.benchmark_decoding import DecodingBenchmarkConfig
 from scripts.engine.benchmark_scaling import ScalingBenchmarkConfig
 from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.compiling import require_compiler
 from scripts.engine.evaluation import circumstances
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trainer import require_compiler
 
 GROUPS = (
     ModelConfig,

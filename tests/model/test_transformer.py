@@ -8,7 +8,7 @@ from model.attention_mask import block_causal_mask, document_mask
 from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
 from model.transformer import Transformer
-from scripts.engine.trainer import CXX_COMPILERS
+from scripts.engine.compiling import CXX_COMPILERS, compile_layers
 
 CASES = {
     "plain": {},
@@ -242,8 +242,7 @@ def test_compiled_layers_have_the_values_and_gradients_of_eager_ones(tiny_model)
         torch.manual_seed(0)
         model = tiny_model(num_hidden_layers=1).train()
         if compiled:
-            for layer in model.layers:
-                layer.forward = torch.compile(layer.forward)
+            compile_layers(model)
         mask, ids = document_mask(torch.arange(12).expand(2, -1) // 5), torch.arange(24).view(2, 12)
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(ids, attn_mask=mask, select=torch.tensor([0, 5, 20]))

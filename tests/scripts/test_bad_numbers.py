@@ -11,7 +11,7 @@ from scripts.engine.evaluation import CheckpointConfig
 from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 from scripts.engine.windows import DataEvalConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion

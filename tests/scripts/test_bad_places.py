@@ -144,20 +144,6 @@ def test_a_diverged_run_ends_with_a_sentence_and_keeps_its_last_sound_weights(na
         assert all(t.isfinite().all() for t in final_weights(torch.load(path, weights_only=True)).values()), path
 
 
-def test_a_gradient_that_was_not_finite_is_never_saved_although_the_weights_are_again(train_argv, command, monkeypatch):
-    """One bad step is enough: what follows it is not the run that was asked for."""
-    original = trainer.scale_and_clip
-
-    def spoil(parameters, scale, max_norm):
-        return original(parameters, scale, max_norm) * (torch.inf if next(steps) == 7 else 1)
-
-    steps = iter(range(1, 100))
-    monkeypatch.setattr(trainer, "scale_and_clip", spoil)
-    result = command(train_pretrain, train_argv["train_pretrain"])
-    assert result.code == 2 and "--learning-rate" in result.err and "weights/ar.pt holds step 6" in result.err
-    assert torch.load("weights/ar.pt", weights_only=True)["step"] == 6
-
-
 def test_a_sample_that_cannot_fit_is_refused_before_the_training(diffusion_argv, refused):
     """Not after it: the error would come when hours have been spent, and the exit code say that they failed."""
     refused(diffusion, [*diffusion_argv, "--max-new-tokens", "32"], "--max-new-tokens 32", "--max-seq-len 32")

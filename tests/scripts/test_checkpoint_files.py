@@ -1,16 +1,22 @@
 """model/checkpoint.py: what is written comes back exactly, what does not fit is named, and reading runs no code."""
 
-import pickle
-import re
-import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from dataset.tokenizer import load_tokenizer, token_ids
 from model import checkpoint
-from model.checkpoint import import_foreign, load_checkpoint, load_model, read_archive, save_checkpoint
+from model.checkpoint import (
+    import_foreign,
+    load_checkpoint,
+    load_model,
+    save_checkpoint,
+    starting_weights,
+    write_archive,
+)
 from model.config import ModelConfig
 from model.transformer import Transformer
 from scripts.eval import eval_minimind, likelihood
@@ -36,7 +42,7 @@ def edit(path: Path, change) -> None:
     """Rewrite a checkpoint after change(payload)."""
     payload = torch.load(path, weights_only=True)
     change(payload)
-    torch.save(payload, path)
+    write_archive(path, payload)
 
 
 UNUSUAL = {
@@ -195,96 +201,33 @@ def test_a_full_disk_during_training_is_one_sentence(command, pretrain_argv, mon
     assert result.code == 2 and "No space left" in result.err and not Path("weights/ar.pt").exists()
 
 
-# -- files that are no checkpoints -------------------------------------------------------------------------------------
-
-
-class Trap:
-    """Unpickled by plain pickle, it creates a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def damaged(kind: str, good: Path, trap: Path) -> bytes:
-    content = good.read_bytes()
-    if kind == "empty":
-        return b""
-    if kind == "text":
-        return b"these are no weights\n" * 50
-    if kind == "pickle with code":
-        return pickle.dumps({"format": "nano-llada", "config": Trap(trap)})
-    if kind == "torch file with code":
-        path = trap.with_name("code.pt")
-        torch.save({"format": "nano-llada", "config": Trap(trap)}, path)
-        return path.read_bytes()
-    if kind == "old torch file with code":
-        path = trap.with_name("code.pt")
-        torch.save({"format": "nano-llada", "config": Trap(trap)}, path, _use_new_zipfile_serialization=False)
-        return path.read_bytes()
-    if kind == "zip of something else":
-        path = trap.with_name("other.zip")
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("readme.txt", "hello")
-        return path.read_bytes()
-    if kind == "tensor":
-        path = trap.with_name("tensor.pt")
-        torch.save(torch.zeros(3), path)
-        return path.read_bytes()
-    if kind == "whole module":
-        path = trap.with_name("module.pt")
-        torch.save(torch.nn.Linear(2, 2), path)
-        return path.read_bytes()
-    if kind == "garbled directory":
-        return content[:-200] + bytes(200)
-    return content[: int(len(content) * float(kind))]
-
-
-KINDS = [
-    "empty",
-    "text",
-    "pickle with code",
-    "torch file with code",
-    "old torch file with code",
-    "zip of something else",
-    "tensor",
-    "whole module",
-    "garbled directory",
-    *("0.001", "0.01", "0.1", "0.3", "0.5", "0.7", "0.9", "0.99", "0.999"),
-]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_is_no_checkpoint_is_refused_by_every_reader_and_never_executed(kind, saved, tmp_path):
-    _, path = saved()
-    trap = tmp_path / "sprung"
-    path.write_bytes(damaged(kind, path, trap))
-    for read in (load_checkpoint, load_model, lambda p: import_foreign(p, ModelConfig())):
-        with pytest.raises(ValueError, match=re.escape(str(path))):
-            read(path)
-    assert not trap.exists()
-
-
-def test_a_flipped_bit_is_an_error_and_not_another_model(saved):
-    """The archive keeps a checksum of every tensor; reading must look at it."""
-    model, path = saved()
-    content = bytearray(path.read_bytes())
-    needle = model.lm_head.weight.detach().numpy().tobytes()[:64]
-    content[bytes(content).index(needle) + 3] ^= 0x40
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged"):
-        load_model(path)
-
-
-@pytest.mark.parametrize("what", ["missing.pt", "."])
-def test_a_path_without_a_file_says_who_writes_one(what, tmp_path):
-    with pytest.raises(FileNotFoundError, match="_state_dict.pt"):
-        read_archive(tmp_path / what)
-
-
 # -- foreign weights ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_that_transformers_wrote_give_the_logits_that_transformers_gives(tokenizer_dir, workspace):
+    """Llama's own file, model.safetensors; heads, rotary base and the norms' epsilon come from the flags."""
+    ids = token_ids(load_tokenizer(tokenizer_dir))
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            **shape,
+            vocab_size=ids["vocab_size"],
+            num_key_value_heads=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+            rms_norm_eps=1e-3,
+        )
+    ).eval()
+    theirs.save_pretrained("llama")
+    config = ModelConfig(**shape, **ids, num_key_value_heads=2, rope_theta=500.0, rms_norm_eps=1e-3)
+    given = frozenset({*shape, "num_key_value_heads", "rope_theta", "rms_norm_eps"})
+    ours = starting_weights(Path("llama/model.safetensors"), config, given, "any").eval()
+    tokens = torch.randint(ids["vocab_size"], (2, 20))
+    torch.testing.assert_close(ours(tokens, is_causal=True), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
+    content = Path("llama/model.safetensors").read_bytes()
+    Path("llama/model.safetensors").write_bytes(content[:-7])
+    with pytest.raises(ValueError, match="llama/model.safetensors is damaged"):
+        starting_weights(Path("llama/model.safetensors"), config, given, "any")
 
 
 def minimind_names(model: Transformer, prefix: str = "model.", tied: bool = False) -> dict[str, torch.Tensor]:

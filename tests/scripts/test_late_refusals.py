@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.metrics import RunLog
 from scripts.eval import likelihood
 from scripts.train import diffusion, train_pretrain, train_tokenizer
@@ -64,7 +64,7 @@ def test_a_checkpoint_that_leaves_things_open_is_refused(change, word, refused, 
     path = workspace / "weights" / "dm_state_dict.pt"
     file = load_checkpoint(path)
     change(file)
-    torch.save(file, path)
+    write_archive(path, file)
     refused(likelihood, eval_argv["likelihood"], word, path.name)
 
 
