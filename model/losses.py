@@ -15,11 +15,11 @@ def forbid(logits: Tensor, token_id: int) -> Tensor:
 
 
 # Logits in float32 at a time: on a CPU few enough to stay in its caches, on a GPU enough to keep it busy.
-CHUNK_OF_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+CHUNK_OF_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def linear_nats(hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None = None) -> Tensor:
-    """token_nats(forbid(hidden @ weight.T, forbidden), targets), (N,) float32, without the logits' memory.
+    """token_nats(forbid(hidden @ weight.T, forbidden), targets), (N,) float32, in a fifth of the memory.
 
     hidden (N, C), weight (V, C), targets (N,) int64. Softmax and its gradient are computed in float32 from logits of
     the autocast dtype, a chunk of rows at a time; of all rows only p - onehot(target), the gradient by the logits, is
@@ -38,8 +38,10 @@ class _LinearNats(torch.autograd.Function):
         nats = hidden.new_empty(len(hidden), dtype=torch.float32)
         chunk = max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
         gradient = None
-        if any(ctx.needs_input_grad[:2]):  # of whole chunks: sizes that come again are memory that is there already
-            gradient = hidden.new_empty(-(-len(hidden) // chunk) * chunk, len(weight))[: len(hidden)]
+        if any(ctx.needs_input_grad[:2]):
+            # On a CPU of whole chunks: sizes that come again are memory that is there already.
+            room = -(-len(hidden) // chunk) * chunk if hidden.device.type == "cpu" else len(hidden)
+            gradient = hidden.new_empty(room, len(weight))[: len(hidden)]
         for first in range(0, len(hidden), chunk):
             rows, target = slice(first, first + chunk), targets[first : first + chunk, None]
             logits = F.linear(hidden[rows], weight).float()

@@ -156,6 +156,8 @@ def test_the_command_measures_and_writes_what_it_says(quick, tmp_path, capsys):
         ["--no-packing"],
         ["--data-megabytes", "1,2", "--parts", "peak"],
         ["--compile", "--parts", "peak"],
+        ["--rounds", "9", "--parts", "decoding"],
+        ["--batch-size", "9", "--parts", "data"],
     ],
 )
 def test_what_cannot_be_measured_is_refused(wrong, capsys):

@@ -3,6 +3,7 @@
 import threading
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def test_the_thread_ends_however_the_loop_ends(error):
     with pytest.raises(error), Ahead(iter(int, 1)) as items:
         next(items)
         raise error
+
+
+def dawdle():
+    yield 1
+    time.sleep(0.3)
+    yield 2
+
+
+def test_a_thread_that_is_long_in_coming_is_reported_with_the_place_where_it_is(capsys):
+    with Ahead(dawdle(), patience=0.05) as items:
+        assert list(items) == [1, 2]
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 3  # after 0.05 s, after 0.1 s more, after 0.2 s more
+    assert all("no batch for" in line and Path(__file__).name in line and "(dawdle)" in line for line in lines)
 
 
 class Numbers:
