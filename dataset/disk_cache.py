@@ -1,4 +1,5 @@
-"""Directories of results derived from a file: made once, named by what they depend on, whole or absent.
+"""Directories of results derived from a file: made once, named by what they depend on, whole or absent. The SHA-256 of
+each of their files lies with them and is compared at every opening, so that no later change passes for data.
 
 Arrays in them are flat files, appended to while they are made and mapped when they are read, so that neither takes
 memory in proportion to their length.
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 ABANDONED_AFTER = 24 * 3600  # seconds without a write after which another machine's build counts as dead
+CHECKSUMS = "checksums.json"
 STRETCH = 2**15  # entries of a long array that are looked at together
 
 
@@ -33,14 +35,18 @@ def source_key(path: Path, *options: object) -> str:
 def cached_directory(
     cache_dir: Path, name: str, build: Callable[[Path], None], fault: Callable[[Path], str | None]
 ) -> Path:
-    """`cache_dir/name`, made by `build(empty directory)` unless it is there and `fault(directory)` is None.
+    """`cache_dir/name`, made by `build(empty directory)` unless it is there, unchanged, and `fault(directory)` is None.
 
     It is built beside its place and renamed into it, so a killed build leaves nothing that looks like a cache, and of
     two processes that build at once the first to finish provides it for both. ValueError if `cache_dir` is unusable.
     """
     target = cache_dir / name
+
+    def fault_or_change(folder: Path) -> str | None:
+        return fault(folder) or _change(folder)
+
     if target.is_dir():
-        found = fault(target)
+        found = fault_or_change(target)
         if found is None:
             return target
         print(f"{target} is damaged ({found}); building it again", file=sys.stderr)
@@ -53,7 +59,8 @@ def cached_directory(
         raise ValueError(f"{cache_dir} cannot be written ({error.strerror}); choose another --cache-dir") from error
     try:
         build(work)
-        _publish(work, target, fault)
+        _write_checksums(work)
+        _publish(work, target, fault_or_change)
     except OSError as error:
         if error.errno is None:  # our own FileNotFoundError about the source
             raise
@@ -61,6 +68,36 @@ def cached_directory(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+def _write_checksums(folder: Path) -> None:
+    """And have all files on the disk, before a name says that they are there."""
+    text = json.dumps(_checksums(folder), indent=1)
+    with (folder / CHECKSUMS).open("w", encoding="utf-8") as file:
+        file.write(text)
+    for path in folder.iterdir():
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+def _change(folder: Path) -> str | None:
+    """Which file of the directory is not as it was written, or None."""
+    try:
+        written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        found = _checksums(folder)
+        changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+    except (OSError, ValueError, AttributeError) as error:
+        return f"unreadable: {error!r}"
+    return f"{changed[0]} is not as it was written" if changed else None
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    found = {}
+    for path in folder.iterdir():
+        if path.name != CHECKSUMS:
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
 
 
 class ArrayFiles:

@@ -2,33 +2,36 @@
 
 A file is read as bytes and cut at b"\\n", never through the platform's encoding, so that one file means the same rows
 everywhere. Row numbers count physical lines from 1, blank ones included: they are what an editor shows. Everything a
-file can do wrong is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found, what to do.
+file can do wrong is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found, what to do. For a
+row it is a BadRow, which a reader that was given BadRows("skip") leaves out and counts instead.
 """
 
 import gzip
 import hashlib
 import io
 import json
-import operator
 import re
+import sys
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
-
-import numpy as np
-
-from dataset.disk_cache import cached_directory, source_key
+from typing import Annotated, Any, BinaryIO, Literal, TypeVar
 
 Observer = Callable[[bytes], object]
+Check = Callable[[str], object]  # raises ValueError for a text that cannot be used; str accepts every one
 Part = TypeVar("Part")
+OnBadRow = Annotated[
+    Literal["error", "skip"],
+    "a row that cannot be used ends the run, or is left out, counted and reported; a damaged file ends it either way",
+]
 
 SUFFIXES = (".jsonl", ".txt")
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abABcdefCDEF]")
 DOCUMENT_CHARACTERS = 2000  # aimed-at length of a document cut from a .txt file
+MAX_NESTING = 200  # of a row; Python's own limit depends on who calls
+MAX_REASON = 260  # characters of what is said about a bad row
 JSON_TYPES = {
     dict: "an object",
     list: "an array",
@@ -38,7 +41,58 @@ JSON_TYPES = {
     float: "a number",
     type(None): "null",
 }
-CACHE_FORMAT = 1
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: its `number`, from 1, and the `reason`, one printable line."""
+
+    def __init__(self, path: Path, number: int, reason: str):
+        if len(reason) > MAX_REASON:
+            reason = f"{reason[: MAX_REASON - 60]} ... {reason[-50:]}"
+        if not reason.isprintable():
+            reason = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
+        self.number, self.reason = number, reason
+        super().__init__(f"{path}, row {number}: {self.reason}")
+
+
+class BadRows:
+    """What becomes of the bad rows of one file: the first is raised, or all are left out and counted, each once however
+    often the file is read."""
+
+    shown = 5  # whose numbers and reasons are kept
+
+    def __init__(self, on_bad_row: str = "error", tell: bool = False):
+        """tell: print the first ones and every hundredth, for a reading that may never come to its end."""
+        self.on_bad_row, self.tell, self.count, self.first = on_bad_row, tell, 0, list[str]()
+        self._last = 0
+
+    def meet(self, row: BadRow) -> None:
+        """Raise it, or leave it out."""
+        if self.on_bad_row == "error":
+            raise row from None
+        if row.number > self._last:
+            self._last = row.number
+            self.count += 1
+            if self.count <= self.shown:
+                self.first.append(f"row {row.number}: {row.reason}")
+            if self.tell and (self.count <= self.shown or self.count % 100 == 0):
+                print(f"{row}; skipped, {self.count:,} so far", file=sys.stderr)
+
+    def refuse_all(self, path: Path) -> None:
+        """ValueError; called where every row is bad."""
+        raise ValueError(f"{path} has no row that can be used; the first: {self.first[0]}")
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """For logs: how many were left out, and what is said about the first ones."""
+        return {"skipped_rows": self.count, "skipped_first": [*self.first]}
+
+
+def told_skipped(meta: dict[str, Any]) -> str:
+    """A line on the rows that were left out, or ""."""
+    count, first = meta["skipped_rows"], meta["skipped_first"]
+    more = "; ..." if count > len(first) else ""
+    return f"{count:,} bad rows skipped: {'; '.join(first)}{more}" if count else ""
 
 
 def content_hash(content: str) -> int:
@@ -108,6 +162,9 @@ def _guarded_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with open_text(path) as file:
         try:
             for number, line in enumerate(file, start=1):
+                if number == 1 and line.startswith(GZIP_MAGIC):
+                    found = "is gzip-compressed although its name does not say so"
+                    raise ValueError(f"{path} {found}; rename it to end in .gz")
                 yield number, line
         except EOFError:
             raise ValueError(f"{path}, after row {number}: the gzip file is cut short; download it again") from None
@@ -117,31 +174,73 @@ def _guarded_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise ValueError(f"{path}, after row {number}: cannot be read on ({error.strerror})") from error
 
 
-def read_rows(path: Path, observe: Observer | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(
+    path: Path, observe: Observer | None = None, bad: BadRows | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(row number from 1, parsed object) for every line that is not blank, in constant memory."""
-    empty = True
+    return read_as(path, lambda row: row, observe, bad)
+
+
+def read_as(
+    path: Path, use: Callable[[dict[str, Any]], Part], observe: Observer | None = None, bad: BadRows | None = None
+) -> Iterator[tuple[int, Part]]:
+    """(row number from 1, use(parsed object)) for every line that is not blank, in constant memory.
+
+    A row is bad that is no JSON object, or for which `use` raises ValueError; `bad` (none: the first is raised) says
+    what becomes of it. ValueError if no row is left.
+    """
+    bad = bad or BadRows()
+    used = rows = 0
     for number, line in read_lines(path, observe):
-        if not is_blank(line, number):
-            empty = False
-            yield number, parse_row(path, number, line)
-    if empty:
+        if _is_blank(line, number):
+            continue
+        rows += 1
+        try:
+            made = use(_parsed(line, number))
+        except ValueError as error:
+            bad.meet(BadRow(path, number, str(error)))
+        else:
+            used += 1
+            yield number, made
+    if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object per line")
+    if not used:
+        bad.refuse_all(path)
 
 
 def read_documents(
-    path: Path, field: str = "text", separator: str | None = None, observe: Observer | None = None
+    path: Path,
+    field: str = "text",
+    bad: BadRows | None = None,
+    check: Check = str,
+    *,
+    separator: str | None = None,
+    observe: Observer | None = None,
 ) -> Iterator[str]:
-    """The documents of a file, in order, in constant memory.
+    """The documents of a file, in order, in constant memory; those of which check(text) raises ValueError are bad rows.
 
     .jsonl: row[field], followed by `separator` if given. An empty text comes out as "" (without separator), for the
-    caller to count and skip. .txt: whole lines of about 2,000 characters together, which joined are the file's text.
+    caller to count and skip. .txt: whole lines of about 2,000 characters together, which joined are the file's text; a
+    bad row is a line.
     """
-    if text_format(path) == ".txt":
-        yield from _read_text_documents(path, observe)
-        return
-    for number, row in read_rows(path, observe):
-        text = _text_of(path, number, row, field)
+    separator = separator if text_format(path) == ".jsonl" else None
+    for _, text in numbered_documents(path, field, bad, check, observe):
         yield text + separator if text and separator else text
+
+
+def numbered_documents(
+    path: Path, field: str, bad: BadRows | None = None, check: Check = str, observe: Observer | None = None
+) -> Iterator[tuple[int, str]]:
+    """(number of its row, or of its first line, document) as `read_documents`."""
+    if text_format(path) == ".txt":
+        return _text_documents(path, bad or BadRows(), check, observe)
+
+    def document(row: dict[str, Any]) -> str:
+        text = _text_of(row, field)
+        check(text)
+        return text
+
+    return read_as(path, document, observe, bad)
 
 
 def chunked(parts: Iterable[Part], size: Callable[[Part], int], enough: int) -> Iterator[list[Part]]:
@@ -158,64 +257,97 @@ def chunked(parts: Iterable[Part], size: Callable[[Part], int], enough: int) -> 
         yield chunk
 
 
-def is_blank(line: bytes, number: int) -> bool:
+def _is_blank(line: bytes, number: int) -> bool:
     return not (line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line).strip()
 
 
-def parse_row(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """One line as a JSON object; ValueError naming file and row otherwise."""
-    text = _decode(path, number, line).rstrip("\r\n")
+def _parsed(line: bytes, number: int) -> dict[str, Any]:
+    """One line as a JSON object. ValueError says what else it is."""
+    text = _decoded(line, number).rstrip("\r\n")
     try:
-        row = json.loads(text)
+        row = PARSER.decode(text)
+        if text.count("[") + text.count("{") > MAX_NESTING and _is_deep(row):
+            raise RecursionError
     except json.JSONDecodeError as error:
-        reason = f"not valid JSON at column {error.pos + 1} ({error.msg}); correct or delete that row"
-        raise ValueError(f"{path}, row {number}: {reason}") from None
+        reason = f"not valid JSON at column {error.pos + 1} ({error.msg})"
+        raise ValueError(f"{reason}; correct or delete that row") from None
     except RecursionError:
-        raise ValueError(f"{path}, row {number}: nested too deeply to be read; delete that row") from None
-    except ValueError as error:  # e.g. an integer of more than 4300 digits
-        raise ValueError(f"{path}, row {number}: not readable JSON ({error}); correct or delete that row") from None
+        raise ValueError("nested too deeply to be read; delete that row") from None
+    except ValueError as error:  # a key twice, or an integer of more than 4300 digits
+        raise ValueError(f"not readable JSON: {error}; correct or delete that row") from None
     if not isinstance(row, dict):
         expected = 'expected an object such as {"text": "..."}'
-        raise ValueError(f"{path}, row {number}: {expected}, found {JSON_TYPES[type(row)]}; correct or delete that row")
+        raise ValueError(f"{expected}, found {JSON_TYPES[type(row)]}; correct or delete that row")
     if SURROGATE_ESCAPE.search(text):
-        _refuse_lone_surrogates(path, number, row)
+        _refuse_lone_surrogates(row)
     return row
 
 
-def _text_of(path: Path, number: int, row: dict[str, Any], field: str) -> str:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    # Of equal keys a dict keeps the last, and would silently drop the others.
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        seen = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f'key "{twice}" stands twice in an object')
+    return row
+
+
+PARSER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _is_deep(row: Any) -> bool:
+    """Whether arrays and objects are nested more than MAX_NESTING deep."""
+    level = [row]
+    for _ in range(MAX_NESTING):
+        level = [
+            item
+            for holder in level
+            if isinstance(holder, dict | list)
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _text_of(row: dict[str, Any], field: str) -> str:
     if field not in row:
         present = ", ".join(list(row)[:10]) or "none"
-        present = present if present.isprintable() else ascii(present)
-        raise ValueError(
-            f'{path}, row {number}: field "{field}" is missing; fields present: {present} '
-            "(choose one with --jsonl-field)"
-        )
+        raise ValueError(f'field "{field}" is missing; fields present: {present} (choose one with --jsonl-field)')
     if not isinstance(row[field], str):
         raise ValueError(
-            f'{path}, row {number}: field "{field}" is {JSON_TYPES[type(row[field])]}, expected a string '
+            f'field "{field}" is {JSON_TYPES[type(row[field])]}, expected a string '
             "(choose another field with --jsonl-field, or correct that row)"
         )
     return row[field]
 
 
-def _read_text_documents(path: Path, observe: Observer | None) -> Iterator[str]:
-    lines: list[str] = []
-    length = 0
-    number = 0
+def _text_documents(path: Path, bad: BadRows, check: Check, observe: Observer | None) -> Iterator[tuple[int, str]]:
+    lines: list[tuple[int, str]] = []
+    length = number = 0
     for number, line in read_lines(path, observe):
-        text = _decode(path, number, line)
+        try:
+            text = _decoded(line, number)
+            check(text)
+        except ValueError as error:
+            bad.meet(BadRow(path, number, str(error)))
+            continue
         # Only from half the aimed-at length on, so that a heading stays with the long paragraph below it.
         if length + len(text) > DOCUMENT_CHARACTERS and length >= DOCUMENT_CHARACTERS // 2:
-            cut = _cut_position(lines)
-            yield "".join(lines[:cut])
+            cut = _cut_position([text for _, text in lines])
+            yield lines[0][0], "".join(text for _, text in lines[:cut])
             lines = lines[cut:]
-            length = sum(map(len, lines))
-        lines.append(text)
+            length = sum(len(text) for _, text in lines)
+        lines.append((number, text))
         length += len(text)
     if number == 0:
         raise ValueError(f"{path} is empty; expected text")
     if lines:
-        yield "".join(lines)
+        yield lines[0][0], "".join(text for _, text in lines)
+    else:
+        bad.refuse_all(path)
 
 
 def _cut_position(lines: list[str]) -> int:
@@ -229,27 +361,23 @@ def _cut_position(lines: list[str]) -> int:
     return cut
 
 
-def _decode(path: Path, number: int, line: bytes) -> str:
+def _decoded(line: bytes, number: int) -> str:
     if number == 1:
         line = line.removeprefix(BYTE_ORDER_MARK)
-        if line.startswith(GZIP_MAGIC):
-            raise ValueError(f"{path} is gzip-compressed although its name does not say so; rename it to end in .gz")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
         found = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte offset {error.start} of the row)"
-        raise ValueError(f"{path}, row {number}: {found}; save the file as UTF-8 or delete that row") from None
+        raise ValueError(f"{found}; save the file as UTF-8 or delete that row") from None
 
 
-def _refuse_lone_surrogates(path: Path, number: int, row: dict[str, Any]) -> None:
+def _refuse_lone_surrogates(row: Any) -> None:
     # JSON can spell half a surrogate pair, which is no character: it has no UTF-8 form, so no bytes and no hash.
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         found = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(
-            f"{path}, row {number}: {found} is half a surrogate pair and no character; correct or delete that row"
-        ) from None
+        raise ValueError(f"{found} is half a surrogate pair and no character; correct or delete that row") from None
 
 
 def _gzip_fault(path: Path, number: int, error: Exception) -> str:
@@ -257,66 +385,3 @@ def _gzip_fault(path: Path, number: int, error: Exception) -> str:
         if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
             return f"{path} is not a gzip file although its name ends in .gz; rename it, or download it again"
     return f"{path}, after row {number}: the gzip file is damaged ({error}); download it again"
-
-
-class JsonlFile:
-    """rows[i] is the i-th row that is not blank, parsed; nothing but the index is held in memory.
-
-    The offsets of the rows, and for .gz the unpacked text, are kept under `cache_dir`, so a second open reads neither.
-    Rows are parsed when asked for: a malformed one raises ValueError naming file and row then. Safe to use from
-    several threads and worker processes: no file stays open.
-    """
-
-    def __init__(self, path: Path, cache_dir: Path):
-        self.path = Path(path)
-        if text_format(self.path) != ".jsonl":
-            raise ValueError(f"{path}: expected one JSON object per line in a file ending in .jsonl or .jsonl.gz")
-        open_text(self.path).close()  # a missing file gets its message here
-        key = source_key(self.path, "rows", CACHE_FORMAT)
-        folder = cached_directory(Path(cache_dir), key, self._build, self._fault)
-        self._source = folder / "rows.jsonl" if is_gzip_name(self.path) else self.path
-        self._index = np.load(folder / "index.npy", mmap_mode="r")  # (rows, 2) int64: byte offset, row number
-
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        offset, number = self._index[self._position(index)].tolist()
-        with open_text(self._source) as file:
-            file.seek(offset)
-            return parse_row(self.path, number, file.readline())
-
-    def location(self, index: int) -> str:
-        """Where row `index` stands, to begin an error message with: "dataset/x.jsonl, row 23"."""
-        return f"{self.path}, row {self._index[self._position(index), 1]}"
-
-    def _position(self, index: int) -> int:
-        position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"{self.path} has {len(self)} rows, row index {position} asked for")
-        return position
-
-    def _build(self, folder: Path) -> None:
-        index = array("q")
-        offset = 0
-        with (folder / "rows.jsonl").open("wb") if is_gzip_name(self.path) else io.BytesIO() as unpacked:
-            observe = unpacked.write if is_gzip_name(self.path) else None
-            for number, line in read_lines(self.path, observe):
-                if not is_blank(line, number):
-                    index.extend((offset, number))
-                offset += len(line)
-        if not index:
-            raise ValueError(f"{self.path} has no rows; expected one JSON object per line")
-        np.save(folder / "index.npy", np.frombuffer(index, dtype=np.int64).reshape(-1, 2))
-        (folder / "meta.json").write_text(json.dumps({"rows": len(index) // 2, "bytes": offset}), encoding="utf-8")
-
-    def _fault(self, folder: Path) -> str | None:
-        try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-            if len(np.load(folder / "index.npy", mmap_mode="r")) != meta["rows"]:
-                return "index.npy has the wrong length"
-            if is_gzip_name(self.path) and (folder / "rows.jsonl").stat().st_size != meta["bytes"]:
-                return "rows.jsonl has the wrong length"
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
-            return f"unreadable: {error}"
-        return None

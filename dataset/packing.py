@@ -33,11 +33,12 @@ from dataset.disk_cache import (
     stretches,
     unchanged,
 )
-from dataset.jsonl import chunked, content_hash, is_gzip_name, open_text, read_documents, text_format
+from dataset.jsonl import BadRows, chunked, content_hash, is_gzip_name, open_text, read_documents, text_format
 from dataset.order import RowOrder
+from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype
 
-FORMAT = 1  # counts changes of what the cache files mean; part of the key
+FORMAT = 2  # counts changes of what the cache files mean; part of the key
 SPLITS = ("train", "validation")
 CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
 
@@ -54,8 +55,9 @@ class TokenSplit:
 class TokenCache:
     """Both streams of a corpus and what is known of them.
 
-    `meta`: format, dtype, options, tokenizer (fingerprint), data_sha256 (of the unpacked file), rows, empty_rows, and
-    per split documents, tokens (BOS and EOS included), characters and bytes (UTF-8) of the text behind them.
+    `meta`: format, dtype, options, tokenizer (fingerprint), data_sha256 (of the unpacked file), rows, and of them
+    empty_rows and skipped_rows; skipped_first, what was wrong with the first of those; and per split documents, tokens
+    (BOS and EOS included), characters and bytes (UTF-8) of the text behind them.
     """
 
     train: TokenSplit
@@ -72,15 +74,19 @@ class TokenCache:
         field: str = "text",
         separator: str | None = None,
         val_fraction: float = 0.005,
+        control: bool = False,
+        on_bad_row: str = "error",
     ) -> "TokenCache":
         """Tokenise `path` into `cache_dir`, or open what an earlier call left there for this file and these options.
 
         The key holds the file's path, size and modification time; a warm open does not read it. Which documents are
         validation says is_validation(text, val_fraction), of the text without `separator`. Where that picks none of
         several documents, the one with the smallest content_hash is taken, copies of it included, provided that
-        others remain; val_fraction 0 means none. ValueError, FileNotFoundError: see dataset/jsonl.py.
+        others remain; val_fraction 0 means none. control: text that spells a control token becomes that token.
+        ValueError, FileNotFoundError: see dataset/jsonl.py, as for on_bad_row.
         """
         options = {"field": field, "separator": separator, "val_fraction": val_fraction}
+        options |= {"control": control, "on_bad_row": on_bad_row}
         build = _Build(Path(path), tokenizer, options)
         text_format(path)  # a wrong kind of file, or none, is refused before anything is made for it
         open_text(path).close()
@@ -224,7 +230,9 @@ class _Build:
         self.path, self.tokenizer, self.options = path, tokenizer, options
         self.fingerprint = fingerprint(tokenizer)
         self.dtype = token_dtype(tokenizer)
-        self.rows = self.empty_rows = 0
+        self.rows = self.empty_rows = 0  # without the bad ones
+        self.bad = BadRows(options["on_bad_row"])
+        self.separator = (options["separator"] or "") if text_format(path) == ".jsonl" else ""
         self.smallest = _Smallest()
         self.digest = hashlib.sha256()
         self.writers: dict[str, _SplitWriter] = {}
@@ -247,19 +255,24 @@ class _Build:
         self._write_meta(folder, counts)
         tokens = sum(count["tokens"] for count in counts.values())
         seconds = time.monotonic() - began
-        print(f"tokenised {self.rows:,} rows, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s", file=sys.stderr)
+        print(
+            f"tokenised {self.rows + self.bad.count:,} rows, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s",
+            file=sys.stderr,
+        )
 
     def _documents(self) -> Iterator[str]:
         """The non-empty texts; on the way the digest, the row counts and, on a terminal, the progress bar advance."""
         # How much text a .gz holds is not known, so its bar has a speed but no end. disable=None: terminals only.
         total = None if is_gzip_name(self.path) else self.path.stat().st_size
+        check = spelling_check(self.tokenizer, self.options["control"])
         with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False) as bar:
 
             def observe(line: bytes) -> None:
                 self.digest.update(line)
                 bar.update(len(line))
 
-            for text in read_documents(self.path, self.options["field"], observe=observe):
+            checked = self.bad, lambda text: check(text + self.separator)
+            for text in read_documents(self.path, self.options["field"], *checked, observe=observe):
                 self.rows += 1
                 self.empty_rows += not text
                 if text:
@@ -267,13 +280,9 @@ class _Build:
 
     def _add(self, texts: list[str]) -> None:
         threshold = self.options["val_fraction"] * 2.0**64
-        separator = (self.options["separator"] or "") if text_format(self.path) == ".jsonl" else ""
         hashes = [content_hash(text) for text in texts]
-        texts = [text + separator for text in texts]
-        try:
-            encoded = encode_batch(self.tokenizer, texts)
-        except ValueError as error:  # it knows the character, but not the file
-            raise ValueError(f"{self.path}: {error}") from None
+        texts = [text + self.separator for text in texts]
+        encoded = encode_batch(self.tokenizer, texts, self.options["control"])
         chosen: dict[str, tuple[list[str], list[list[int]]]] = {split: ([], []) for split in SPLITS}
         for value, text, ids in zip(hashes, texts, encoded, strict=True):
             # The comparison of is_validation, whose hash is needed for the smallest one, too.
@@ -292,8 +301,9 @@ class _Build:
             "options": self.options,
             "tokenizer": self.fingerprint,
             "data_sha256": self.digest.hexdigest(),
-            "rows": self.rows,
+            "rows": self.rows + self.bad.count,
             "empty_rows": self.empty_rows,
+            **self.bad.meta,
             **counts,
         }
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")

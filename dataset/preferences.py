@@ -20,9 +20,21 @@ from torch import Tensor
 
 from dataset.bundled import bundled_file
 from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
-from dataset.jsonl import JSON_TYPES, chunked, content_hash, open_text, read_rows, text_format
+from dataset.jsonl import (
+    JSON_TYPES,
+    BadRows,
+    Check,
+    OnBadRow,
+    chunked,
+    content_hash,
+    open_text,
+    read_as,
+    text_format,
+    told_skipped,
+)
 from dataset.order import LengthOrder, RowOrder
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
+from dataset.spelling import spelling_check
 from dataset.tokenizer import (
     PreTrainedTokenizerFast,
     checked_messages,
@@ -32,7 +44,7 @@ from dataset.tokenizer import (
     token_dtype,
 )
 
-FORMAT = 2  # counts changes of what the cache files mean; part of the key
+FORMAT = 3  # counts changes of what the cache files mean; part of the key
 CHUNK_CHARACTERS = 1_000_000  # of pairs tokenised at a time
 TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 EXPECTED = "chosen + rejected as two conversations, or as replies to prompt or messages"
@@ -102,13 +114,26 @@ def _reply(name: str, reply: Any) -> str:
     return reply
 
 
-def read_pairs(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Pair]]:
-    """(row number from 1, pair); ValueError names file and row."""
-    for number, row in read_rows(path, observe):
-        try:
-            yield number, pair_of(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+def read_pairs(
+    path: Path,
+    observe: Callable[[bytes], object] | None = None,
+    bad: BadRows | None = None,
+    check: Check = str,
+) -> Iterator[tuple[int, Pair]]:
+    """(row number from 1, pair) as `read_as`; a row is bad of whose contents check(content) raises ValueError, too."""
+
+    def pair(row: dict[str, Any]) -> Pair:
+        made = pair_of(row)
+        for content in contents_of(made):
+            check(content)
+        return made
+
+    return read_as(path, pair, observe, bad)
+
+
+def contents_of(pair: Pair) -> list[str]:
+    """The contents of its prompt, and both replies."""
+    return [*(message["content"] for message in pair.prompt), pair.chosen, pair.rejected]
 
 
 @dataclass(frozen=True)
@@ -124,6 +149,7 @@ class PreferenceData:
     max_seq_len: Annotated[int, "longest prompt and reply together, in tokens; more is shortened", "--seq-len"] = 512
     val_fraction: Annotated[float, "share of pairs held out for validation, 0 to below 1, by content hash"] = 0.05
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
         if self.max_seq_len < 16:
@@ -148,6 +174,17 @@ class Pairs:
     prompts: np.ndarray  # (P,) uint64, content_hash of the prompt
     hashes: np.ndarray  # (P,) uint64, content_hash of the prompt with the chosen reply, as in fine-tuning
     common: np.ndarray  # (P,) int64, with how many tokens both replies begin alike
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast, pairs: list[Pair]) -> "Pairs":
+        parts = list(_parts(tokenizer, pairs))
+        lengths = np.fromiter(map(len, parts), np.int64, len(parts))
+        return cls(
+            np.fromiter(chain.from_iterable(parts), token_dtype(tokenizer), lengths.sum()),
+            np.append(0, np.cumsum(lengths)),
+            *(np.array([*map(hashed, pairs)], dtype=np.uint64) for hashed in (_prompt_hash, _chosen_hash)),
+            np.array([*map(_alike, parts[1::3], parts[2::3])], dtype=np.int64),
+        )
 
     def __len__(self) -> int:
         return len(self.hashes)
@@ -189,6 +226,12 @@ def items_of(pairs: Pairs, chosen: np.ndarray, seq_len: int) -> PairItems:
     replies = np.stack([rejected - middle, end - rejected])
     rows = shortened(Items(begin, middle, middle + replies.max(axis=0)), seq_len)
     return PairItems(rows, rejected, np.minimum(replies, rows.end - rows.middle))
+
+
+def equal_replies(pairs: Pairs, chosen: np.ndarray, items: PairItems) -> np.ndarray:
+    """Of which of the pairs `chosen` (B,) both replies are the same as they are shown, (B,) bool."""
+    first, other = items.replies
+    return (first == other) & (pairs.common[chosen] >= first)
 
 
 @dataclass(frozen=True)
@@ -264,8 +307,9 @@ class PreferenceDataset:
         pairs, self.meta = self._pairs()
         held_out = pairs.held_out(config.val_fraction)
         self.train, counts = self._rows(pairs, lambda prompts: ~is_in(prompts, held_out))
-        self.validation, _ = self._rows(pairs, lambda prompts: is_in(prompts, held_out), by_length=True)
+        self.validation, others = self._rows(pairs, lambda prompts: is_in(prompts, held_out), by_length=True)
         self.meta |= counts | {
+            "equal_replies": counts["equal_replies"] + others["equal_replies"],
             "train_rows": len(self.train),
             "validation_rows": len(self.validation),
             "real_token_share": self.train.real_token_share,
@@ -283,12 +327,13 @@ class PreferenceDataset:
         meta, train = self.meta, self.train
         bundled = "" if self.config.data else "no --data, so the bundled pairs are used: "
         left_out = f" ({meta['equal_replies']:,} of equal replies left out)" if meta["equal_replies"] else ""
-        return (
-            f"{bundled}{self.source}: {meta['pairs']:,} pairs\n"
-            f"train {len(train):,} pairs of {train.real_token_share * train.seq_len:.0f} tokens on average{left_out}; "
+        told = (
+            f"{bundled}{self.source}: {meta['pairs']:,} pairs{left_out}\n"
+            f"train {len(train):,} pairs of {train.real_token_share * train.seq_len:.0f} tokens on average; "
             f"{meta['shortened']:,} shortened to {train.seq_len} ({meta['cut_prompts']:,} lost the beginning of the "
             f"prompt, {meta['cut_replies']:,} the end of a reply)\nvalidation {len(self.validation):,} pairs"
         )
+        return "\n".join(filter(None, (told, told_skipped(meta))))
 
     def _rows(
         self, pairs: Pairs, kept: Callable[[np.ndarray], np.ndarray], by_length: bool = False
@@ -297,8 +342,8 @@ class PreferenceDataset:
         seq_len, parts, counts = self.config.max_seq_len, [np.empty(0, dtype=np.int64)], np.zeros(4, dtype=np.int64)
         for some in stretches(len(pairs)):
             some = some[kept(pairs.prompts[some])]
-            rows, _, (chosen, other) = items_of(pairs, some, seq_len)
-            equal = (chosen == other) & (pairs.common[some] >= chosen)
+            items = items_of(pairs, some, seq_len)
+            rows, equal = items.rows, equal_replies(pairs, some, items)
             parts.append(some[~equal])
             counts += [rows.cut_prompts, rows.cut_bodies, rows.num_shortened, equal.sum()]
         order = np.concatenate(parts)
@@ -312,7 +357,7 @@ class PreferenceDataset:
     def _pairs(self) -> tuple[Pairs, dict[str, Any]]:
         """Those of the file, mapped, and what is known of them; tokenised into the cache unless they are there."""
         open_text(self.source).close()  # a missing file gets its message here
-        options = "preferences", FORMAT, fingerprint(self.tokenizer)
+        options = "preferences", FORMAT, fingerprint(self.tokenizer), self.config.on_bad_row
         hashes = {"prompts": np.uint64, "hashes": np.uint64}
         dtypes = {"tokens": token_dtype(self.tokenizer), "starts": np.int64, **hashes, "common": np.int64}
         arrays, meta = cached_arrays(self.source, self.config.cache_dir, options, dtypes, self._tokenise)
@@ -320,17 +365,16 @@ class PreferenceDataset:
 
     def _tokenise(self, files: ArrayFiles) -> dict[str, Any]:
         """Append the file's pairs, a chunk at a time; returns what is to be known of them."""
-        began, digest = time.monotonic(), hashlib.sha256()
+        began, digest, bad = time.monotonic(), hashlib.sha256(), BadRows(self.config.on_bad_row)
         files.append("starts", np.zeros(1, dtype=np.int64))
-        for chunk in chunked(read_pairs(self.source, digest.update), _size, CHUNK_CHARACTERS):
-            parts = self._encoded(chunk)
-            lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-            files.append("starts", files.lengths["tokens"] + np.cumsum(lengths))
-            files.append("tokens", np.fromiter(chain.from_iterable(parts), files.dtypes["tokens"], lengths.sum()))
-            files.append("common", np.array([*map(_alike, parts[1::3], parts[2::3])], dtype=np.int64))
-            for name, conversation_hash in (("prompts", _prompt_hash), ("hashes", _chosen_hash)):
-                files.append(name, np.array([conversation_hash(pair) for _, pair in chunk], dtype=np.uint64))
-        meta = {"pairs": files.lengths["hashes"], "tokens": files.lengths["tokens"], "data_sha256": digest.hexdigest()}
+        rows = read_pairs(self.source, digest.update, bad, spelling_check(self.tokenizer))
+        for chunk in chunked(rows, _size, CHUNK_CHARACTERS):
+            pairs = Pairs.of(self.tokenizer, [pair for _, pair in chunk])
+            files.append("starts", files.lengths["tokens"] + pairs.starts[1:])
+            for name in ("tokens", "prompts", "hashes", "common"):
+                files.append(name, getattr(pairs, name))
+        meta = {"pairs": files.lengths["hashes"], "tokens": files.lengths["tokens"]}
+        meta |= bad.meta | {"data_sha256": digest.hexdigest()}
         print(
             f"tokenised {meta['pairs']:,} pairs, {meta['tokens'] / 1e6:.1f}M tokens in "
             f"{time.monotonic() - began:.1f} s",
@@ -338,24 +382,10 @@ class PreferenceDataset:
         )
         return meta
 
-    def _encoded(self, chunk: list[tuple[int, Pair]]) -> list[list[int]]:
-        """Prompt, chosen and rejected reply of each pair in turn."""
-        try:
-            return list(_parts(self.tokenizer, [pair for _, pair in chunk]))
-        except ValueError:
-            for number, pair in chunk:  # once more, to find out which
-                try:
-                    list(_parts(self.tokenizer, [pair]))
-                except ValueError as error:
-                    raise ValueError(f"{self.source}, row {number}: {error}") from None
-            raise
-
 
 def _size(numbered: tuple[int, Pair]) -> int:
     """Characters of a pair, about."""
-    prompt, *replies = numbered[1]
-    contents = [*(message["content"] for message in prompt), *replies]
-    return sum(len(content) + TEMPLATE_CHARACTERS for content in contents)
+    return sum(len(content) + TEMPLATE_CHARACTERS for content in contents_of(numbered[1]))
 
 
 def _prompt_hash(pair: Pair) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from dataset.bundled import bundled_file
-from dataset.jsonl import text_format
+from dataset.jsonl import OnBadRow, text_format, told_skipped
 from dataset.packing import PackedRows, TokenCache
 from dataset.tokenizer import PreTrainedTokenizerFast
 
@@ -28,6 +28,12 @@ class PretrainData:
     use_doc_attention_mask: Annotated[bool, "the documents of a packed row do not see each other"] = True
     val_fraction: Annotated[float, "share of documents held out for validation, 0 to below 1, by content hash"] = 0.005
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+    control_tokens: Annotated[
+        bool,
+        "documents that spell control tokens, such as <|im_end|>, hold those tokens; BOS or EOS inside of one does not "
+        "end it for attention, and one that spells the mask or padding token is a bad row",
+    ] = False
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
         if self.max_seq_len < 2:
@@ -73,7 +79,8 @@ class JoinedRows:
 class PretrainDataset:
     """`train` and `validation` rows (see PackedRows) and what is known of the corpus.
 
-    `meta` is flat, for logs: rows and empty_rows read; documents, tokens, characters and bytes of each part, as
+    `meta` is flat, for logs: rows read, of them empty_rows and skipped_rows, and what was wrong with the first of those
+    (skipped_first); documents, tokens, characters and bytes of each part, as
     train_tokens, validation_bytes...; real_token_share of the training rows; data_sha256; tokenizer_fingerprint.
     ValueError if nothing is left to train on; otherwise as TokenCache.build_or_open.
     """
@@ -87,6 +94,8 @@ class PretrainDataset:
             field=config.jsonl_field,
             separator=config.separator,
             val_fraction=config.val_fraction,
+            control=config.control_tokens,
+            on_bad_row=config.on_bad_row,
         )
         self.config, self.cache = config, cache
         parts = (
@@ -99,25 +108,27 @@ class PretrainDataset:
             raise ValueError(self._why_empty())
 
     def describe(self) -> str:
-        """Two lines for people."""
+        """Lines for people: two, and one on the bad rows if there are any."""
         meta = self.meta
         characters = meta["train_characters"] + meta["validation_characters"]
         text_tokens = meta["train_tokens"] + meta["validation_tokens"]
         text_tokens -= 2 * (meta["train_documents"] + meta["validation_documents"])  # without BOS and EOS
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
         bundled = "" if self.config.data else "no --data, so the bundled corpus is used: "
-        return (
+        told = (
             f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
             f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
         )
+        return "\n".join(filter(None, (told, told_skipped(meta))))
 
     def _why_empty(self) -> str:
         path, meta = self.source, self.meta
-        if meta["rows"] == meta["empty_rows"]:
-            return f"{path} has nothing to train on: all {meta['rows']:,} rows are empty"
+        if not meta["validation_documents"]:
+            bad = " or bad" if meta["skipped_rows"] else ""
+            return f"{path} has nothing to train on: all {meta['rows']:,} rows are empty{bad}"
         return (
             f"{path} has nothing to train on: all {meta['validation_documents']:,} documents are held out by "
             f"--val-fraction {self.config.val_fraction}; lower it, or give more data"
@@ -129,6 +140,8 @@ def _summary(meta: dict[str, Any], real_token_share: float) -> dict[str, Any]:
     return {
         "rows": meta["rows"],
         "empty_rows": meta["empty_rows"],
+        "skipped_rows": meta["skipped_rows"],
+        "skipped_first": meta["skipped_first"],
         **parts,
         "real_token_share": real_token_share,
         "data_sha256": meta["data_sha256"],

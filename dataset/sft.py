@@ -16,7 +16,19 @@ import numpy as np
 
 from dataset.bundled import bundled_file
 from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
-from dataset.jsonl import JSON_TYPES, chunked, content_hash, open_text, read_rows, text_format
+from dataset.jsonl import (
+    JSON_TYPES,
+    BadRows,
+    Check,
+    OnBadRow,
+    chunked,
+    content_hash,
+    open_text,
+    read_as,
+    read_lines,
+    text_format,
+    told_skipped,
+)
 from dataset.order import STEPS_PER_WINDOW
 from dataset.replies import (
     Conversations,
@@ -27,6 +39,7 @@ from dataset.replies import (
     rows_begin,
     shortened,
 )
+from dataset.spelling import spelling_check
 from dataset.tokenizer import (
     ChatIds,
     PreTrainedTokenizerFast,
@@ -37,7 +50,7 @@ from dataset.tokenizer import (
     token_dtype,
 )
 
-FORMAT = 2  # counts changes of what the cache files mean; part of the key
+FORMAT = 3  # counts changes of what the cache files mean; part of the key
 CHUNK_CHARACTERS = 1_000_000  # of messages tokenised at a time
 TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 STREAM_VALIDATION = 256, 20_000  # streaming: held-out conversations wanted, and rows read in search of them
@@ -104,6 +117,7 @@ class SFTData:
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
     streaming: Annotated[bool, "read and tokenise while training, in the order of the file; keeps no cache"] = False
     steps_per_epoch: Annotated[int | None, "with --streaming: optimizer steps that count as one epoch"] = None
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
         if self.max_seq_len < 16:
@@ -184,13 +198,14 @@ class SFTDataset:
             source = f"{meta['conversations']:,} conversations, {meta['replies']:,} replies"
         bundled = "" if self.config.data else "no --data, so the bundled conversations are used: "
         left_out = f" ({meta['empty_replies']:,} empty replies left out)" if meta["empty_replies"] else ""
-        return (
+        told = (
             f"{bundled}{self.source}: {source}{left_out}\n"
             f"train {len(train):,} rows of {train.real_token_share * train.seq_len:.0f} tokens on average; EOS is "
             f"{train.eos_share:.1%} of what is learnt; {meta['shortened']:,} shortened to {train.seq_len} "
             f"({meta['cut_prompts']:,} lost the beginning of the prompt, {meta['cut_replies']:,} the end of the reply)"
             f"\nvalidation {len(self.validation):,} rows"
         )
+        return "\n".join(filter(None, (told, told_skipped(meta))))
 
     def _rows(
         self,
@@ -236,7 +251,7 @@ class SFTDataset:
     def _conversations(self) -> tuple[Conversations, dict[str, Any]]:
         """Those of the file, mapped, and what is known of them; tokenised into the cache unless they are there."""
         open_text(self.source).close()  # a missing file gets its message here
-        options = "sft", FORMAT, fingerprint(self.tokenizer)
+        options = "sft", FORMAT, fingerprint(self.tokenizer), self.config.on_bad_row
         dtypes = dict.fromkeys(Conversations.__dataclass_fields__, np.int64)
         dtypes |= {"tokens": token_dtype(self.tokenizer), "hashes": np.uint64}
         arrays, meta = cached_arrays(self.source, self.config.cache_dir, options, dtypes, self._tokenise)
@@ -245,9 +260,10 @@ class SFTDataset:
     def _tokenise(self, files: ArrayFiles) -> dict[str, Any]:
         """Append the file's conversations, a chunk at a time; returns what is to be known of them."""
         began, digest, replies, lengths = time.monotonic(), hashlib.sha256(), 0, files.lengths
+        bad = BadRows(self.config.on_bad_row)
         files.append("starts", np.zeros(1, dtype=np.int64))
-        for chunk in _chunks(read_conversations(self.source, digest.update)):
-            chats = _encoded(self.source, self.tokenizer, chunk)
+        for chunk in _chunks(self._read(bad, digest.update)):
+            chats = _encoded(self.tokenizer, chunk)
             replies += _num_replies(chunk)
             tokens, conversations = lengths["tokens"], lengths["hashes"]
             files.append("tokens", chats.tokens)
@@ -266,15 +282,20 @@ class SFTDataset:
             "replies": lengths["reply_begins"],
             "empty_replies": replies - lengths["reply_begins"],
             "tokens": lengths["tokens"],
+            **bad.meta,
             "data_sha256": digest.hexdigest(),
             "tokenizer_fingerprint": fingerprint(self.tokenizer),
         }
 
+    def _read(self, bad: BadRows, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
+        return read_conversations(self.source, observe, bad, spelling_check(self.tokenizer))
+
     def _open_stream(self, rows_per_window: int, num_rows: int) -> None:
-        path, tokenizer, threshold = self.source, self.tokenizer, self.config.val_fraction * 2.0**64
+        threshold = self.config.val_fraction * 2.0**64
         wanted, searched = STREAM_VALIDATION
+        self.bad = BadRows(self.config.on_bad_row, tell=True)
         head, found = [], 0
-        for pair in islice(read_conversations(path), searched if threshold else 0):
+        for pair in islice(self._read(self.bad), searched if threshold else 0):
             head.append((_hash(pair[1]), pair))
             found += head[-1][0] < threshold
             if found == wanted:
@@ -283,7 +304,7 @@ class SFTDataset:
         if not found and len(head) < searched and len(hashes) > 1:  # all was read: as of a small file in the cache
             threshold = min(hashes) + 1
         held_out = [pair for value, pair in head if value < threshold]
-        self.validation = self._rows(_encoded(path, tokenizer, held_out), by_length=True)
+        self.validation = self._rows(_encoded(self.tokenizer, held_out), by_length=True)
 
         def windows(first: int) -> Iterator[ReplyRows]:
             stream = self._stream(threshold)
@@ -292,10 +313,9 @@ class SFTDataset:
                 if number >= first:
                     yield self._rows(Conversations.of(window, [0] * len(window)))
 
-        self.empty_replies = 0
+        self.empty_replies, self.meta = 0, {"data_sha256": _sketch_of(self.source), "streaming": True}
         self.train = StreamedRows(windows, rows_per_window, num_rows)
-        self.meta = {"data_sha256": _sketch_of(path), "streaming": True, "empty_replies": self.empty_replies}
-        self.meta |= self._counts(self.train.window)
+        self.meta |= {"empty_replies": self.empty_replies} | self._counts(self.train.window)
 
     def _counts(self, train: ReplyRows) -> dict[str, Any]:
         return {
@@ -312,9 +332,10 @@ class SFTDataset:
         """The items of the training conversations, over and over again."""
         while True:
             empty = True
-            kept = (pair for pair in read_conversations(self.source) if _hash(pair[1]) >= threshold)
+            kept = (pair for pair in self._read(self.bad) if _hash(pair[1]) >= threshold)
             for chunk in _chunks(kept):
-                chats = _encoded(self.source, self.tokenizer, chunk)
+                chats = _encoded(self.tokenizer, chunk)
+                self.meta |= self.bad.meta  # which a checkpoint holds: a stream is not read to its end beforehand
                 self.empty_replies += _num_replies(chunk) - len(chats.reply_begins)
                 rows = self._rows(chats)
                 for item in apart(chats, items_of(chats, rows.first, rows.seq_len, rows.together)):
@@ -324,13 +345,22 @@ class SFTDataset:
                 raise ValueError(f"{self.source} has nothing to train on: no reply that is not empty is left")
 
 
-def read_conversations(path: Path, observe: Callable[[bytes], object] | None = None) -> Iterator[tuple[int, Messages]]:
-    """(row number from 1, conversation); ValueError names file and row."""
-    for number, row in read_rows(path, observe):
-        try:
-            yield number, messages_of(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+def read_conversations(
+    path: Path,
+    observe: Callable[[bytes], object] | None = None,
+    bad: BadRows | None = None,
+    check: Check = str,
+) -> Iterator[tuple[int, Messages]]:
+    """(row number from 1, conversation) as `read_as`; a row is bad of whose contents check(content) raises ValueError,
+    too."""
+
+    def conversation(row: dict[str, Any]) -> Messages:
+        messages = messages_of(row)
+        for message in messages:
+            check(message["content"])
+        return messages
+
+    return read_as(path, conversation, observe, bad)
 
 
 def _chunks(pairs: Iterable[tuple[int, Messages]]) -> Iterator[list[tuple[int, Messages]]]:
@@ -340,17 +370,9 @@ def _chunks(pairs: Iterable[tuple[int, Messages]]) -> Iterator[list[tuple[int, M
     return chunked(pairs, size, CHUNK_CHARACTERS)
 
 
-def _encoded(path: Path, tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[int, Messages]]) -> Conversations:
+def _encoded(tokenizer: PreTrainedTokenizerFast, chunk: list[tuple[int, Messages]]) -> Conversations:
     hashes, messages = [_hash(messages) for _, messages in chunk], [messages for _, messages in chunk]
-    try:
-        return Conversations.of(encode_conversations(tokenizer, messages), hashes, token_dtype(tokenizer))
-    except ValueError:
-        for number, messages in chunk:  # once more, to find out which
-            try:
-                encode_conversations(tokenizer, [messages])
-            except ValueError as error:
-                raise ValueError(f"{path}, row {number}: {error}") from None
-        raise
+    return Conversations.of(encode_conversations(tokenizer, messages), hashes, token_dtype(tokenizer))
 
 
 def _num_replies(chunk: list[tuple[int, Messages]]) -> int:
@@ -363,5 +385,10 @@ def _hash(messages: Messages) -> int:
 
 def _sketch_of(path: Path) -> str:
     """What tells a stream from another without reading it all: its first megabyte. A later row may be corrected."""
-    with open_text(path) as file:
-        return hashlib.sha256(file.read(1 << 20)).hexdigest()
+    digest, left = hashlib.sha256(), 1 << 20
+    for _, line in read_lines(path):
+        digest.update(line[:left])
+        left -= len(line)
+        if left <= 0:
+            break
+    return digest.hexdigest()

@@ -146,14 +146,19 @@ def render_chat(messages: Sequence[dict[str, str]], add_generation_prompt: bool)
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, messages: Sequence[dict[str, str]], add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[dict[str, str]],
+    add_generation_prompt: bool,
+    control: bool = False,
 ) -> list[int]:
     """Ids of a conversation: BOS role newline content EOS newline, per message; then, if asked, an open assistant turn.
 
     Each part is encoded alone, so a prompt's ids are a prefix of the ids of the same prompt with its answer, and
     content that spells a control token stays content. ValueError: no message, an unknown role, content not a string.
+
+    control: what is not the assistant's may hold control tokens (see `encode`); what a model has written is text.
     """
-    ids = encode_conversations(tokenizer, [messages])[0].ids
+    ids = encode_conversations(tokenizer, [messages], control)[0].ids
     return ids + ([tokenizer.bos_token_id, *encode(tokenizer, "assistant\n")] if add_generation_prompt else [])
 
 
@@ -165,11 +170,14 @@ class ChatIds(NamedTuple):
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[dict[str, str]]]
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[dict[str, str]]], control: bool = False
 ) -> list[ChatIds]:
     """`encode_chat` of many conversations at once, with the places of their replies. Raises ValueError as that does."""
     checked = [checked_messages(messages) for messages in conversations]
-    contents = iter(encode_batch(tokenizer, [content for pairs in checked for _, content in pairs]))
+    texts: tuple[list[str], list[str]] = [], []  # plain, and those that may hold control tokens
+    for role, content in (pair for pairs in checked for pair in pairs):
+        texts[control and role != "assistant"].append(content)
+    contents = [iter(encode_batch(tokenizer, some, number == 1)) for number, some in enumerate(texts)]
     headers = dict(zip(ROLES, encode_batch(tokenizer, [f"{role}\n" for role in ROLES]), strict=True))
     bos, eos, newline = tokenizer.bos_token_id, tokenizer.eos_token_id, encode(tokenizer, "\n")
     encoded = []
@@ -178,7 +186,7 @@ def encode_conversations(
         for role, _ in pairs:
             ids += [bos, *headers[role]]
             begin = len(ids)
-            ids += [*next(contents), eos]
+            ids += [*next(contents[control and role != "assistant"]), eos]
             if role == "assistant":
                 replies.append((begin, len(ids)))
             ids += newline

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.jsonl import JSON_TYPES, language_of, read_rows
+from dataset.jsonl import JSON_TYPES, BadRows, language_of, read_as
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.transformer import Transformer
 from scripts.engine.evaluation import by_language, condition_and_responses, kind_of, window_nats
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.windows import DataEvalConfig, Window, chosen_rows, seed_of
+from scripts.engine.windows import DataEvalConfig, Window, bad_rows, chosen_rows, seed_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Han, kana and their punctuation
@@ -78,7 +78,8 @@ def evaluate_choices(
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
-    chosen = chosen_rows(read_questions(config.eval_data), config, content_of)
+    with bad_rows(config) as bad:
+        chosen = chosen_rows(read_questions(config.eval_data, bad), config, content_of)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     asked, too_long = questions_that_fit(tokenizer, chosen, max_length, [chat_wrap], enough)
     if not asked:
@@ -133,13 +134,9 @@ def choice_nats(
     return [ChoiceNats(*of_question) for of_question in zip(*parts, strict=True)]
 
 
-def read_questions(path: Path) -> Iterator[Question]:
-    """The questions of a JSONL file. ValueError names file and row."""
-    for number, row in read_rows(path):
-        try:
-            yield question_of(row)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+def read_questions(path: Path, bad: BadRows | None = None) -> Iterator[Question]:
+    """The questions of a JSONL file, as `read_as`."""
+    return (question for _, question in read_as(path, question_of, bad=bad))
 
 
 def question_of(row: dict[str, Any]) -> Question:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 
@@ -23,13 +24,16 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     """Parse argv into one instance of each dataclass in `groups`, in order, and last the frozenset of the fields typed.
 
     A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
-    a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without help
-    text is not a flag. An alias may be a pair ("--flag", value): a switch without argument that stands for the value,
-    unless the field's own flag says another. Underscores in flags read as hyphens. `defaults` override field defaults
-    for this command. ValueError from a dataclass's own checks is reported as a usage error.
+    a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without
+    default is positional; one without help text is not a flag. An alias may be a pair ("--flag", value): a switch
+    without argument that stands for the value, unless the field's own flag says another. Underscores in flags read as
+    hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks is reported
+    as a usage error.
     """
+    module = getattr(sys.modules["__main__"].__spec__, "name", "MODULE")
+    places = [f.name.upper() for group in groups for f in fields(group) if f.default is MISSING]
     parser = _Parser(
-        usage=f"uv run python -m {getattr(sys.modules['__main__'].__spec__, 'name', 'MODULE')} [FLAGS]",
+        usage=" ".join(["uv run python -m", module, *places, "[FLAGS]"]),
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -39,21 +43,12 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
         section = parser.add_argument_group(title)
         for name, kind, text, aliases, switches in _flags(group):
             default = defaults.pop(name, group.__dataclass_fields__[name].default)
-            shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-            shown = "none" if default is None else shown
-            flags = dict.fromkeys(["--" + name.replace("_", "-"), *aliases])
-            section.add_argument(
-                *flags,
-                dest=name,
-                default=argparse.SUPPRESS,
-                help=f"{text} [{shown}]".replace("%", "%%"),
-                **_conversion(kind),
-            )
-            for flag, value in switches:
-                hint = f"as --{name.replace('_', '-')} {value}"
+            if default is MISSING:
                 section.add_argument(
-                    flag, dest="switch:" + name, action="store_const", const=value, default=argparse.SUPPRESS, help=hint
+                    name, help=text.replace("%", "%%"), **_conversion(kind) | {"metavar": name.upper()}
                 )
+            else:
+                _add_flag(section, name, kind, text, aliases, switches, default)
             parser.set_defaults(**{"default:" + name: default})
     if defaults:
         raise TypeError(f"no such field: {sorted(defaults)}")
@@ -66,6 +61,25 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     except ValueError as error:
         parser.error(str(error))
     return (*made, given)
+
+
+def _add_flag(
+    section: Any, name: str, kind: Any, text: str, aliases: list[str], switches: list[tuple[str, Any]], default: Any
+) -> None:
+    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = "none" if default is None else shown
+    section.add_argument(
+        *dict.fromkeys(["--" + name.replace("_", "-"), *aliases]),
+        dest=name,
+        default=argparse.SUPPRESS,
+        help=f"{text} [{shown}]".replace("%", "%%"),
+        **_conversion(kind),
+    )
+    for flag, value in switches:
+        hint = f"as --{name.replace('_', '-')} {value}"
+        section.add_argument(
+            flag, dest="switch:" + name, action="store_const", const=value, default=argparse.SUPPRESS, help=hint
+        )
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
@@ -82,8 +96,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (ValueError, OSError) as error:
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # torch's own out-of-memory errors are RuntimeErrors
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        from scripts.engine.health import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
         _say("error: out of memory; lower --batch-size, --max-seq-len or the size of the model")
         sys.exit(2)

@@ -4,6 +4,7 @@ import heapq
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, TypeVar
@@ -11,8 +12,19 @@ from typing import Annotated, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, is_validation, language_of, read_documents, text_format
+from dataset.jsonl import (
+    BadRows,
+    Check,
+    OnBadRow,
+    content_hash,
+    is_validation,
+    language_of,
+    read_documents,
+    text_format,
+    told_skipped,
+)
 from dataset.sft import read_conversations
+from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loader import to_device
 from scripts.engine.runtime import RuntimeConfig
@@ -36,6 +48,7 @@ class DataEvalConfig:
     num_samples: Annotated[
         int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
     ] = 16
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self):
         for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
@@ -75,7 +88,7 @@ def windows_of(
 
     A diffusion model is told where a window ends, a block model within its last block, which may be short.
     """
-    texts = chosen_texts(config)
+    texts = chosen_texts(config, spelling_check(tokenizer))
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     documents, windows = [], []
     for first in range(0, len(texts), DOCUMENTS_AT_A_TIME):
@@ -92,12 +105,24 @@ def windows_of(
     return documents, windows
 
 
-def chosen_texts(config: DataEvalConfig) -> list[str]:
-    """The documents of the split, in order; with eval_max_batches, a random sample of enough of them."""
-    chosen = chosen_rows((text for text in read_documents(config.eval_data, config.jsonl_field) if text), config, str)
+def chosen_texts(config: DataEvalConfig, check: Check = str) -> list[str]:
+    """The documents of the split, in order; with eval_max_batches, a random sample of enough of them. Those of which
+    check(text) raises ValueError are bad rows."""
+    with bad_rows(config) as bad:
+        texts = read_documents(config.eval_data, config.jsonl_field, bad, check)
+        chosen = chosen_rows((text for text in texts if text), config, str)
     if not chosen:
         raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
     return chosen
+
+
+@contextmanager
+def bad_rows(config: DataEvalConfig) -> Iterator[BadRows]:
+    """For a reading of --eval-data, after which those that were skipped are told on stderr."""
+    bad = BadRows(config.on_bad_row)
+    yield bad
+    if bad.count:
+        print(f"{config.eval_data}: {told_skipped(bad.meta)}", file=sys.stderr)
 
 
 def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[Row], str]) -> list[Row]:
@@ -157,8 +182,9 @@ def reply_windows(
     behind it is never seen. Where the context ends before it, the canvas is what is left. The rest of the canvas is
     EOS, too, scored and not counted. ValueError: nothing can be scored."""
     conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
-    rows = (messages for _, messages in read_conversations(config.eval_data))
-    chosen = chosen_rows(rows, config, lambda messages: render_chat(messages, False))
+    with bad_rows(config) as bad:
+        rows = (chat for _, chat in read_conversations(config.eval_data, None, bad, spelling_check(tokenizer)))
+        chosen = chosen_rows(rows, config, lambda messages: render_chat(messages, False))
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
         some = chosen[first : first + DOCUMENTS_AT_A_TIME]

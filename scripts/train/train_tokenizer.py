@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Annotated
 
 from dataset.bundled import bundled_file
-from dataset.jsonl import language_of, open_text, read_documents, read_lines, text_format
+from dataset.jsonl import (
+    BadRows,
+    OnBadRow,
+    language_of,
+    open_text,
+    read_documents,
+    read_lines,
+    text_format,
+    told_skipped,
+)
+from dataset.spelling import check_blanks
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run
 from scripts.engine.run import require_writable
@@ -35,6 +45,7 @@ class TokenizerTraining:
     sources: Annotated[Path | None, "label file, one line per row of --data, also with .gz"] = None
     keep_sources: Annotated[str, "sources to train on, as SOURCE or SOURCE=N, separated by commas"] = ""
     eval_data: Annotated[Path | None, "text to measure characters and bytes per token on"] = None
+    on_bad_row: OnBadRow = "error"
 
     def __post_init__(self):
         if bool(self.sources) != bool(self.keep_sources):
@@ -58,20 +69,31 @@ def training_texts(config: TokenizerTraining) -> Iterator[str]:
     """The texts to count pairs in; a row of weight N comes N times."""
     if config.data is None:
         print("no --data, so the bundled corpus is used")
-    documents = read_documents(config.data or bundled_file("words"), config.jsonl_field)
-    if config.sources is None:
-        yield from documents
-        return
+    bad = BadRows(config.on_bad_row)
+    documents = read_documents(config.data or bundled_file("words"), config.jsonl_field, bad, check_blanks)
+    yield from documents if config.sources is None else _kept(documents, config, bad)
+    print_skipped(bad)
+
+
+def _kept(documents: Iterator[str], config: TokenizerTraining, bad: BadRows) -> Iterator[str]:
+    """The documents of the kept sources, by their weights."""
     weights = config.weights()
     labels = _read_labels(config.sources)
     if unknown := weights.keys() - set(labels):
         raise ValueError(f"{config.sources} has no row of {', '.join(sorted(unknown))} (--keep-sources)")
-    rows = 0
-    for rows, text in enumerate(documents, start=1):
+    used = 0
+    for used, text in enumerate(documents, start=1):
+        rows = used + bad.count  # a bad row has a label, too
         if rows <= len(labels):
             yield from [text] * weights.get(labels[rows - 1], 0)
+    rows = used + bad.count
     if rows != len(labels):
         raise ValueError(f"{config.sources} has {len(labels)} lines, but {config.data} has {rows} rows; give one a row")
+
+
+def print_skipped(bad: BadRows) -> None:
+    if bad.count:
+        print(told_skipped(bad.meta))
 
 
 def _read_labels(path: Path) -> list[str]:
@@ -88,11 +110,13 @@ def compression(tokenizer, texts: list[str]) -> tuple[float, float]:
 def report(tokenizer, config: TokenizerTraining) -> None:
     """Print how well the tokenizer compresses --eval-data, by language."""
     languages = defaultdict(list)
-    for text in filter(None, read_documents(config.eval_data, config.jsonl_field)):
+    bad = BadRows(config.on_bad_row)
+    for text in filter(None, read_documents(config.eval_data, config.jsonl_field, bad, check_blanks)):
         languages[language_of(text)].append(text)
     for language, texts in sorted(languages.items(), reverse=True):
         characters, size = compression(tokenizer, texts)
         print(f"{language:5}  {len(texts):7,} rows  {characters:.3f} characters/token  {size:.3f} bytes/token")
+    print_skipped(bad)
 
 
 def main(argv: list[str] | None = None) -> None:

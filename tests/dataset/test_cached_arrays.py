@@ -179,11 +179,11 @@ def test_an_interrupted_build_leaves_no_cache(kind, tmp_path, tokenizer, monkeyp
     name = "encode_batch" if kind == "documents" else "encode_conversations"
     original = getattr(module, name)
 
-    def interrupted(tokenizer, some):
+    def interrupted(tokenizer, some, *control):
         calls.append(some)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(tokenizer, some)
+        return original(tokenizer, some, *control)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "CHUNK_CHARACTERS", 1)

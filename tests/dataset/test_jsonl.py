@@ -14,9 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import jsonl
 from dataset.disk_cache import cached_directory
-from dataset.jsonl import JsonlFile, is_validation, read_documents, read_rows
+from dataset.jsonl import BadRows, is_validation, read_documents, read_rows
 
 ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
 
@@ -30,9 +29,7 @@ def write_rows(path, rows=ROWS):
 def refusal(read, *args, error=ValueError) -> str:
     """The message of the error that reading to the end raises: always one line that begins with the file."""
     with pytest.raises(error) as caught:
-        result = read(*args)
-        if not isinstance(result, JsonlFile):
-            list(result)
+        list(read(*args))
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -63,15 +60,12 @@ def test_row_numbers_are_the_physical_lines_an_editor_shows(tmp_path):
         b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n',
         b'{"text": "a"}\r\n\r\n{"text": "b"}\r\n',
         b'\xef\xbb\xbf\r\n{"text": "a"}\r\n{"text": "b"}',
-        b'{"text": "no", "text": "a"}\n{"text": "b"}',
     ],
 )
-def test_byte_order_mark_windows_line_ends_and_duplicate_keys_are_accepted(tmp_path, data):
+def test_a_byte_order_mark_and_windows_line_ends_are_accepted(tmp_path, data):
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
     assert list(read_documents(path)) == ["a", "b"]
-    rows = JsonlFile(path, tmp_path / "cache")
-    assert [rows[i]["text"] for i in range(len(rows))] == ["a", "b"]
 
 
 def test_null_characters_and_surrogate_pairs_are_text(tmp_path):
@@ -157,7 +151,11 @@ def test_a_long_line_is_never_cut(tmp_path):
         (rb'{"text": "\ud800"}', r"\ud800 is half a surrogate pair"),
         (rb'{"other": ["\uDC01"], "text": "x"}', r"\udc01 is half a surrogate pair"),
         (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"text": "x", "n": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
         (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not readable JSON"),
+        (b'{"text": "x", "text": "x"}', 'key "text" stands twice'),
+        (b'{"text": "x", "n": [{"a": 1, "b": 2, "a": 1}]}', 'key "a" stands twice'),
+        (b'{"' + b"k" * 10**6 + b'": 1}', "kkk"),
     ],
 )
 @pytest.mark.parametrize("name", ["bad.jsonl", "bad.jsonl.gz"])
@@ -201,21 +199,19 @@ def test_a_bad_file_is_refused_in_one_sentence(tmp_path, name, data, says):
         lambda data: data[:200] + bytes(200) + data[400:],
     ],
 )
-@pytest.mark.parametrize("read", [read_documents, lambda path: JsonlFile(path, path.parent / "cache")])
-def test_a_damaged_gzip_file_is_refused_and_leaves_no_cache(tmp_path, damage, read):
+def test_a_damaged_gzip_file_is_refused_even_where_bad_rows_are_skipped(tmp_path, damage):
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress("".join(json.dumps({"text": str(i**5)}) + "\n" for i in range(2000)).encode())
     path.write_bytes(damage(whole))
-    message = refusal(read, path)
-    assert "after row" in message
-    assert "download it again" in message
-    assert list(tmp_path.glob("cache/*")) == []
+    for bad in (BadRows(), BadRows("skip")):
+        message = refusal(read_documents, path, "text", bad)
+        assert "after row" in message
+        assert "download it again" in message
 
 
 def test_missing_files_and_directories_are_refused_with_a_remedy(tmp_path):
-    for read in (read_documents, lambda path: JsonlFile(path, tmp_path / "cache")):
-        assert "download" in refusal(read, tmp_path / "absent.jsonl", error=FileNotFoundError)
-        assert "is a directory" in refusal(read, tmp_path)
+    assert "download" in refusal(read_documents, tmp_path / "absent.jsonl", error=FileNotFoundError)
+    assert "is a directory" in refusal(read_documents, tmp_path)
     (tmp_path / "folder.jsonl").mkdir()
     assert "is a directory" in refusal(read_documents, tmp_path / "folder.jsonl")
 
@@ -237,56 +233,6 @@ def test_the_split_takes_the_share_asked_for_and_grows_with_it():
     small, large = ({text for text in texts if is_validation(text, share)} for share in (0.01, 0.05))
     assert small < large
     assert abs(len(large) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5
-
-
-# Random access
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_any_row_in_any_order_and_a_second_open_reads_nothing(tmp_path, monkeypatch, name):
-    path = write_rows(tmp_path / name)
-    rows = JsonlFile(path, tmp_path / "cache")
-    assert len(rows) == 3
-    assert [rows[i] for i in (2, 0, 1, -1)] == [ROWS[2], ROWS[0], ROWS[1], ROWS[2]]
-    assert list(rows) == ROWS
-    monkeypatch.setattr(jsonl, "read_lines", None)
-    assert list(JsonlFile(path, tmp_path / "cache")) == ROWS
-    with pytest.raises(IndexError):
-        rows[3]
-
-
-def test_random_access_names_the_file_the_user_gave_and_the_physical_row(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'\n{"a": 1}\n\n{broken\n'))
-    rows = JsonlFile(path, tmp_path / "cache")
-    assert rows.location(1) == f"{path}, row 4"
-    with pytest.raises(ValueError, match="row 4: not valid JSON") as caught:
-        rows[1]
-    assert str(caught.value).startswith(str(path))
-
-
-def test_random_access_wants_rows(tmp_path):
-    for name, data, says in (("a.jsonl", b"\n\n", "has no rows"), ("a.txt", b"text", "one JSON object per line")):
-        path = tmp_path / name
-        path.write_bytes(data)
-        assert says in refusal(JsonlFile, path, tmp_path / "cache")
-
-
-def test_a_changed_file_is_indexed_anew(tmp_path):
-    path = write_rows(tmp_path / "a.jsonl")
-    assert len(JsonlFile(path, tmp_path / "cache")) == 3
-    write_rows(path, ROWS[:2])
-    assert len(JsonlFile(path, tmp_path / "cache")) == 2
-
-
-@pytest.mark.parametrize("damaged", ["index.npy", "rows.jsonl", "meta.json"])
-def test_a_damaged_index_is_built_again(tmp_path, capsys, damaged):
-    path = write_rows(tmp_path / "a.jsonl.gz")
-    JsonlFile(path, tmp_path / "cache")
-    [file] = tmp_path.glob(f"cache/*/{damaged}")
-    file.write_bytes(file.read_bytes()[:-3])
-    assert list(JsonlFile(path, tmp_path / "cache")) == ROWS
-    assert "building it again" in capsys.readouterr().err
 
 
 # Cache directories

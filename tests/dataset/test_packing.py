@@ -236,7 +236,7 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
     path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
     calls = []
 
-    def interrupted(tokenizer, texts):
+    def interrupted(tokenizer, texts, control):
         calls.append(texts)
         if len(calls) == 2:
             raise KeyboardInterrupt
@@ -258,6 +258,7 @@ def test_an_interrupted_build_leaves_no_cache(tmp_path, tokenizer, monkeypatch):
         lambda file: file.unlink(),
         lambda file: file.write_bytes(b""),
         lambda file: file.write_bytes(file.read_bytes() + b"more"),
+        lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
     ],
 )
 def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, tokenizer, capsys, name, damage):
@@ -297,7 +298,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, tokenizer, monk
     path = write_texts(tmp_path / "a.jsonl", ["a", "b"])
     original = packing.encode_batch
 
-    def growing(tokenizer, texts):
+    def growing(tokenizer, texts, control):
         with path.open("ab") as file:
             file.write(b"\n")
         return original(tokenizer, texts)

@@ -325,6 +325,18 @@ def test_a_stream_draws_its_fill_anew_and_says_what_it_cut_and_left_out(dataset)
     assert not np.array_equal(windows[0], windows[1]) and not np.array_equal(windows[1], windows[2])
 
 
+def test_a_stream_that_is_cut_short_is_refused_before_training(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("dataset.sft.CHUNK_CHARACTERS", 1)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(
+        gzip.compress("".join(json.dumps({"prompt": f"q{i}", "response": "a"}) + "\n" for i in range(2000)).encode())[
+            :-99
+        ]
+    )
+    with pytest.raises(ValueError, match="cut short; download it again"):
+        SFTDataset(SFTData(path, val_fraction=0, streaming=True, steps_per_epoch=1), tokenizer, True, rows_per_step=1)
+
+
 def test_a_tokenizer_that_pads_with_eos_is_refused(dataset, tokenizer):
     pad = tokenizer.pad_token
     tokenizer.pad_token = tokenizer.eos_token

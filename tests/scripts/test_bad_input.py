@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from dataset.tokenizer import save_tokenizer, train_bpe
+from model.checkpoint import load_checkpoint
+from scripts.engine.metrics import read_log
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
-from scripts.train import diffusion, train_pretrain, train_tokenizer
+from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind, train_tokenizer
 from tests.scripts.commands import EVALS, TRAINS
 
 BAD_FILES = {
@@ -54,6 +56,90 @@ def test_character_mode_and_tokenizer_training_on_a_bad_file(kind, refused, work
         (workspace / "bad.jsonl").write_bytes(content)
     refused(train_tokenizer, ["--data", "bad.jsonl", "--target-vocab-size", "300"], words)
     refused(diffusion, ["--train", "--data", "bad.jsonl", "--run-name", "x"], words)
+
+
+# -- bad rows that are skipped -----------------------------------------------------------------------------------------
+
+SKIP = ["--on-bad-row", "skip"]
+DAMAGED = {  # rows 1 and 3 of a file are bad, and another one is sound
+    "text": (b'{\n{"text": "the cat sees"}\n{"text": 5}\n', {"text": "the cat sees"}),
+    "chat": (b'{\n{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', {"prompt": "a", "response": "b"}),
+}
+TOLD = "2 bad rows skipped: row 1: not valid JSON", "row 3: "
+
+
+TRAINED = {  # module, and the arguments it begins with
+    "train_pretrain": (train_pretrain, "train_pretrain", []),
+    "diffusion": (diffusion, "diffusion", []),
+    "characters": (diffusion, "diffusion", ["--no-use-tokenizer"]),
+    "sft_ar": (train_sft_minimind, "sft_ar", []),
+    "sft_dm": (train_sft_diffusion, "sft_dm", []),
+    "stream": (train_sft_minimind, "sft_ar", ["--streaming", "--steps-per-epoch", "4"]),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_without_the_bad_rows(name, train_argv, sft_argv, command, workspace):
+    """They are told on the screen, in the log and in the checkpoint; the rest is trained on as if it were alone."""
+    module, like, more = TRAINED[name]
+    argv = [*(train_argv | sft_argv)[like], *more]
+    if name == "characters":
+        at = argv.index("--tokenizer-dir")
+        argv = [*argv[:at], *argv[at + 2 :]]
+    kind, source = ("chat", "chats.jsonl") if like in sft_argv else ("text", "corpus.jsonl")
+    source = workspace / source
+    rows = source.read_bytes()
+    run = argv[argv.index("--run-name") + 1]
+    losses = []
+    for spoiled in (False, True):
+        bad, sound = DAMAGED[kind]
+        source.write_bytes((bad if spoiled else json.dumps(sound).encode() + b"\n") + rows)
+        more = [*SKIP, "--overwrite"] if spoiled else []
+        result = command(module, [*argv, *more, "--max-iters", "2", "--log-interval", "1"])
+        assert result.code == 0, result.err
+        losses.append([e["loss"] for e in read_log(Path(f"weights/{run}_log.jsonl")) if e["event"] == "train"])
+    assert losses[0] == losses[1]
+    assert all(word in result.out for word in TOLD), result.out
+    (start,) = (e for e in read_log(Path(f"weights/{run}_log.jsonl")) if e["event"] == "start")
+    for data in (start["data"], load_checkpoint(f"weights/{run}.pt")["data"]):
+        assert data["skipped_rows"] == 2 and data["skipped_first"][0].startswith("row 1: not valid JSON")
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_evaluating_without_the_bad_rows(name, eval_argv, command, workspace):
+    results = []
+    for data, flags in ((DAMAGED["text"][0], SKIP), (json.dumps(DAMAGED["text"][1]).encode(), [])):
+        (workspace / "few.jsonl").write_bytes(data)
+        results.append(command(EVALS[name], [*eval_argv[name], "--eval-data", "few.jsonl", *flags]))
+        assert results[-1].code == 0, results[-1].err
+    assert results[0].out == results[1].out
+    assert all(word in results[0].err for word in TOLD)
+
+
+def test_a_tokenizer_is_trained_without_the_bad_rows(command, workspace):
+    sound = (workspace / "corpus.jsonl").read_bytes()
+    made = []
+    for data, flags in ((sound, []), (b'{"text": null}\n' + sound + b"[]\n", SKIP)):
+        (workspace / "corpus.jsonl").write_bytes(data)
+        argv = ["--data", "corpus.jsonl", "--target-vocab-size", "300", "--overwrite", "--eval-data", "corpus.jsonl"]
+        result = command(train_tokenizer, [*argv, *flags])
+        assert result.code == 0, result.err
+        made.append(Path("weights/tokenizer/tokenizer.json").read_bytes())
+    assert made[0] == made[1]
+    assert result.out.count('2 bad rows skipped: row 1: field "text" is null') == 2
+
+
+def test_bad_rows_have_labels_too(command, workspace):
+    """Else every label behind them would be that of another row."""
+    (workspace / "corpus.jsonl").write_text('{"text": "aaaa aaaa"}\n[]\n{"text": "bbbb bbbb"}\n' * 9)
+    (workspace / "labels.txt").write_text("a\nb\nb\n" * 9)
+    argv = ["--data", "corpus.jsonl", "--target-vocab-size", "273", "--sources", "labels.txt", "--keep-sources", "b"]
+    assert command(train_tokenizer, [*argv, *SKIP]).code == 0
+    merges = json.loads(Path("weights/tokenizer/tokenizer.json").read_text())["model"]["merges"]
+    assert merges == [["b", "b"]]
+
+
+# -- other files -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,47 @@
+"""What a tokenizer cannot spell, and text that spells control tokens, row by row."""
+
+import re
+
+from tokenizers import models
+
+from dataset.jsonl import Check
+from dataset.tokenizer import PreTrainedTokenizerFast, encode
+
+MAX_BLANKS = 5_000_000  # in a row; the regular expression that cuts text gives up, by a panic, at ten million
+
+
+def spelling_check(tokenizer: PreTrainedTokenizerFast, control: bool = False) -> Check:
+    """check(text): ValueError for a text that `encode(tokenizer, text, control)` refuses, and, with `control`, for one
+    that spells the mask or the padding token, which nothing can be learnt from.
+
+    For rows, one by one: they are encoded many at a time, when it is too late to say which is at fault.
+    """
+    backend = tokenizer.backend_tokenizer
+    barred = (tokenizer.mask_token, tokenizer.pad_token) if control else ()
+    by_characters = isinstance(backend.model, models.WordLevel)
+    known = {entry for entry in backend.get_vocab() if len(entry) == 1} if by_characters else set()
+
+    def check(text: str) -> None:
+        check_blanks(text)
+        for name in barred:
+            if name in text:
+                raise ValueError(
+                    f"the text spells {name}, which as a control token cannot be learnt; correct or delete that row, "
+                    "or leave out --control-tokens"
+                )
+        if by_characters and not known.issuperset(text):
+            encode(tokenizer, text, control)
+
+    return check
+
+
+def check_blanks(text: str) -> None:
+    """ValueError for a text with a run of blank characters that is too long to be cut."""
+    if len(text) > MAX_BLANKS and any(len(run) > MAX_BLANKS for run in re.findall(r"\s+", text)):
+        raise ValueError(f"the text has more than {MAX_BLANKS:,} blank characters in a row; correct or delete that row")
+
+
+def control_names(tokenizer: PreTrainedTokenizerFast) -> re.Pattern[str]:
+    """Matches the name of every control token."""
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
+    return re.compile("|".join(re.escape(token.content) for token in added if token.special))

@@ -1,0 +1,219 @@
+"""The data doctor: what it says about a file, with which exit code, and that its commands train."""
+
+import gzip
+import importlib
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+
+from dataset import check
+from dataset.preferences import PreferenceData, PreferenceDataset
+from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
+from dataset.tokenizer import encode, encode_chat, save_tokenizer
+from scripts.engine import cli
+
+
+@pytest.fixture
+def doctor(tmp_path, monkeypatch, small, capsys):
+    """doctor(rows, *flags, name) -> (exit code, what it printed, what it wrote as JSON)."""
+    monkeypatch.chdir(tmp_path)
+    save_tokenizer(small, tmp_path)
+
+    def run(rows, *flags, name="rows.jsonl"):
+        if isinstance(rows, list):
+            rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+        if rows is not None:
+            Path(name).write_bytes(gzip.compress(rows) if name.endswith(".gz") else rows)
+        with pytest.raises(SystemExit) as stop:
+            cli.run(check.main, [name, "--json", "found.json", *flags])
+        told = capsys.readouterr()
+        if stop.value.code == 2:
+            return 2, told.err, None
+        return stop.value.code, told.out, json.loads(Path("found.json").read_text())
+
+    return run
+
+
+def chat(*contents: str, role: str = "user") -> dict:
+    roles = [role if place % 2 == 0 else "assistant" for place in range(len(contents))]
+    return {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]}
+
+
+TEXTS = ["one", "今天天气很好", "the river", "one", "", " one\n", "ends <|im_end|> here"]
+
+
+def test_what_it_counts_in_documents(doctor, small):
+    code, told, found = doctor([{"text": text} for text in TEXTS], "--max-seq-len", "8", name="rows.jsonl.gz")
+    documents = [text for text in TEXTS if text]
+    tokens = [len(encode(small, text)) for text in documents]
+    assert code == 0 and "Sound: every row can be used." in told
+    assert (found["rows"], found["used_rows"], found["empty_rows"], found["bad_rows"]) == (7, 6, 1, 0)
+    assert found["counts"]["tokens"] == sum(tokens) + 2 * 6
+    assert found["counts"]["longer"] == sum(count + 2 > 8 for count in tokens)
+    assert {int(length): count for length, count in found["lengths"].items()} == {
+        length: [count + 2 for count in tokens].count(length) for length in {count + 2 for count in tokens}
+    }
+    assert (found["copies"], found["first_copies"]) == (2, [[4, 1], [6, 1]])
+    assert found["languages"] == {
+        "zh": {"rows": 1, "characters": 6, "text_tokens": tokens[1]},
+        "other": {"rows": 5, "characters": 40, "text_tokens": sum(tokens) - tokens[1]},
+    }
+    assert found["control_tokens"] == {"<|im_end|>": 1} and found["first_spelling_rows"] == [7]
+    assert (
+        "spelled in 1 rows, first in row 7: <|im_end|> in 1; text to training, unless it is told --control-tokens\n"
+        in told
+    )
+    assert "2: row 4 repeats row 1, row 6 repeats row 1" in told and "nothing is cut" in told
+    assert found["unpacked_bytes"] == len(gzip.decompress(Path("rows.jsonl.gz").read_bytes()))
+
+
+def test_rows_that_spell_control_tokens_are_told_and_which_of_them_would_be_bad(doctor):
+    code, told, _ = doctor([{"text": text} for text in ("<|mask|>", "<|im_start|>", "<|endoftext|><|mask|>", "<|")])
+    assert code == 0
+    assert "spelled in 3 rows, first in row 1, 2, 3: <|mask|> in 2" in told and "mask or padding are bad (2)" in told
+
+
+def test_bad_rows_are_listed_counted_by_reason_and_end_with_exit_code_1(doctor):
+    rows = [b'{"text": "a"}', b"{", b"", b'{"text": 5}', *[b'{"txt": "a"}'] * 30, b'{"text": 6}', b"[1, 2"]
+    code, told, found = doctor(b"\n".join(rows))
+    assert code == 1 and "33 " not in told.splitlines()[0]
+    assert (found["rows"], found["used_rows"], found["bad_rows"], found["lines"]) == (35, 1, 34, 36)
+    assert found["bad_by_reason"] == {
+        'field "text" is missing': 30,
+        "not valid JSON at column N": 2,
+        'field "text" is a number, expected a string': 2,
+    }
+    assert [row.split(":")[0] for row in found["first_bad"]] == [f"row {n}" for n in (2, 4, *range(5, 23))]
+    assert "row 2: not valid JSON at column 2" in told and "the first 20:" in told
+    assert "--on-bad-row skip" in told and "blank lines: 1" in told
+
+
+@pytest.mark.parametrize("limit", [16, 40, 512])
+def test_what_is_shortened_is_what_training_shortens(limit, doctor, small, tmp_path):
+    rows = [chat("a", "b" * 30), chat("word " * 30, "b"), chat("a", "b", "c", "d" * 25), chat("a", "")]
+    code, told, found = doctor(rows, "--max-seq-len", str(limit))
+    assert code == 0 and found["counts"]["several_replies"] == found["counts"]["empty_replies"] == 1
+    assert found["counts"]["user messages"] == found["counts"]["assistant messages"] == 5
+    assert sum(int(n) * count for n, count in found["lengths"].items()) == sum(
+        len(encode_chat(small, row["messages"], False)) for row in rows
+    )
+    for name, config, together in (("ar", SFTData, True), ("diffusion", DiffusionSFTData, False)):
+        data = config(Path("rows.jsonl"), max_seq_len=limit, val_fraction=0, cache_dir=tmp_path / "cache")
+        made = SFTDataset(data, small, together, rows_per_step=1)
+        assert len(made.train) == found["counts"][f"{name} rows"]
+        for what in ("shortened", "cut_prompts", "cut_replies"):
+            assert made.meta[what] == found["counts"][f"{name} {what}"]
+        kept = made.train.items(range(len(made.train))).lengths.sum() if len(made.train) else 0
+        assert found["counts"][f"{name} tokens"] - found["counts"][f"{name} lost"] == kept
+
+
+@pytest.mark.parametrize("limit", [16, 512])
+def test_of_pairs_it_tells_what_is_equal_and_what_is_shortened(limit, doctor, small, tmp_path):
+    rows = [("a", "b", "b"), ("a", "b" * 40, "c"), ("word " * 30, "b", "cc"), ("a", "b" * 40 + "c", "b" * 40)]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows]
+    code, told, found = doctor(rows, "--max-seq-len", str(limit))
+    config = PreferenceData(Path("rows.jsonl"), max_seq_len=limit, val_fraction=0, cache_dir=tmp_path / "cache")
+    made = PreferenceDataset(config, small, "full", 0)
+    assert code == 0 and found["kind"] == "pairs"
+    assert found["counts"]["equal_replies"] == made.meta["equal_replies"] == (2 if limit == 16 else 1)
+    for what in ("shortened", "cut_prompts", "cut_replies"):
+        assert made.meta[what] == found["counts"][f"pairs {what}"]
+    assert found["counts"]["longer_chosen"] == 2
+
+
+def test_the_kind_of_rows_is_told_by_their_fields_or_by_a_flag(doctor):
+    rows = {
+        "text": {"text": "a"},
+        "chat": {"instruction": "a", "output": "b", "text": "c"},
+        "pairs": {"prompt": "a", "chosen": "b", "rejected": "c"},
+    }
+    for kind, row in rows.items():
+        assert doctor([5, row])[2]["kind"] == kind
+    code, _, found = doctor([rows["pairs"]], "--kind", "chat")
+    assert (code, found["kind"], found["bad_rows"]) == (1, "chat", 1)
+    code, told, found = doctor([{"content": "a"}])
+    assert (code, found["kind"]) == (1, "text") and "choose one with --jsonl-field" in told
+    code, told, found = doctor([{"content": "a", "text": 1}], "--jsonl-field", "content")
+    assert code == 0 and "--jsonl-field content" in told
+
+
+@pytest.mark.parametrize(
+    "rows, name, flags, words",
+    [
+        (None, "absent.jsonl", [], "does not exist"),
+        (b"", "rows.jsonl", [], "has no rows"),
+        (b"\n \n", "rows.jsonl", [], "has no rows"),
+        (b"", "rows.txt", [], "is empty"),
+        (b"x", "rows.csv", [], "unknown file type"),
+        (gzip.compress(b"{}"), "rows.jsonl", [], "rename it to end in .gz"),
+        (b"text\n", "rows.txt", ["--kind", "chat"], "plain text"),
+        (b"text\n", "rows.txt", ["--jsonl-field", "a"], "--jsonl-field has no effect"),
+        ([chat("a", "b")], "rows.jsonl", ["--kind", "chat", "--jsonl-field", "a"], "--jsonl-field has no effect"),
+        ([chat("a", "b")], "rows.jsonl", ["--max-seq-len", "3"], "--max-seq-len 3"),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_with_exit_code_2(rows, name, flags, words, doctor):
+    code, told, _ = doctor(rows, *flags, name=name)
+    assert code == 2 and words in told and told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": ""}],
+        [chat("a", "")],
+        [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+    ],
+)
+def test_where_nothing_is_left_to_train_on_it_says_so(rows, doctor):
+    code, told, _ = doctor(rows)
+    assert code == 1 and "Nothing to train on." in told
+
+
+SOUND = [{"text": "a"}], [chat("a", "b")], [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+
+
+@pytest.mark.parametrize("rows", SOUND)
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows of mine.jsonl.gz"])
+def test_the_commands_that_it_ends_with_are_commands(rows, name, doctor, capsys):
+    code, told, _ = doctor([*rows, 5], "--max-seq-len", "99", name=name)
+    commands = re.findall("uv run python -m (.*)", told)
+    assert code == 1 and commands
+    for module, *argv in map(shlex.split, commands):
+        assert argv[argv.index("--data") + 1] == name and argv[-2:] == ["--on-bad-row", "skip"]
+        with pytest.raises(SystemExit):
+            cli.run(importlib.import_module(module).main, [*argv, "--max-iters", "x"])
+        assert capsys.readouterr().err.startswith("error: argument --max-iters: invalid"), "all other flags are flags"
+
+
+# -- positional arguments ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Group:
+    """A group."""
+
+    place: Annotated[Path, "a place"]
+    number: Annotated[int, "a number"] = 3
+
+
+def test_a_field_without_default_is_positional(capsys):
+    for argv in (["a_b", "--number", "4"], ["--number", "4", "a_b"]):
+        assert cli.parse_args("d", Group, argv=argv) == (Group(Path("a_b"), 4), {"place", "number"})
+    for argv, words in (
+        ([], "required: PLACE"),
+        (["a", "b"], "unrecognized arguments: b"),
+        (["--place", "a"], "unrecognized arguments: --place"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse_args("d", Group, argv=argv)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.parse_args("d", Group, argv=["--help"])
+    told = capsys.readouterr().out
+    assert "PLACE [FLAGS]" in told and re.search(r"PLACE +a place$", told, re.MULTILINE)
