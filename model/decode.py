@@ -63,7 +63,10 @@ def autoregress(
     ValueError unless each row's open positions are its last ones.
     """
     if model.config.attention != "causal":
-        raise ValueError("this checkpoint was trained by diffusion; decode it with scripts.eval.eval_diffusion")
+        raise ValueError(
+            "this checkpoint was trained by diffusion; it is used by: "
+            "uv run python -m scripts.eval.eval_diffusion --checkpoint FILE"
+        )
     require_context(model)
     start, draft, draw = _prompt_lengths(canvas), Draft(canvas, model.config, seeds), config.draw
     rows = draft.rows

@@ -105,7 +105,10 @@ class DenoisingConfig:
         ValueError for an autoregressive checkpoint, and for settings that its attention does not go with.
         """
         if model.attention == "causal":
-            raise ValueError("this checkpoint is autoregressive; decode it with scripts.eval.eval_minimind")
+            raise ValueError(
+                "this checkpoint is autoregressive; it is used by: "
+                "uv run python -m scripts.eval.eval_minimind --checkpoint FILE"
+            )
         blocks, size, cache = model.attention == "block", self.gen_block_size, self.gen_cache
         if blocks and size not in (None, model.block_size):
             raise ValueError(

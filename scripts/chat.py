@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -18,13 +18,12 @@ from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, Loaded, note_on_blanks
+from scripts.engine.evaluation import CheckpointConfig, Loaded, circumstances, note_on_blanks
 from scripts.engine.generation import (
-    BLANK,
     Conversation,
     Generation,
     Prompt,
-    PromptConfig,
+    TypedPromptConfig,
     generate,
     idle_sampling_flags,
     in_effect,
@@ -33,8 +32,8 @@ from scripts.engine.generation import (
     text_with_blanks,
 )
 from scripts.engine.run import settings_of
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trace import SUFFIXES, Trace, check_trace_path, write_trace
+from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.trace import RECORD, SUFFIXES, Trace, check_trace_path, write_trace
 from scripts.engine.trace_terminal import LiveView
 from scripts.engine.watching import Typing, Watch, on_screen
 
@@ -75,14 +74,15 @@ class Chat:
         loaded: Loaded,
         config: SamplingConfig | DenoisingConfig,
         continuation: ContinuationConfig,
-        prompting: PromptConfig,
+        prompting: TypedPromptConfig,
         chat: ChatConfig,
         runtime: RuntimeConfig,
         max_length: int,
+        command: str,
     ):
         self.loaded, self.config, self.continuation, self.runtime = loaded, config, continuation, runtime
-        self.chat, self.max_length = chat, max_length
-        self.wraps = prompting.wraps(loaded)
+        self.chat, self.max_length, self.command = chat, max_length, command
+        self.wraps, self.control = prompting.wraps(loaded), prompting.control_tokens
         self.live = sys.stdout.isatty() if chat.live is None else chat.live
         self.messages: list[dict[str, str]] = []
         self.trace: Trace | None = None
@@ -119,7 +119,7 @@ class Chat:
         """The conversation without as many of its oldest exchanges as must go to leave room for so many tokens."""
         for dropped in range(0, len(messages), 2):
             with contextlib.suppress(ValueError):
-                prompt_tokens(self.loaded.tokenizer, messages[dropped:], room, self.max_length)
+                prompt_tokens(self.loaded.tokenizer, messages[dropped:], room, self.max_length, self.control)
                 if dropped == 2:
                     print("(the oldest exchange no longer fits and is left out)")
                 elif dropped:
@@ -133,15 +133,16 @@ class Chat:
         """Run `make` on `what`, showing the canvas from `start` on, or from its first open position, and keeping a
         trace. If it is interrupted, all is as it was before."""
         traces: list[Trace] = []
+        first = self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
+        continuation = replace(self.continuation, gen_seed=(first + self.replies) % 2**32)
 
         def observe(canvas: Canvas) -> Watch:
             info = {"title": f"reply {self.replies + 1}", "prompt": asked, **in_effect(self.config)}
+            info["gen_seed"] = continuation.gen_seed
             traces.append(Trace(self.loaded.tokenizer, canvas.ids[0], canvas.open[0], info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
-        first = self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
-        continuation = replace(self.continuation, gen_seed=(first + self.replies) % 2**32)
-        more = continuation, self.config, self.runtime, self.max_length, observe
+        more = continuation, self.config, self.runtime, self.max_length, observe, self.control
         made = make(self.loaded.model, self.loaded.tokenizer, *what, *more)
         self.trace, self.replies = traces[0], self.replies + 1
         if self.live:
@@ -207,16 +208,14 @@ class Chat:
 
     def infill(self, rest: str) -> None:
         self._require_diffusion("/infill")
-        if not BLANK.search(rest):
-            raise ValueError("/infill takes a text with a blank: write ___ (three or more underscores) where it lacks")
+        replying = None
+        with _named_as("--infill", "/infill"):
+            row, _ = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, None, self.control)
         if self.wraps and self.messages:
-            row, _ = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens)
             replying = self._within_reach(self.messages[:-1], len(row) - 1)
-        else:
-            replying = None
         if note := note_on_blanks(self.loaded):
             print(f"({note})")
-        _, start = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, replying)
+        _, start = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, replying, self.control)
         self._show(infill, rest, rest, self.chat.blank_tokens, replying, start=start)
 
     def write_trace(self, rest: str) -> None:
@@ -225,6 +224,8 @@ class Chat:
         if Path(rest).suffix not in SUFFIXES:
             raise ValueError(f"/trace takes a file name ending in {', '.join(SUFFIXES)}; found {rest or 'none'}")
         check_trace_path(rest)
+        about = self.command, self.runtime, self.loaded.tokenizer, None, [self.loaded], self.continuation, self.chat
+        self.trace.info[RECORD] = circumstances(*about)
         write_trace(Path(rest), [self.trace])
         print(f"saved {rest}")
 
@@ -239,11 +240,9 @@ class Chat:
     def _set(self, command: str, name: str, value: Any) -> None:
         if name.startswith("gen_"):
             self._require_diffusion(command)
-        try:
+        with _named_as(_flag(name), command):
             config = replace(self.config, **{name: value})
             self.config = config.fitted(self.loaded.model.config) if self.is_diffusion else config
-        except ValueError as error:
-            raise ValueError(str(error).replace(_flag(name), command)) from None
         print(f"({_flag(name)} {value})")
 
 
@@ -265,6 +264,15 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@contextlib.contextmanager
+def _named_as(flag: str, command: str) -> Iterator[None]:
+    """Within it a ValueError that names the flag names the command."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace(flag, command)) from None
+
+
 def _refuse_more(command: str, rest: str) -> None:
     if rest:
         raise ValueError(f"{command} takes nothing more; found {rest}")
@@ -282,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         ChatConfig,
         CheckpointConfig,
-        PromptConfig,
+        TypedPromptConfig,
         ContinuationConfig,
         SamplingConfig,
         DenoisingConfig,
@@ -302,7 +310,8 @@ def main(argv: list[str] | None = None) -> None:
         refuse_idle(given, **{name: idle[name] for name in idle if name.endswith("repeat_window")})
     refuse_idle(given, blank_tokens=(is_diffusion, "a diffusion checkpoint"))
     config = denoising.fitted(loaded.model.config) if is_diffusion else sampling
-    talk = Chat(loaded, config, continuation, prompting, chat, runtime, checkpoint.max_seq_len)
+    settings = config, continuation, prompting, chat, runtime, checkpoint.max_seq_len
+    talk = Chat(loaded, *settings, command_line(__spec__.name, argv))
     print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")
     if note := note_on_template(checkpoint.checkpoint, loaded, talk.wraps):
         print(f"({note})")

@@ -11,7 +11,6 @@ change it, run it alone. Give the command again, and finished stages are not rep
 import hashlib
 import importlib
 import json
-import os
 import shlex
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Annotated, Any, NamedTuple
 
 from dataset.bundled import bundled_file
 from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.files import write_json
 from scripts.engine.run import Interrupted, require_writable
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.summary import summary
@@ -295,11 +295,7 @@ def recipe(config: Quickstart, runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def write_record(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> None:
-    path = config.out / "quickstart.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".tmp")
-    part.write_text(json.dumps({"recipe": recipe(config, runtime), "done": done}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_json(config.out / "quickstart.json", {"recipe": recipe(config, runtime), "done": done})
 
 
 def download() -> None:

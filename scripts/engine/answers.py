@@ -111,9 +111,11 @@ def warm_up(
     config: SamplingConfig | DenoisingConfig,
     runtime: RuntimeConfig,
     max_length: int,
+    control: bool = False,
 ) -> None:
     """The first steps of an answer on the very canvas that will be timed: those of a new shape are slower."""
-    rows = [prompt_tokens(loaded.tokenizer, prompt, continuation.max_new_tokens, max_length) for prompt in prompts]
+    sizes = continuation.max_new_tokens, max_length
+    rows = [prompt_tokens(loaded.tokenizer, prompt, *sizes, control) for prompt in prompts]
     canvas = Canvas.continuing(rows, continuation.max_new_tokens, loaded.model.config, runtime.torch_device)
     begin = denoise if isinstance(config, DenoisingConfig) else autoregress
     with runtime.autocast():

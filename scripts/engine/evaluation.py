@@ -2,7 +2,9 @@
 
 import hashlib
 import math
+import shlex
 import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -14,6 +16,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, enc
 from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
+from scripts.engine.files import sha256_of
 from scripts.engine.loader import to_device
 from scripts.engine.metrics import or_none
 from scripts.engine.run import settings_of
@@ -62,6 +65,13 @@ class Loaded(NamedTuple):
     model: Transformer
     tokenizer: PreTrainedTokenizerFast
     stage: str  # the command that trained it
+    path: Path | None = None  # none: it was never saved
+    sha256: str | None = None  # of the file
+
+    @property
+    def file(self) -> dict[str, Any]:
+        """Which file was judged, for that of the result."""
+        return {"checkpoint": str(self.path), "sha256": self.sha256, "stage": self.stage}
 
     @property
     def kind(self) -> str:
@@ -96,10 +106,11 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
             f"note: {path} was trained on at most {trained} tokens; --max-seq-len {max_length} goes beyond",
             file=sys.stderr,
         )
-    return Loaded(model, tokenizer, payload["stage"])
+    return Loaded(model, tokenizer, payload["stage"], path, sha256_of(path))
 
 
 KINDS = {"autoregressive": "--minimind-checkpoint", "diffusion": "--diffusion-checkpoint"}  # and the flag of each
+COMMANDS = {"autoregressive": "scripts.eval.eval_minimind", "diffusion": "scripts.eval.eval_diffusion"}
 
 
 def load_kind(
@@ -108,8 +119,18 @@ def load_kind(
     """`load_for_use` where a flag says of which kind a checkpoint is; ValueError if it is of the other."""
     loaded = load_for_use(path, tokenizer, max_length, runtime)
     if loaded.kind != kind:
-        raise ValueError(f"{path}, given as {KINDS[kind]}, is {loaded.kind}; give it as {KINDS[loaded.kind]}")
+        raise ValueError(
+            f"{path}, given as {KINDS[kind]}, is {loaded.described}; give it as {KINDS[loaded.kind]} "
+            + shlex.quote(str(path))
+        )
     return loaded
+
+
+def require_kind(loaded: Loaded, kind: str) -> None:
+    """ValueError, which holds the command for it, for a checkpoint of the other kind."""
+    if loaded.kind != kind:
+        command = shlex.join(["uv", "run", "python", "-m", COMMANDS[loaded.kind], "--checkpoint", str(loaded.path)])
+        raise ValueError(f"{loaded.path} is {loaded.described}; it is used by: {command}")
 
 
 @dataclass(frozen=True)
@@ -288,15 +309,18 @@ def response_likelihood(
     max_length: int,
     runtime: RuntimeConfig,
     chat_wrap: bool = False,
+    control: bool = False,
 ) -> dict[str, float]:
     """log p(response | prompt) in nats, a lower bound for a diffusion model (LLaDA Eq. 6). The prompt is BOS and its
     text, or with `chat_wrap` a user's turn and the opened assistant's; see `condition_and_responses`; EOS is not
-    scored, and as nothing stands behind the response, a diffusion model is told where it ends. ValueError if the
-    response is empty or both are together longer than `max_length` tokens."""
+    scored, and as nothing stands behind the response, a diffusion model is told where it ends. control: both may hold
+    control tokens, but for [MASK]. ValueError if the response is empty or both are together longer than `max_length`
+    tokens."""
     if not response:
         raise ValueError("the response to be scored is empty")
-    condition, (answer,) = condition_and_responses(tokenizer, prompt, [response], chat_wrap)
+    condition, (answer,) = condition_and_responses(tokenizer, prompt, [response], chat_wrap, control)
     ids = condition + answer
+    refuse_mask(tokenizer, ids, "what is scored")
     if len(ids) > max_length:
         raise ValueError(f"prompt and response are {len(ids)} tokens, more than --max-seq-len {max_length}")
     batch = collate([Window(0, ids, seed_of(ids), len(condition))], tokenizer.pad_token_id)
@@ -322,18 +346,27 @@ def response_line(model: Transformer, score: dict[str, float], num_samples: int)
 
 
 def condition_and_responses(
-    tokenizer: PreTrainedTokenizerFast, prompt: str, responses: list[str], chat_wrap: bool
+    tokenizer: PreTrainedTokenizerFast, prompt: str, responses: list[str], chat_wrap: bool, control: bool = False
 ) -> tuple[list[int], list[list[int]]]:
     """Ids of what responses are given, and of each of them: BOS and the prompt, or the prompt as a user's turn before
     the opened assistant's. Without the template the blanks that the prompt ends with belong to the responses, for a
     word's token begins with its blank."""
     if chat_wrap:
         messages = [{"role": "user", "content": prompt}]
-        return encode_chat(tokenizer, messages, add_generation_prompt=True), encode_batch(tokenizer, responses)
+        return encode_chat(tokenizer, messages, True, control), encode_batch(tokenizer, responses, control)
     text = prompt.rstrip()
     blanks = prompt[len(text) :]
-    condition = [tokenizer.bos_token_id, *encode(tokenizer, text)]
-    return condition, encode_batch(tokenizer, [blanks + response for response in responses])
+    condition = [tokenizer.bos_token_id, *encode(tokenizer, text, control)]
+    return condition, encode_batch(tokenizer, [blanks + response for response in responses], control)
+
+
+def refuse_mask(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int], what: str) -> None:
+    """ValueError if the given ids hold [MASK], which is nothing to be given: it is what a diffusion model fills."""
+    if tokenizer.mask_token_id in ids:
+        raise ValueError(
+            f"{what} holds {tokenizer.mask_token}, which a diffusion model fills in the text of --infill alone; leave "
+            "it out, or --control-tokens, which makes it more than text"
+        )
 
 
 def summarise(kind: str, documents: list[Document]) -> Likelihood:
@@ -373,11 +406,19 @@ def as_json(result: dict[str, Likelihood]) -> dict[str, Any]:
 
 
 def circumstances(
-    runtime: RuntimeConfig, tokenizer: PreTrainedTokenizerFast, data: Path | None, *configs: Any
+    command: str,
+    runtime: RuntimeConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Path | None,
+    models: Iterable[Loaded],
+    *configs: Any,
 ) -> dict[str, Any]:
-    """What a result depends on, for its file: settings, tokenizer, the unpacked data's SHA-256, code, versions."""
+    """What a result depends on, for its file: command and settings, the checkpoints judged, tokenizer, the unpacked
+    data's SHA-256, code, versions, device, precision, seed."""
     return {
+        "command": command,
         "settings": settings_of(*configs, runtime),
+        "checkpoints": [one.file for one in models],
         "tokenizer": fingerprint(tokenizer),
         "data_sha256": data_digest(data) if data else None,
         **provenance(runtime),

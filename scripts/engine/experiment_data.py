@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dataset.jsonl import content_hash, is_validation, read_documents
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode
-from scripts.engine.experiment_runs import write_text
+from scripts.engine.files import write_text
 
 
 def held_out_parts(

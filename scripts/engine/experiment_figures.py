@@ -1,6 +1,6 @@
 """One figure per experiment, from its JSON alone; the same JSON gives the same bytes."""
 
-import os
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from scripts.engine.experiment_statistics import Record
+from scripts.engine.files import write_bytes
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 NAMES = {"ar": "AR (exact)", "diffusion": "diffusion (upper bound)"}
@@ -26,12 +27,12 @@ def draw(result: dict[str, Any], path: Path) -> None:
     name = result.get("experiment")
     if name not in FIGURES:
         raise ValueError(f"{path.with_suffix('.json')} is not the result of one of {', '.join(FIGURES)}")
-    temporary = path.with_name(path.stem + ".tmp.png")
+    drawn = io.BytesIO()
     with plt.rc_context({"font.size": 11, "axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True}):
         figure = FIGURES[name](result)
-        figure.savefig(temporary, dpi=150, metadata={"Software": None})
+        figure.savefig(drawn, format="png", dpi=150, metadata={"Software": None})
         plt.close(figure)
-    os.replace(temporary, path)
+    write_bytes(path, drawn.getvalue())
 
 
 def panels(rows: int, columns: int, size: tuple[float, float], title: str, caption: str) -> tuple[Figure, list[Axes]]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from scripts.engine.choices import wilson
 from scripts.engine.experiment_statistics import Record
+from scripts.engine.files import sha256_of
 from scripts.engine.report_page import read_report
 from scripts.engine.report_results import AR, DIFFUSION, quality_of
 from scripts.engine.report_statistics import paired_interval, resampled_sums
@@ -107,7 +108,8 @@ def read_reports(paths: str) -> dict[str, Any]:
 def origin(reports: dict[str, Any]) -> list[Record]:
     """Where the numbers come from, for the result's file."""
     known = "command", "models", "tokenizer", "commit", "torch", "device", "processor"
-    return [{"path": path, **{name: report[name] for name in known}} for path, report in reports.items()]
+    told = {path: {name: report[name] for name in known} for path, report in reports.items()}
+    return [{"path": path, "sha256": sha256_of(Path(path)), **facts} for path, facts in told.items()]
 
 
 def model_names(path: str, report: Any) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """The trainings that experiments compare: ordinary stage commands, each run once and reused, and what is measured on
 their weights."""
 
-import hashlib
 import json
 import os
 import shlex
@@ -17,10 +16,11 @@ from dataset.tokenizer import PreTrainedTokenizerFast
 from model.config import ModelConfig
 from model.transformer import Transformer
 from scripts.engine.evaluation import evaluate_file, load_for_use
+from scripts.engine.files import sha256_of, write_json
 from scripts.engine.metrics import or_none, read_log
 from scripts.engine.optim import OptimConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 from scripts.engine.windows import DataEvalConfig
 
 STAGES = {  # kind of model -> command and its own flags
@@ -91,7 +91,8 @@ class Run:
 
 @dataclass
 class Lab:
-    """A folder of runs with one recipe. `commands` lists what was run, or had been run before, in order."""
+    """A folder of runs with one recipe. `commands` lists what was run, or had been run before, in order; `judged` the
+    files of weights that were measured, and their SHA-256."""
 
     folder: Path
     source: Path  # corpus
@@ -101,6 +102,7 @@ class Lab:
     recipe: Recipe
     runtime: RuntimeConfig
     commands: list[str] = field(default_factory=list)
+    judged: dict[str, str] = field(default_factory=dict)
 
     def run(self, name: str, module: str, argv: Sequence[str]) -> None:
         """Run a command to its end, unless it has ended before; one that was cut off goes on. ValueError if the folder
@@ -180,8 +182,9 @@ class Bench:
     ) -> dict[str, Any]:
         """make(), or what it returned when last asked for `what` of these weights with these settings."""
         path, runtime = weights.with_name(f"{weights.stem}_{what}.json"), self.lab.runtime
-        heldout = hashlib.sha256(self.heldout.read_bytes()).hexdigest()
-        settings = settings | {"seed": runtime.seed, "dtype": str(runtime.torch_dtype), "heldout_sha256": heldout}
+        self.lab.judged[str(weights)] = of_weights = sha256_of(weights)
+        settings = settings | {"seed": runtime.seed, "dtype": str(runtime.torch_dtype)}
+        settings |= {"weights_sha256": of_weights, "heldout_sha256": sha256_of(self.heldout)}
         known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if known.get("settings") != settings:
             known = {"settings": settings, "values": make()}
@@ -219,15 +222,3 @@ def launch(module: str, argv: Sequence[str], output: Path) -> None:
         lines = output.read_text(encoding="utf-8", errors="replace").split("\n")
         last = next((line for line in reversed(lines) if line.strip()), "no output")
         raise ValueError(f"{module} ended with exit code {code} ({output}): {last.strip()}")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Atomically: the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    os.replace(temporary, path)

@@ -14,6 +14,7 @@ from scripts.engine.answers import distinct
 from scripts.engine.evaluation import window_nats
 from scripts.engine.experiment_data import held_out_parts, small_corpus, write_documents
 from scripts.engine.experiment_runs import Bench, Lab, Recipe, Run
+from scripts.engine.files import sha256_of
 from scripts.engine.generation import generate_batch
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.windows import DataEvalConfig, Window
@@ -169,7 +170,7 @@ def judged(bench: Bench, run: Run | None, judge: Run, config: SchedulesConfig) -
             "tokens_per_text": tokens / len(windows),
         }
 
-    settings = {"generations": count, "length": room}
+    settings = {"generations": count, "length": room, "judge_sha256": sha256_of(judge.weights)}
     return bench.remember(run.weights if run else judge.weights, "judged", settings, measure)
 
 

@@ -12,7 +12,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode, encode_ch
 from model.decode import Canvas, ContinuationConfig, Decoded, DecodingStep, DenoisingConfig, SamplingConfig
 from model.decode import decode as fill
 from model.transformer import Transformer
-from scripts.engine.evaluation import Loaded
+from scripts.engine.evaluation import Loaded, refuse_mask
 from scripts.engine.runtime import RuntimeConfig
 
 BLANK = re.compile("_{3,}")
@@ -48,6 +48,17 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class TypedPromptConfig(PromptConfig):
+    """How a prompt is put to the model."""
+
+    control_tokens: Annotated[
+        bool,
+        "what is typed and spells control tokens, such as <|im_end|>, holds those tokens; <|mask|> is a blank of one "
+        "token in a text whose blanks are filled, and refused elsewhere",
+    ] = False
+
+
+@dataclass(frozen=True)
 class Generation:
     prompt: str  # what the user wrote; where blanks were filled, the text with its blanks
     text: str  # the continuation up to EOS, or the text with its blanks filled
@@ -55,6 +66,7 @@ class Generation:
     ended: bool  # EOS was produced, or stands behind the blanks
     num_forward_passes: int  # those that the row would take alone
     seconds: float  # of the whole batch
+    filled: bool = False  # blanks were
 
     @property
     def tokens_per_second(self) -> float:
@@ -65,9 +77,7 @@ class Generation:
         return self.num_tokens / self.num_forward_passes
 
     def report(self) -> str:
-        between = (
-            "\n" if BLANK.search(self.prompt) else "\u2502"
-        )  # a text with blanks is not what the filled one goes on
+        between = "\n" if self.filled else "\u2502"  # a text with blanks is not what the filled one goes on
         return (
             f"{self.prompt}{between}{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
             f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
@@ -102,16 +112,18 @@ def in_effect(config: SamplingConfig | DenoisingConfig) -> dict[str, Any]:
 
 
 def prompt_tokens(
-    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int, control: bool = False
 ) -> list[int]:
     """BOS and the text's ids, or the conversation's up to the open turn of the assistant.
 
-    Never cut: ValueError if with the continuation they exceed `max_length`, the canvas trained on.
+    Never cut: ValueError if with the continuation they exceed `max_length`, the canvas trained on. control: the prompt
+    may hold control tokens, but for [MASK] (ValueError): what is filled stands behind it.
     """
     if isinstance(prompt, str):
-        ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
+        ids = [tokenizer.bos_token_id, *encode(tokenizer, prompt, control)]
     else:
-        ids = encode_chat(tokenizer, prompt, add_generation_prompt=True)
+        ids = encode_chat(tokenizer, prompt, add_generation_prompt=True, control=control)
+    refuse_mask(tokenizer, ids, "the prompt")
     if len(ids) + max_new_tokens > max_length:
         raise ValueError(
             f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed --max-seq-len {max_length}; "
@@ -129,9 +141,11 @@ def generate(
     runtime: RuntimeConfig,
     max_length: int,
     observe: Observe | None = None,
+    control: bool = False,
 ) -> Generation:
-    """Continue a text, or answer a conversation, as `config` says, `observe` looking on."""
-    return generate_batch(model, tokenizer, [prompt], continuation, config, runtime, max_length, observe)[0]
+    """Continue a text, or answer a conversation, as `config` says, `observe` looking on; control: see
+    `prompt_tokens`."""
+    return generate_batch(model, tokenizer, [prompt], continuation, config, runtime, max_length, observe, control)[0]
 
 
 def generate_batch(
@@ -143,9 +157,10 @@ def generate_batch(
     runtime: RuntimeConfig,
     max_length: int,
     observe: Observe | None = None,
+    control: bool = False,
 ) -> list[Generation]:
     """`generate` for several prompts that share forward passes; prompt i is sampled with the seed plus i."""
-    rows = [prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, max_length) for prompt in prompts]
+    rows = [prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, max_length, control) for prompt in prompts]
     canvas = Canvas.continuing(rows, continuation.max_new_tokens, model.config, runtime.torch_device)
     decoded, seconds = decode_timed(
         model, canvas, config, row_seeds(continuation, runtime, len(rows)), runtime, observe
@@ -174,35 +189,41 @@ def infill(
     runtime: RuntimeConfig,
     max_length: int,
     observe: Observe | None = None,
+    control: bool = False,
 ) -> Generation:
     """Fill the blanks of a text; see `text_with_blanks`."""
-    row, start = text_with_blanks(tokenizer, text, blank_tokens, conversation)
+    row, start = text_with_blanks(tokenizer, text, blank_tokens, conversation, control)
     if len(row) > max_length:
         raise ValueError(f"the text with its blanks is {len(row)} tokens long, more than --max-seq-len {max_length}")
     canvas = Canvas.infilling([row], model.config, runtime.torch_device)
     decoded, seconds = decode_timed(model, canvas, config, row_seeds(continuation, runtime, 1), runtime, observe)
     filled = decode(tokenizer, decoded.canvas[0, start:-1].tolist())
-    return Generation(text, filled, len(decoded.new[0]), True, decoded.num_forward_passes, seconds)
+    return Generation(text, filled, len(decoded.new[0]), True, decoded.num_forward_passes, seconds, filled=True)
 
 
 def text_with_blanks(
-    tokenizer: PreTrainedTokenizerFast, text: str, blank_tokens: int, conversation: Conversation | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    text: str,
+    blank_tokens: int,
+    conversation: Conversation | None = None,
+    control: bool = False,
 ) -> tuple[list[int | None], int]:
     """Ids of a text, `blank_tokens` None for each run of three or more underscores, and where the text begins.
 
     The text is a document of its own, BOS before and EOS behind it, or the assistant's reply to `conversation`, EOS
-    behind it. What stands between blanks is tokenised apart. ValueError without a blank.
+    behind it. What stands between blanks is tokenised apart. control: text and conversation may hold control tokens,
+    and every [MASK] of the text is a blank of one token, too. ValueError without a blank.
     """
-    pieces = BLANK.split(text)
-    if len(pieces) == 1:
+    row: list[int | None] = [tokenizer.bos_token_id]
+    if conversation is not None:
+        row = [*encode_chat(tokenizer, conversation, add_generation_prompt=True, control=control)]
+        refuse_mask(tokenizer, row, "what the text replies to")
+    start, mask = len(row), tokenizer.mask_token_id
+    for i, piece in enumerate(BLANK.split(text)):
+        row += [None] * (blank_tokens if i else 0)
+        row += [None if token == mask else token for token in encode(tokenizer, piece, control)]
+    if None not in row:
         raise ValueError("--infill has no blank: write ___ (three or more underscores) where text is missing")
-    if conversation is None:
-        row: list[int | None] = [tokenizer.bos_token_id]
-    else:
-        row = [*encode_chat(tokenizer, conversation, add_generation_prompt=True)]
-    start = len(row)
-    for i, piece in enumerate(pieces):
-        row += [None] * (blank_tokens if i else 0) + encode(tokenizer, piece)
     return [*row, tokenizer.eos_token_id], start
 
 

@@ -1,5 +1,6 @@
 """The record of a run: one JSON line per event, sums for the averages in it, and the loss curve drawn from it."""
 
+import io
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from scripts.engine.distributed import World
+from scripts.engine.files import write_bytes, write_text
 
 
 class Meter:
@@ -55,12 +57,9 @@ class RunLog:
 
     def __init__(self, path: Path, keep_lines: int = 0):
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
         kept = _lines(path)[:keep_lines] if path.exists() else []
         self.lines = len(kept)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, event: str, **values: Any) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -115,7 +114,7 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     if axes.lines:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=2, frameon=False)
     figure.tight_layout()
-    temporary = image_path.with_name(image_path.stem + ".tmp.png")
-    figure.savefig(temporary, dpi=150)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=150)
     plt.close(figure)
-    os.replace(temporary, image_path)
+    write_bytes(image_path, drawn.getvalue())

@@ -1,6 +1,7 @@
 """The frozen reference of preference tuning: read, checked, and told apart from others."""
 
 import hashlib
+import shlex
 from dataclasses import replace
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
@@ -27,7 +28,8 @@ def with_reference(
     model = starting_weights(path, shape, configs.given, fingerprint(tokenizer))
     if model.config.autoregressive != isinstance(objective, ExactDPO):
         kind, command = AUTOREGRESSIVE if model.config.autoregressive else DIFFUSION
-        raise ValueError(f"{path} is {kind}, which {command} tunes; give it there, or another checkpoint here")
+        there = shlex.join(["uv", "run", "python", "-m", command, "--load-from", str(path)])
+        raise ValueError(f"{path} is {kind}, which {command} tunes; give another checkpoint here, or it there: {there}")
     model.set_context(max_seq_len)
     model.eval().to(configs.runtime.torch_device)
     return replace(objective, reference=model, reference_from=path)

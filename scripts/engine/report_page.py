@@ -1,12 +1,12 @@
 """report.md and its pictures, drawn from report.json alone: the same bytes every time."""
 
 import json
-import os
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NoReturn
 
 from model.likelihood import ENUMERATED
+from scripts.engine.files import write_bytes
 from scripts.engine.report_couplets import DIRECTIONS, reversals_of
 from scripts.engine.report_figures import draw_frontier, draw_likelihood, draw_quality
 from scripts.engine.report_items import ANSWERED, FORMS, Section
@@ -65,14 +65,6 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    part.write_bytes(content)
-    os.replace(part, path)
-
-
 def draw(report: Report, folder: Path, show: int | None) -> list[Path]:
     """Write report.md and the pictures; show: answers shown of each split (None: SAMPLES, of bundled questions)."""
     rows = {section["name"]: rows_of(section, report["models"]) for section in report["sources"]}
@@ -91,7 +83,7 @@ def draw(report: Report, folder: Path, show: int | None) -> list[Path]:
     for name in PICTURES.keys() - pictures.keys():  # of an earlier report
         (folder / name).unlink(missing_ok=True)
     for name, content in written.items():
-        write_whole(folder / name, content)
+        write_bytes(folder / name, content)
     return [folder / name for name in written]
 
 

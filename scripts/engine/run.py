@@ -39,6 +39,7 @@ TOLD = {
     "compile",
     "fsdp",
     "max_skipped_steps",
+    "on_bad_row",  # of the same contents either the same rows are read, or none
 }
 
 

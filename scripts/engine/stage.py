@@ -1,7 +1,6 @@
 """What all training stages share: refuse or open the run, find the starting weights, say what will happen, train."""
 
 import shlex
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from scripts.engine.memory import keep_freed_memory
 from scripts.engine.optim import OptimConfig
 from scripts.engine.preview import dry_run, show_batch
 from scripts.engine.run import RunConfig, compare_settings, continues, defaults_of, require_writable, settings_of
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.runtime import RuntimeConfig, command_line, provenance
 from scripts.engine.trainer import Trainer
 from scripts.engine.trainer_config import TrainerConfig
 
@@ -43,6 +42,7 @@ class StageConfigs:
     run: RunConfig
     runtime: RuntimeConfig
     given: frozenset[str]  # fields typed on the command line
+    argv: list[str] | None  # what was typed, as `main` was given it
 
 
 def train_stage(
@@ -91,7 +91,7 @@ def train_stage(
             "stage": stage,
             "settings": settings,
             "data": dataset.meta,
-            "command": shlex.join(sys.argv),
+            "command": command_line(stage, configs.argv),
             "provenance": provenance(configs.runtime),
         }
         if world.is_main:
@@ -272,7 +272,7 @@ def _starting_model(
             raise ValueError(
                 f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
                 "an autoregressive stage needs an autoregressive checkpoint; train it on by "
-                f"uv run python -m {BY_DIFFUSION[stage]} --load-from {configs.run.load_from}"
+                f"uv run python -m {BY_DIFFUSION[stage]} --load-from {shlex.quote(str(configs.run.load_from))}"
             )
         return model
     return Transformer(shape)

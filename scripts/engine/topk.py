@@ -19,24 +19,26 @@ class TopK:
         return self.run.path(f"_top_{step}.pt")
 
     def offer(self, loss: float, step: int, write: Callable[[Path], None]) -> None:
-        """Keep the weights of `step`, which `write` writes, if they are among the best; the worst give way."""
-        ranked = sorted([*((a, b) for a, b in self.best if b != step), (loss, step)])
-        self.best, dropped = ranked[: self.run.topk_merge], ranked[self.run.topk_merge :]
+        """Keep the weights of `step`, which `write` writes, if they are among the best; the worst drop out."""
+        self.best = sorted([*((a, b) for a, b in self.best if b != step), (loss, step)])[: self.run.topk_merge]
         if (loss, step) in self.best:
             write(self.path(step))
-        for _, old in dropped if self.deletes else ():
-            self.path(old).unlink(missing_ok=True)
 
     def average(self) -> dict:
         """The mean of the weights kept."""
         return average_weights([load_checkpoint(self.path(step))["weights"] for _, step in self.best])
 
+    def prune(self) -> None:
+        """Delete the files of all others; not before a checkpoint is on the disk that needs none of them."""
+        own = re.compile(re.escape(self.run.run_name) + r"_top_\d+\.pt")
+        kept = {self.path(step).name for _, step in self.best}
+        for path in self.run.save_dir.iterdir() if self.deletes and self.run.save_dir.is_dir() else ():
+            if own.fullmatch(path.name) and path.name not in kept:
+                path.unlink()
+
     def clear(self) -> None:
         """Delete the files that an earlier run of this name has left."""
-        own = re.compile(re.escape(self.run.run_name) + r"_top_\d+\.pt")
-        for path in self.run.save_dir.iterdir() if self.run.save_dir.is_dir() else ():
-            if own.fullmatch(path.name):
-                path.unlink()
+        self.prune()
         self.run.merged_path.unlink(missing_ok=True)
 
     def require_files(self) -> None:

@@ -3,7 +3,8 @@
 `write_trace` also makes a page (`trace_page`), an animation (`trace_gif`); `trace_terminal.LiveView` shows it live.
 
 The file, version 1: {"format", "version", "traces": [...]}, and each trace {
-  "info": {...},                                   circumstances, as the caller gave them
+  "info": {...},                                   circumstances, as the caller gave them; in "record" those of a
+                                                   result's file (`evaluation.circumstances`)
   "tokens": {id: {"text"}, {"bytes"} or {"text", "special"}},   every id that occurs; bytes in hexadecimal, where
                                                    a token is only a part of a character; special: its role
   "initial": [id, ...], "open": [0 or 1, ...],     before the first step; 1 = to be filled
@@ -14,7 +15,8 @@ to 4 decimals. What stands at a position is what was written there last.
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +25,10 @@ from torch import Tensor
 
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
 from model.decode import DecodingStep
+from scripts.engine.files import write_bytes, write_text
 
 FORMAT, VERSION = "nano-llada trace", 1
+RECORD = "record"  # of `Trace.info`: kept, not shown
 SUFFIXES = (".html", ".gif", ".json")
 REPLACEMENT = "\ufffd"
 SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}
@@ -255,15 +259,16 @@ def write_trace(path: Path, traces: Sequence[Trace]) -> None:
     if path.suffix == ".html":
         from scripts.engine.trace_page import page
 
-        replace_file(path, lambda file: file.write_text(page(traces), encoding="utf-8", newline="\n"))
+        write_text(path, page(traces))
     elif path.suffix == ".gif":
         from scripts.engine.trace_gif import write_gif
 
-        replace_file(path, lambda file: write_gif(file, traces))
+        with tempfile.TemporaryDirectory() as folder:
+            write_gif(Path(folder) / path.name, traces)
+            write_bytes(path, (Path(folder) / path.name).read_bytes())
     else:
         value = {"format": FORMAT, "version": VERSION, "traces": [trace._as_json() for trace in traces]}
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-        replace_file(path, lambda file: file.write_text(text + "\n", encoding="utf-8", newline="\n"))
+        write_text(path, json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
 
 
 def check_trace_path(path: str | Path) -> None:
@@ -300,15 +305,6 @@ def load_traces(path: Path) -> list[Trace]:
         return [Trace._from_json(trace) for trace in value["traces"]]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"{path} is a damaged trace: {type(error).__name__} {error}") from None
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f"{path.stem}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class _Tokens(dict[int, Token]):

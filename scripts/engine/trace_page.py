@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.engine.trace import REPLACEMENT, SIGNS, Cell, Token, Trace
+from scripts.engine.trace import RECORD, REPLACEMENT, SIGNS, Cell, Token, Trace
 
 TEMPLATE = Path(__file__).with_name("trace_page.html")
 
@@ -44,11 +44,12 @@ def page_data(trace: Trace) -> dict[str, Any]:
                 cells[i].append(cell)
                 since[i].append(number)
     used = {*trace.initial, *(write.id for step in trace.steps for write in step.writes)}
-    info = {name: value for name, value in trace.info.items() if name not in ("title", "prompt")}
+    info = {name: value for name, value in trace.info.items() if name not in ("title", "prompt", RECORD)}
     return {
         "title": str(trace.info.get("title") or ""),
         "prompt": str(trace.info.get("prompt") or ""),
         "info": [[name.replace("_", " "), _shown(value)] for name, value in info.items() if value is not None],
+        RECORD: trace.info.get(RECORD),
         "open": [int(o) for o in trace.open],
         "passes": [0, *(step.num_forward_passes for step in trace.steps)],
         "tokens": {i: _label(trace.tokens[i]) for i in sorted(used)},

@@ -10,13 +10,12 @@ scaling   how a step's cost grows with length, batch and parameters
 decoding  tokens/s, forward passes and latency of every sampler, beside a KV-cached autoregressive model
 data      speed and memory of tokenising growing corpora, and of reading them shuffled
 
-In training, ablation (but for kept memory) and decoding the cases take turns, round by round, so that other work on the
-machine slows all alike; what is told is medians.
+In training, ablation and decoding the cases take turns, round by round, so that other work on the machine slows all
+alike; what is told is medians. Cases that give freed memory back to the system run after the others: they would slow
+these. On a GPU the parts of a step (forward, backward, ...) are waited for one by one, so a step is somewhat slower
+here than in training.
 """
 
-import json
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +40,9 @@ from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.compiling import require_compiler
 from scripts.engine.evaluation import circumstances
+from scripts.engine.files import sha256_of, write_json
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
 
 GROUPS = (
     ModelConfig,
@@ -80,7 +80,8 @@ def _refuse(
         mine = [name for name in given if name.startswith(prefix + "_")]
         refuse_idle(given, **dict.fromkeys(mine, (prefix in config.parts, f"--parts {prefix}")))
     trains = {"training", "ablation"} & set(config.parts), "--parts training or ablation"
-    refuse_idle(given, compile=trains)
+    steps = bool({"training", "ablation", "scaling"} & set(config.parts)), "--parts training, ablation or scaling"
+    refuse_idle(given, compile=trains, kinds=steps, batch_size=steps, block_size=steps, rounds=steps)
     if trains[0] and training.compile:
         require_compiler("give --no-compile")
 
@@ -106,16 +107,16 @@ def main(argv: list[str] | None = None) -> None:
         "decoding": (lambda: benchmark_decoding.measure(decoding, shape, runtime), benchmark_decoding),
         "data": (lambda: benchmark_data.measure(data_config), benchmark_data),
     }
-    about = circumstances(runtime, load_tokenizer(data.tokenizer_dir), data.source, *groups)
+    command, tokenizer = command_line(__spec__.name, argv), load_tokenizer(data.tokenizer_dir)
+    about = circumstances(command, runtime, tokenizer, data.source, [], *groups)
+    about["checkpoints"] = [{"checkpoint": str(p), "sha256": sha256_of(p)} for p in decoding.checkpoints.values()]
     print(f"{about['device']}, {about['processor']}, torch {about['torch']}, commit {about['commit']}", flush=True)
     for part in sorted(config.parts, key=PARTS.index):
         measure, module = measures[part]
         results[part] = measure()
         print(f"\n{part}\n{module.table(results[part])}", flush=True)
         if config.json:
-            config.json.parent.mkdir(parents=True, exist_ok=True)
-            written = about | {"command": shlex.join(sys.argv), "results": results}
-            config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+            write_json(config.json, about | {"results": results})
 
 
 if __name__ == "__main__":

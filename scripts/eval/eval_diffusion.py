@@ -28,11 +28,13 @@ from scripts.engine.evaluation import (
     flags_of_models,
     masked_cross_entropy,
     note_on_blanks,
+    require_kind,
     response_likelihood,
     response_line,
 )
-from scripts.engine.generation import Generation, PromptConfig, generate, idle_sampling_flags, in_effect, infill
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.generation import Generation, TypedPromptConfig, generate, idle_sampling_flags, in_effect, infill
+from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.trace import RECORD
 from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
 
@@ -71,38 +73,30 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> None:
-    request, checkpoint, data, prompting, continuation, denoising, tracing, runtime, given = parse_args(
-        __doc__,
-        Request,
-        CheckpointConfig,
-        DataEvalConfig,
-        PromptConfig,
-        ContinuationConfig,
-        DenoisingConfig,
-        TraceConfig,
-        RuntimeConfig,
-        argv=argv,
-    )
+    groups = Request, CheckpointConfig, DataEvalConfig, TypedPromptConfig, ContinuationConfig, DenoisingConfig
+    configs = parse_args(__doc__, *groups, TraceConfig, RuntimeConfig, argv=argv)
+    request, checkpoint, data, prompting, continuation, denoising, tracing, runtime, given = configs
     if request.prompt is None and request.infill is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
     refuse_unused(request, data, denoising, given)
-    model, tokenizer, _ = loaded = checkpoint.load(runtime)
-    if loaded.kind != "diffusion":
-        raise ValueError(f"{checkpoint.checkpoint} is autoregressive; use scripts.eval.eval_minimind")
+    loaded = checkpoint.load(runtime)
+    require_kind(loaded, "diffusion")
+    model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
     refuse_idle(given, **flags_of_models(loaded))
     denoising = denoising.fitted(model.config)
     configs = checkpoint, data, prompting, continuation, denoising
-    result = loaded.attention | circumstances(runtime, tokenizer, data.eval_data, *configs)
+    result = loaded.attention | circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
     lines = [f"{checkpoint.checkpoint}: {loaded.described}"] if model.config.block_size else []
     if request.cond_ll_response is not None:
-        scored = request.prompt, request.cond_ll_response, request.cond_ll_nmc, checkpoint.max_seq_len
-        result["conditional"] = score = response_likelihood(model, tokenizer, *scored, runtime, prompting.wraps(loaded))
+        scored = request.prompt, request.cond_ll_response, request.cond_ll_nmc, checkpoint.max_seq_len, runtime
+        wrap, control = prompting.wraps(loaded), prompting.control_tokens
+        result["conditional"] = score = response_likelihood(model, tokenizer, *scored, wrap, control)
         lines.append(response_line(model, score, request.cond_ll_nmc))
     elif request.generating:
         recorder = Recorder(tokenizer, tracing.trace)
         info = {"prompt": request.infill or request.prompt, "checkpoint": checkpoint.checkpoint}
-        observe = recorder.observer(**info, **in_effect(denoising))
-        more = continuation, denoising, runtime, checkpoint.max_seq_len, observe
+        observe = recorder.observer(**info | in_effect(denoising) | {RECORD: result})
+        more = continuation, denoising, runtime, checkpoint.max_seq_len, observe, prompting.control_tokens
         made = write(request, prompting, loaded, *more)
         result["generation"] = asdict(made)
         lines += [made.report(), *recorder.write()]
@@ -121,22 +115,23 @@ def refuse_unused(request: Request, data: DataEvalConfig, denoising: DenoisingCo
     """ValueError for typed flags that would be ignored."""
     names = [f.name for group in (ContinuationConfig, DenoisingConfig, TraceConfig) for f in fields(group)]
     refuse_idle(given, **dict.fromkeys(names, (request.generating, "a --prompt to continue or an --infill")))
-    refuse_idle(given, chat_wrap=(request.prompt is not None or request.infill is not None, "--prompt or --infill"))
+    typed = request.prompt is not None or request.infill is not None, "--prompt or --infill"
+    refuse_idle(given, **dict.fromkeys((f.name for f in fields(TypedPromptConfig)), typed))
     refuse_idle(given, **idle_sampling_flags(denoising))
     continuing = request.infill is None, "a continuation; the blanks of --infill have a length and no end"
     refuse_idle(given, max_new_tokens=continuing, gen_eos=continuing)
     reading = data.eval_data is not None, "--eval-data"
-    names = ("jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples", "eval_mask_ratio")
-    refuse_idle(given, **dict.fromkeys(names, reading))
+    names = "jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples", "eval_mask_ratio"
     refuse_idle(
         given,
+        **dict.fromkeys([*names, "on_bad_row"], reading),
         blank_tokens=(request.infill is not None, "--infill"),
         cond_ll_nmc=(request.cond_ll_response is not None, "--cond-ll-response"),
         val_fraction=(data.eval_split == "validation", "--eval-split validation"),
     )
 
 
-def write(request: Request, prompting: PromptConfig, loaded: Loaded, *more: Any) -> Generation:
+def write(request: Request, prompting: TypedPromptConfig, loaded: Loaded, *more: Any) -> Generation:
     """The prompt continued, or the blanks filled."""
     if request.infill is None:
         return generate(loaded.model, loaded.tokenizer, prompting.put(request.prompt, loaded), *more)

@@ -14,9 +14,10 @@ from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file
-from scripts.engine.generation import PromptConfig, generate, idle_sampling_flags, in_effect
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file, require_kind
+from scripts.engine.generation import TypedPromptConfig, generate, idle_sampling_flags, in_effect
+from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.trace import RECORD
 from scripts.engine.watching import Recorder, TraceConfig
 from scripts.engine.windows import DataEvalConfig
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
         Request,
         CheckpointConfig,
         DataEvalConfig,
-        PromptConfig,
+        TypedPromptConfig,
         ContinuationConfig,
         SamplingConfig,
         TraceConfig,
@@ -46,27 +47,27 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
     prompted, read = (request.prompt is not None, "--prompt"), (data.eval_data is not None, "--eval-data")
     generating = [
-        f.name for group in (PromptConfig, ContinuationConfig, SamplingConfig, TraceConfig) for f in fields(group)
+        f.name for group in (TypedPromptConfig, ContinuationConfig, SamplingConfig, TraceConfig) for f in fields(group)
     ]
     refuse_idle(given, **dict.fromkeys(generating, prompted))
     refuse_idle(given, **idle_sampling_flags(sampling))
-    refuse_idle(given, jsonl_field=read, eval_split=read, eval_batch_size=read, eval_max_batches=read)
+    refuse_idle(given, jsonl_field=read, eval_split=read, eval_batch_size=read, eval_max_batches=read, on_bad_row=read)
     refuse_idle(
         given,
         val_fraction=(data.eval_split == "validation", "--eval-split validation"),
         num_samples=(False, "a diffusion model"),
     )
     loaded = checkpoint.load(runtime)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    if loaded.kind != "autoregressive":
-        raise ValueError(f"{checkpoint.checkpoint} was trained by {loaded.described}; use scripts.eval.eval_diffusion")
-    result = circumstances(runtime, tokenizer, data.eval_data, checkpoint, data, prompting, continuation, sampling)
+    require_kind(loaded, "autoregressive")
+    model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
+    configs = checkpoint, data, prompting, continuation, sampling
+    result = circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
     if request.prompt is not None:
         prompt = prompting.put(request.prompt, loaded)
         recorder = Recorder(tokenizer, tracing.trace)
-        info = {"prompt": request.prompt, "checkpoint": checkpoint.checkpoint, **in_effect(sampling)}
-        observe = recorder.observer(**info)
-        made = generate(model, tokenizer, prompt, continuation, sampling, runtime, checkpoint.max_seq_len, observe)
+        info = {"prompt": request.prompt, "checkpoint": checkpoint.checkpoint, **in_effect(sampling), RECORD: result}
+        more = continuation, sampling, runtime, checkpoint.max_seq_len, recorder.observer(**info)
+        made = generate(model, tokenizer, prompt, *more, prompting.control_tokens)
         result["generation"] = asdict(made)
         saved = recorder.write()
         if not request.json:

@@ -9,7 +9,6 @@ Prompts are put into the chat template. Prints a table with one line per sampler
 unedited.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,9 +28,10 @@ from scripts.engine.answers import (
 )
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import KINDS, circumstances, load_for_use, load_kind
+from scripts.engine.files import write_json
 from scripts.engine.generation import idle_sampling_flags
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.samplers import SamplerGrid
 
 
@@ -102,6 +102,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{request.eval_data}: {counts['rows']} rows, of which these fit: {fitting}")
     print("\n".join([*table(figures), *samples(answers, questions, request.show)]))
     if request.json:
+        about = command_line(__spec__.name, argv), runtime, tokenizer, request.eval_data
+        judged = [*loaded.values(), *([critic] if critic else [])]
         result = {
             "models": {kind: one.attention for kind, one in loaded.items()},
             "questions": [asdict(question) for question in questions],
@@ -109,10 +111,9 @@ def main(argv: list[str] | None = None) -> None:
             "samplers": {name: asdict(config) for name, (_, config) in samplers.items()},
             "figures": figures,
             "answers": {name: [asdict(answer) for answer in made] for name, made in answers.items()},
-            **circumstances(runtime, tokenizer, request.eval_data, request, grid, continuation),
+            **circumstances(*about, judged, request, grid, continuation),
         }
-        request.json.parent.mkdir(parents=True, exist_ok=True)
-        request.json.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        write_json(request.json, result)
 
 
 def check_flags(

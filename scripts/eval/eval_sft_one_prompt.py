@@ -23,13 +23,14 @@ from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
 from scripts.engine.generation import (
     Generation,
     Prompt,
-    PromptConfig,
+    TypedPromptConfig,
     generate,
     idle_sampling_flags,
     in_effect,
     prompt_tokens,
 )
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.trace import RECORD
 from scripts.engine.trace_terminal import side_by_side
 from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
@@ -48,7 +49,7 @@ class Request:
     json: Annotated[bool, "print one JSON object instead of text"] = False
 
     def __post_init__(self):
-        if not self.prompt:
+        if self.prompt is None:
             raise ValueError("--prompt is missing: give what the user says")
         if self.minimind_checkpoint is None and self.diffusion_checkpoint is None:
             raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both")
@@ -61,17 +62,9 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> None:
-    request, prompting, continuation, sampling, denoising, tracing, runtime, given = parse_args(
-        __doc__,
-        Request,
-        PromptConfig,
-        ContinuationConfig,
-        SamplingConfig,
-        DenoisingConfig,
-        TraceConfig,
-        RuntimeConfig,
-        argv=argv,
-    )
+    groups = Request, TypedPromptConfig, ContinuationConfig, SamplingConfig, DenoisingConfig, TraceConfig
+    *groups, runtime, given = parse_args(__doc__, *groups, RuntimeConfig, argv=argv)
+    request, prompting, continuation, sampling, denoising, tracing = groups
     configs = dict(zip(KINDS, (sampling, denoising), strict=True))
     for kind, flag in KINDS.items():
         names = [f.name for f in fields(configs[kind])]
@@ -85,19 +78,20 @@ def main(argv: list[str] | None = None) -> None:
     if "diffusion" in loaded:
         configs["diffusion"] = denoising.fitted(loaded["diffusion"].model.config)
     put = same_prompt(request, prompting, loaded)
-    ids = prompt_tokens(tokenizer, put, continuation.max_new_tokens, request.max_seq_len)  # refused before any work
+    control = prompting.control_tokens
+    sizes = continuation.max_new_tokens, request.max_seq_len
+    ids = prompt_tokens(tokenizer, put, *sizes, control)  # refused before any work
     recorder, made = Recorder(tokenizer, tracing.trace), {}
+    used = request, prompting, continuation, *map(configs.get, loaded)
+    about = circumstances(command_line(__spec__.name, argv), runtime, tokenizer, None, loaded.values(), *used)
     for kind, one in loaded.items():
         more = continuation, configs[kind], runtime, request.max_seq_len
-        warm_up(one, [put], *more)
-        made[kind] = generate(one.model, tokenizer, put, *more)
-        info = {
-            "title": f"{one.described}: {request.checkpoints[kind]}",
-            "prompt": request.prompt,
-            **in_effect(configs[kind]),
-        }
+        warm_up(one, [put], *more, control)
+        made[kind] = generate(one.model, tokenizer, put, *more, None, control)
+        info = {"title": f"{one.described}: {request.checkpoints[kind]}", "prompt": request.prompt}
+        info |= in_effect(configs[kind]) | {RECORD: about}
         if observe := recorder.observer(**info):
-            generate(one.model, tokenizer, put, *more, observe)
+            generate(one.model, tokenizer, put, *more, observe, control)
     saved = recorder.write()
     if request.json:
         result = {
@@ -108,7 +102,7 @@ def main(argv: list[str] | None = None) -> None:
                 kind: asdict(answer) | {rate: getattr(answer, rate) for rate in RATES} | loaded[kind].attention
                 for kind, answer in made.items()
             },
-            **circumstances(runtime, tokenizer, None, request, prompting, continuation, *map(configs.get, made)),
+            **about,
         }
         print(json.dumps(result, ensure_ascii=False))
         sys.stderr.writelines(f"{line}\n" for line in saved)
@@ -117,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join([report(request.prompt, titles, made), *saved]))
 
 
-def same_prompt(request: Request, prompting: PromptConfig, loaded: dict[str, Loaded]) -> Prompt:
+def same_prompt(request: Request, prompting: TypedPromptConfig, loaded: dict[str, Loaded]) -> Prompt:
     """The prompt as every model gets it; ValueError if by default they would get different ones."""
     wraps = {kind: prompting.wraps(one) for kind, one in loaded.items()}
     if len(set(wraps.values())) > 1:

@@ -25,7 +25,7 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import circumstances
 from scripts.engine.experiment_figures import draw
 from scripts.engine.experiment_reports import READINGS, origin, read_reports
-from scripts.engine.experiment_runs import Recipe, write_json
+from scripts.engine.experiment_runs import Recipe
 from scripts.engine.experiment_statistics import COMPARISONS, lines, summarise
 from scripts.engine.experiment_trainings import (
     TRAININGS,
@@ -36,8 +36,9 @@ from scripts.engine.experiment_trainings import (
     numbers,
     prepare,
 )
+from scripts.engine.files import write_json
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.runtime import RuntimeConfig, command_line, provenance
 
 EXPERIMENTS = *TRAININGS, *READINGS
 
@@ -66,28 +67,20 @@ class ExperimentsConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    what, trainings, recipe, *configs, runtime, given = parse_args(
-        __doc__,
-        ExperimentsConfig,
-        TrainingsConfig,
-        Recipe,
-        SchedulesConfig,
-        InitialisationConfig,
-        RepetitionConfig,
-        RuntimeConfig,
-        argv=argv,
-    )
+    groups = ExperimentsConfig, TrainingsConfig, Recipe, SchedulesConfig, InitialisationConfig, RepetitionConfig
+    what, trainings, recipe, *configs, runtime, given = parse_args(__doc__, *groups, RuntimeConfig, argv=argv)
     refuse_unused(what, trainings, given)
     if what.draw:
         draw_again(what.draw)
         return
     require_writable(what.out / "runs" / "any", "--out")
     reports = read_reports(what.reports) if what.reports else {}
-    about = {"reports": origin(reports), **provenance(runtime)}
+    command = command_line(__spec__.name, argv)
+    about = {"reports": origin(reports), "command": command, **provenance(runtime)}
     for name in READINGS:
         if name in what.chosen:
             finish(what.out, {"experiment": name, **READINGS[name](reports), **about})
-    for result in train(what, trainings, recipe, dict(zip(TRAININGS, configs, strict=True)), runtime):
+    for result in train(what, trainings, recipe, dict(zip(TRAININGS, configs, strict=True)), runtime, command):
         finish(what.out, result)
 
 
@@ -112,6 +105,7 @@ def train(
     recipe: Recipe,
     configs: dict[str, Any],
     runtime: RuntimeConfig,
+    command: str,
 ) -> Iterator[dict[str, Any]]:
     """The results of the chosen experiments that train, one after the other."""
     chosen = [name for name in TRAININGS if name in what.chosen]
@@ -119,6 +113,7 @@ def train(
     common = bench.lab.commands[:] if bench else []
     for name in chosen:
         first = len(bench.lab.commands)
+        bench.lab.judged.clear()
         found = TRAININGS[name](bench, configs[name], numbers(trainings.seeds, "--seeds"))
         more = trainings, recipe, configs[name]
         yield {
@@ -126,7 +121,8 @@ def train(
             "summary": summarise(found["runs"], COMPARISONS[name]),
             **found,
             "commands": common + bench.lab.commands[first:],
-            **circumstances(runtime, bench.tokenizer, bench.lab.source, *more),
+            **circumstances(command, runtime, bench.tokenizer, bench.lab.source, [], *more),
+            "checkpoints": [{"checkpoint": path, "sha256": found} for path, found in bench.lab.judged.items()],
         }
 
 
@@ -138,8 +134,7 @@ def finish(folder: Path, result: dict[str, Any]) -> None:
 
 
 def draw_again(folder: Path) -> None:
-    paths = sorted(folder.glob("*.json"))
-    if not paths:
+    if not (paths := sorted(folder.glob("*.json"))):
         raise ValueError(f"--draw {folder}: there is no JSON of an experiment")
     for path in paths:
         draw(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".png"))

@@ -13,13 +13,12 @@ Eq. 1), over the same tokens. The rows of a file are one of
               (acc) and by nats per byte (acc_norm)
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dataset.jsonl import read_rows, text_format
+from dataset.jsonl import BadRows, read_rows, text_format
 from dataset.sft import FORMATS
 from scripts.engine.choices import evaluate_choices
 from scripts.engine.cli import parse_args, refuse_idle, run
@@ -32,8 +31,9 @@ from scripts.engine.evaluation import (
     evaluate_replies,
     flags_of_models,
 )
+from scripts.engine.files import write_json
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.windows import DataEvalConfig
 
 
@@ -89,15 +89,14 @@ def main(argv: list[str] | None = None) -> None:
     lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime)
     print("\n".join(lines))
     if output.json:
+        command = command_line(__spec__.name, argv)
         written = {
             "format": form,
             **loaded.attention,
             **result,
-            **circumstances(runtime, loaded.tokenizer, data.eval_data, checkpoint, data, rows),
+            **circumstances(command, runtime, loaded.tokenizer, data.eval_data, [loaded], checkpoint, data, rows),
         }
-        text = json.dumps(written, indent=1)
-        output.json.parent.mkdir(parents=True, exist_ok=True)
-        output.json.write_text(text + "\n", encoding="utf-8")
+        write_json(output.json, written)
 
 
 def format_of(data: DataEvalConfig, asked: str) -> str:
@@ -108,7 +107,7 @@ def format_of(data: DataEvalConfig, asked: str) -> str:
         return "text"
     if asked != "auto":
         return asked
-    _, first = next(read_rows(data.eval_data))
+    _, first = next(read_rows(data.eval_data, bad=BadRows(data.on_bad_row)))
     if data.jsonl_field in first:
         return "text"
     if {"question", "choices"} <= first.keys():

@@ -16,9 +16,6 @@ Writes report.json (every row's values), and report.md and pictures drawn from i
 and may be told apart by "lang", "split" and "kind". Without --eval-data the bundled questions are asked.
 """
 
-import hashlib
-import json
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,14 +25,15 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import Loaded, circumstances, flags_of_models, load_kind
+from scripts.engine.files import write_json
 from scripts.engine.generation import PromptConfig
 from scripts.engine.report_flags import Request, check_flags, require_folder
 from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report_items import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
-from scripts.engine.report_page import FORMAT, draw, read_report, write_whole
+from scripts.engine.report_page import FORMAT, draw, read_report
 from scripts.engine.report_results import AR, DIFFUSION, summary_of
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
 
 NAMES = {"autoregressive": AR, "diffusion": DIFFUSION}
 
@@ -53,17 +51,15 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         refuse_idle(again, **dict.fromkeys(again, (False, "measuring anew, which --from does not")))
         report = read_report(request.redraw)
     else:
-        report = measured(configs, given, sys.argv[1:] if argv is None else argv)
-        write_whole(
-            request.folder / "report.json", (json.dumps(report, ensure_ascii=False, allow_nan=False) + "\n").encode()
-        )
+        report = measured(configs, given, argv)
+        write_json(request.folder / "report.json", report, indent=None)
     show = report["settings"]["show"] if request.show is None else request.show
     for path in draw(report, request.folder, show):
         print(path)
     return summary_of(report)
 
 
-def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict[str, Any]:
+def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) -> dict[str, Any]:
     """The content of report.json."""
     request, measuring, frontier, prompting, continuation, sampling, denoising, runtime = configs
     sources = bundled_sources() if request.eval_data is None else sources_of(request.eval_data, measuring.eval_split)
@@ -83,22 +79,15 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str]) -> dict
     setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising, runtime)
     sections = [measure(setup, source) for source in sources]
     chosen = choose(sections) if frontier.frontier_questions else None
+    about = circumstances(command_line(__spec__.name, argv), runtime, tokenizer, None, models.values(), *configs[:-1])
     return {
         "report_format": FORMAT,
-        "command": shlex.join(["scripts.eval.report", *map(str, argv)]),
+        **about,
+        "data_sha256": {section["name"]: section["sha256"] for section in sections},
         "models": [
-            {
-                "name": name,
-                "kind": NAMES[one.kind],
-                **one.attention,
-                "checkpoint": str(path),
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-                "stage": one.stage,
-                "chat_wrap": prompting.wraps(one),
-            }
-            for name, (path, one) in loaded.items()
+            {"name": name, "kind": NAMES[one.kind], **one.attention, **one.file, "chat_wrap": prompting.wraps(one)}
+            for name, one in models.items()
         ],
-        **{k: v for k, v in circumstances(runtime, tokenizer, None, *configs[:-1]).items() if k != "data_sha256"},
         "sources": sections,
         "frontier": measure_frontier(setup, frontier, chosen) if chosen else None,
     }

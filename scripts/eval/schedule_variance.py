@@ -7,7 +7,6 @@ Prints, per schedule: the mean loss with its standard error, the standard deviat
 of its gradient relative to the squared norm of the mean gradient.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,9 +20,10 @@ from model.objective import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
 from scripts.engine.evaluation import CheckpointConfig, circumstances
+from scripts.engine.files import write_json
 from scripts.engine.loader import to_device
 from scripts.engine.run import require_writable
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, command_line
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     loaded = checkpoint.load(runtime)
     model, tokenizer = loaded.model, loaded.tokenizer
     if model.config.attention != "full":
-        raise ValueError(f"{config.checkpoint} is {loaded.described}; give a diffusion model without blocks")
+        raise ValueError(
+            f"{config.checkpoint} is {loaded.described}; schedules are compared on a diffusion model without blocks, "
+            "such as: uv run python -m scripts.train.diffusion --train makes"
+        )
     rows = PretrainDataset(data, tokenizer).train
     batch = rows.batch(rows.order(runtime.seed, config.batch_size)(0, config.batch_size))
     result = {name: measure(model, batch, name, config.num_draws, runtime) for name in MASK_SCHEDULES}
@@ -94,10 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         written = {
             "spread": {k: asdict(v) for k, v in result.items()},
-            **circumstances(runtime, tokenizer, data.source, config, data),
+            **circumstances(command_line(__spec__.name, argv), runtime, tokenizer, data.source, [loaded], config, data),
         }
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        write_json(config.json, written)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from dataset.jsonl import read_documents
+from dataset.jsonl import BadRows, read_documents
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.spelling import check_blanks
 from dataset.tokenizer import (
     MASK_TOKEN,
     PreTrainedTokenizerFast,
@@ -34,7 +35,7 @@ from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig, continues
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, train_stage
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         run_name="diffusion",
         learning_rate=4e-4,
     )
-    configs = StageConfigs(*configs)
+    configs = StageConfigs(*configs, argv)
     refuse_unused(what, configs, denoising)
     tokenizer, is_new = find_tokenizer(what, data, configs)
     if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
@@ -131,7 +132,9 @@ def find_tokenizer(
                     f"{own} has a {name.replace('_', ' ')} of {found}; leave out --{name.replace('_', '-')}"
                 )
         return tokenizer, False
-    texts = read_documents(data.source, data.jsonl_field, data.separator)
+    texts = read_documents(
+        data.source, data.jsonl_field, BadRows(data.on_bad_row), check_blanks, separator=data.separator
+    )
     if what.retrain_tokenizer:
         return train_bpe(texts, what.target_vocab_size, what.mask_token), True
     return train_characters(texts, what.mask_token), True

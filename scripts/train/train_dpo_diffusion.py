@@ -18,7 +18,7 @@ from scripts.engine.reference import weights_digest, with_reference
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, require_start, train_stage
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         log_interval=10,
         eval_interval=20,
     )
-    configs = StageConfigs(*configs)
+    configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/diffusion_sft_state_dict.pt")
     tokenizer = load_tokenizer(data.tokenizer_dir)
     objective = with_reference(objective, configs, tokenizer, data.max_seq_len)

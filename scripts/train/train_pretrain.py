@@ -15,7 +15,7 @@ from scripts.engine.optim import OptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, train_stage
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
         argv=argv,
         run_name="minimind_pretrain",
     )
-    configs = StageConfigs(*configs)
+    configs = StageConfigs(*configs, argv)
     refuse_idle(configs.given, jsonl_sep=(False, "character mode, which scripts.train.diffusion has"))
     tokenizer = load_tokenizer(data.tokenizer_dir)
     train_stage(

@@ -21,7 +21,7 @@ from scripts.engine.optim import SFTOptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, require_start, train_stage
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         warmup_steps=100,
         variable_length_prob=0.0,
     )
-    configs = StageConfigs(*configs)
+    configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/diffusion_from_ar_eq3_state_dict.pt")
     if objective.variable_length_prob:
         raise ValueError("--variable-length-prob would cut replies off their prompts; leave it out in fine-tuning")

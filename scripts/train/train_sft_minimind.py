@@ -15,7 +15,7 @@ from scripts.engine.optim import SFTOptimConfig
 from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.stage import StageConfigs, require_start, train_stage
-from scripts.engine.trainer import TrainerConfig
+from scripts.engine.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=3e-4,
         warmup_steps=100,
     )
-    configs = StageConfigs(*configs)
+    configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/minimind_pretrain_state_dict.pt")
     tokenizer = load_tokenizer(data.tokenizer_dir)
     train_stage(

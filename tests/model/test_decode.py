@@ -8,17 +8,10 @@ import torch
 
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, decode
 from model.remasking import POLICIES
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
+from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
 
 AR_GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
 AR_HOT = SamplingConfig(ar_temperature=1.0, ar_top_k=12, ar_top_p=0.95, ar_repeat_penalty=0.5, ar_repeat_window=3)
-
-
-def row_of(canvas, row):
-    """The row alone, without padding."""
-    length = int(canvas.lengths[row])
-    alone = slice(row, row + 1), slice(0, length)
-    return Canvas(canvas.ids[alone], canvas.open[alone], canvas.lengths[row : row + 1], canvas.may_end)
 
 
 # -- one row, against decoders written with plain loops ----------------------------------------------------------------
@@ -172,7 +165,7 @@ def test_greedy_cached_decoding_equals_recomputing_every_prefix(penalty, window,
     assert decoded.num_forward_passes == max(decoded.row_passes) > min(decoded.row_passes)
 
 
-# -- many rows: each as it would be alone ------------------------------------------------------------------------------
+# -- many rows (each as it would be alone: test_invariance.py) ---------------------------------------------------------
 
 CONFIGS = {f"{name} hot": replace(HOT, gen_remasking=name) for name in POLICIES}
 CONFIGS |= {f"{name} greedy": replace(GREEDY, gen_remasking=name, gen_block_size=3) for name in POLICIES}
@@ -198,33 +191,6 @@ def trained_for(name):
     if isinstance(CONFIGS[name], SamplingConfig):
         return {"attention": "causal"}
     return {"attention": "block", "block_size": 3} if name.startswith("blocks") else {"attention": "full"}
-
-
-@pytest.mark.parametrize("filling", [continuing, infilling])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_batch_decodes_as_its_rows_do_alone_in_any_order(name, filling, ending_model):
-    config = CONFIGS[name]
-    autoregressive = isinstance(config, SamplingConfig)
-    if autoregressive and filling is infilling:
-        return  # it cannot
-    if not autoregressive:
-        config = replace(config, gen_steps=5)
-    model = ending_model(2.0, **trained_for(name))
-    canvas = filling(model)
-    seeds = [100 + row for row in range(len(canvas.ids))]
-    together = decode(model, canvas, config, seeds)
-    order = torch.randperm(len(seeds)).tolist()
-    shuffled = Canvas(canvas.ids[order], canvas.open[order], canvas.lengths[order], canvas.may_end)
-    mixed = decode(model, shuffled, config, [seeds[row] for row in order])
-    for row, seed in enumerate(seeds):
-        alone = decode(model, row_of(canvas, row), config, [seed])
-        place, length = order.index(row), int(canvas.lengths[row])
-        for one, i in ((together, row), (mixed, place)):
-            assert one.new[i] == alone.new[0] and one.ended[i] == alone.ended[0]
-            assert one.row_passes[i] == alone.row_passes[0] == alone.num_forward_passes
-            assert torch.equal(one.canvas[i, :length], alone.canvas[0])
-            assert (one.canvas[i, length:] == PAD).all()
-        assert together.num_forward_passes == max(together.row_passes)
 
 
 @pytest.mark.parametrize("name", ["random hot", "low_confidence hot", "AR hot", "blocks"])

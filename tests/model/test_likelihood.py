@@ -97,23 +97,6 @@ def test_autoregressive_nats_are_the_chain_rule(tiny_model):
     assert result.variance.sum() == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_cost_the_same_in_any_batch_and_with_any_padding(kind, tiny_model):
-    model, ids = tiny_model(**KINDS[kind]), torch.randint(4, 24, (4, 9))
-    mask = torch.ones(4, 9, dtype=torch.bool)
-    mask[:, :2] = False
-    whole = row_nats(model, batch_of(ids, torch.zeros_like(ids), mask) | {"row_ids": torch.arange(4)}, 4)
-    order = torch.tensor([2, 0])
-    some = batch_of(
-        F.pad(ids[order], (0, 3)),
-        F.pad(torch.zeros(2, 9, dtype=torch.long), (0, 3), value=-1),
-        F.pad(mask[order], (0, 3)),
-    )
-    part = row_nats(model, some | {"row_ids": order}, 4)
-    torch.testing.assert_close(part.nats, whole.nats[order], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(part.variance, whole.variance[order], rtol=1e-4, atol=1e-9)
-
-
 def test_conditioning_tokens_are_never_masked(tiny_model):
     model, seen = tiny_model(attention="full"), []
     model.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].clone()))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dataset.jsonl import content_hash
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, write_archive
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine import answers
 from scripts.engine.answers import (
@@ -244,7 +244,7 @@ def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
         flags = ["--eval-data", "chats.jsonl", "--tokenizer-dir", str(tokenizer_dir)]
         for kind in kinds:
             path = workspace / "weights" / f"{kind}_state_dict.pt"
-            torch.save({**load_checkpoint(path), "stage": stage}, path)
+            write_archive(path, {**load_checkpoint(path), "stage": stage})
             flags += [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
         small = ["--dtype", "float32", "--device", "cpu", "--seq-len", "90", "--max-new-tokens", "30"]
         return [*flags, *small, "--prompts-per-language", "2"]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from model.checkpoint import final_weights
-from scripts.engine import trainer
 from scripts.eval import eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import TRAINS

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dataset.tokenizer import decode, encode, encode_chat
 from model.canvas import Decoded, DecodingStep
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, write_archive
 from model.config import ModelConfig
 from model.decode import DenoisingConfig, SamplingConfig
 from scripts import chat
@@ -91,7 +91,7 @@ def flags(workspace, weights_of_one_step, tokenizer_dir):
 
     def of(kind, stage="sft"):
         path = workspace / "weights" / f"{kind}_state_dict.pt"
-        torch.save({**load_checkpoint(path), "stage": stage}, path)
+        write_archive(path, {**load_checkpoint(path), "stage": stage})
         return ["--checkpoint", str(path), "--tokenizer-dir", str(tokenizer_dir), *SMALL]
 
     return of
@@ -231,8 +231,8 @@ NONSENSE = {
     "/block 99999999999999999999999": "more than --max-seq-len 60",
     "/policy": "/policy takes one of low_confidence, random",
     "/policy best": "found best",
-    "/infill": "/infill takes a text with a blank",
-    "/infill no blank": "/infill takes a text with a blank",
+    "/infill": "/infill has no blank: write ___",
+    "/infill no blank": "/infill has no blank",
     "/infill ___" + " the river" * 40: "the text with its blanks is",
     "/trace": "/trace takes a file name ending in .html, .gif, .json; found none",
     "/trace terminal": "found terminal",
@@ -260,7 +260,7 @@ def test_a_checkpoint_of_blocks_keeps_to_them(flags, monkeypatch, command, decod
     argv, path = flags("dm"), "weights/dm_state_dict.pt"
     payload = load_checkpoint(path)
     payload["config"] |= {"attention": "block", "block_size": 3}
-    torch.save(payload, path)
+    write_archive(path, payload)
     monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n/block 4\n/steps 2\n/infill my ___ friend\n"))
     out = command(chat, argv).out
     assert "diffusion in blocks of 3 tokens; /help" in out.splitlines()[0]

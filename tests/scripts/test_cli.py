@@ -173,7 +173,7 @@ def test_help_works_and_contains_the_command_itself(module, command):
     assert f"python -m {module}" in result.out
 
 
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "scripts.eval.soak"])  # it makes its own
 def test_the_commands_in_a_docstring_parse_and_fail_for_want_of_their_files_only(
     module, command, tmp_path, monkeypatch
 ):
@@ -248,7 +248,7 @@ def test_settings_that_may_change_are_settings():
     from dataset.pretrain import PretrainData
     from model.preference import Preference
     from scripts.engine.runtime import RuntimeConfig
-    from scripts.engine.trainer import TrainerConfig
+    from scripts.engine.trainer_config import TrainerConfig
 
     known = {
         f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)
@@ -397,7 +397,7 @@ def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):
         result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", *masks])
         found = json.loads(result.out)
         assert {"generation", "likelihood", "settings", "tokenizer", "data_sha256", "commit"} <= found.keys()
-        assert not {"checkpoint", "seed"} & found.keys()
+        assert "checkpoint" not in found and found["seed"] == 1337
         settings = {"checkpoint": argv[1], "seed": 1337, "gen_seed": None, "max_new_tokens": 5}
         settings["gen_temp" if module is eval_diffusion else "ar_temperature"] = 0.8
         assert settings.items() <= found["settings"].items()

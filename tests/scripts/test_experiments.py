@@ -1,9 +1,11 @@
 """What experiments promise of themselves: equal budgets, exact repetition, one result however often it is stopped."""
 
+import hashlib
 import importlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from collections import Counter
@@ -67,17 +69,17 @@ def trained(tmp_path_factory, tokenizer_dir, texts):
     write_jsonl(folder / "corpus.jsonl", texts)
     argv = ["--data", "corpus.jsonl", "--tokenizer-dir", str(tokenizer_dir), "--seeds", "1,2"]
     argv += [*SIZES, *SCHEDULES, *INITIALISATION, *REPETITION]
-    rows_of_step = trainer.Trainer._rows_of_step
+    micro_batches = trainer.Trainer._micro_batches
 
-    def noted(self, count):
-        rows = rows_of_step(self, count)
-        seen.setdefault(self.run.run_name, []).extend(rows.tolist())
-        return rows
+    def noted(self):
+        order, rows = self.order, seen.setdefault(self.run.run_name, [])
+        self.order = lambda *step: (rows.extend((chosen := order(*step)).tolist()), chosen)[1]
+        return micro_batches(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(trainer, "plot_losses", lambda log, image: None)
-        patch.setattr(trainer.Trainer, "_rows_of_step", noted)
+        patch.setattr(trainer.Trainer, "_micro_batches", noted)
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(experiment_runs, "launch", in_process([]))
         result = run_command(experiments, argv)
@@ -94,6 +96,11 @@ def finished(trained, monkeypatch):
 
 def results(folder=OUT):
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.*")) if path.suffix in (".json", ".png")}
+
+
+def without_digests(found):
+    """Less those of checkpoints: pickle writes equal strings otherwise where they are one object."""
+    return {name: re.sub(rb'"sha256": "[0-9a-f]{64}"', b"", content) for name, content in found.items()}
 
 
 def result_of(name):
@@ -192,7 +199,7 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
         start = argv.index(flags[0])
         del argv[start : start + len(flags)]
     assert command(experiments, argv).code == 0
-    whole, (names, launched[:]) = results(), (launched[:], [])
+    whole, (names, launched[:]) = without_digests(results()), (launched[:], [])
     shutil.rmtree(OUT)
     train_step, steps = trainer.Trainer._train_step, iter(range(1, 100))
 
@@ -205,7 +212,7 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
     assert command(experiments, argv).code == 128 + signal.SIGTERM
     assert len(launched) < len(names) and not results()
     assert command(experiments, argv).code == 0
-    assert results() == whole
+    assert without_digests(results()) == whole
     assert launched.count(launched[0]) == (2 if step == 2 else 1) and len(launched) == len(names) + 1
 
 
@@ -376,3 +383,17 @@ def test_the_published_figures_are_those_of_the_published_results(path, tmp_path
     published, drawn = (image.imread(file) for file in (path.with_suffix(".png"), tmp_path / "again.png"))
     assert published.shape == drawn.shape
     assert abs(published - drawn).mean() < 0.01
+
+
+def test_an_experiment_says_which_weights_it_measured_and_how(finished):
+    for name in ("schedules", "initialisation", "repetition"):
+        found = result_of(name)
+        measured = {one["checkpoint"]: one["sha256"] for one in found["checkpoints"]}
+        trained = {path for path in measured if Path(path).name.startswith(name)}
+        assert set(measured) == trained and len(trained) >= len(found["runs"])
+        assert all(hashlib.sha256(Path(path).read_bytes()).hexdigest() == value for path, value in measured.items())
+        assert found["command"].startswith("uv run python -m scripts.eval.experiments --data corpus.jsonl ")
+        assert (
+            found["dtype"] == "float32"
+            and found["data_sha256"] == hashlib.sha256(Path("corpus.jsonl").read_bytes()).hexdigest()
+        )

@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
-from dataset.tokenizer import encode, encode_chat
-from model.checkpoint import load_checkpoint, load_model
+from dataset.tokenizer import decode, encode, encode_chat
+from model.checkpoint import load_checkpoint, load_model, write_archive
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine import generation
 from scripts.engine.generation import generate, generate_batch, infill, prompt_tokens, text_with_blanks
@@ -16,6 +15,7 @@ from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS
 
+MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
 
 
@@ -108,7 +108,7 @@ def test_a_prompt_is_put_as_the_checkpoint_was_trained_unless_a_flag_says_otherw
 ):
     argv = prompting[name]
     file = load_checkpoint(Path(argv[1]))
-    torch.save({**file, "stage": stage}, argv[1])
+    write_archive(argv[1], {**file, "stage": stage})
     result = command(EVALS[name], [*argv, "--prompt", "the cat", "--max-new-tokens", "3", *flags])
     assert result.code == 0 and result.out.startswith("the cat\u2502"), result.err
     plain = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
@@ -150,6 +150,27 @@ def test_a_prompt_is_never_cut(tokenizer):
         assert prompt_tokens(tokenizer, prompt, 5, len(ids) + 5) == ids
         with pytest.raises(ValueError, match=f"the prompt's {len(ids)} tokens and --max-new-tokens 5 exceed"):
             prompt_tokens(tokenizer, prompt, 5, len(ids) + 4)
+
+
+@pytest.mark.parametrize("kind", ["ar", "dm", "blocks"])
+def test_a_prompt_of_any_length_that_fits_is_put_whole_and_one_token_more_is_refused(
+    kind, prompting, command, refused, canvases, tokenizer
+):
+    """Nothing but BOS, a whole block, one token less and more; prompt and continuation fill the context exactly."""
+    size, new = 4, 5
+    module, argv = (eval_minimind if kind == "ar" else eval_diffusion), prompting[f"eval_{MODULES[kind]}"][:4]
+    if kind == "blocks":
+        file = load_checkpoint(Path(argv[1]))
+        write_archive(argv[1], {**file, "config": file["config"] | {"attention": "block", "block_size": size}})
+    argv += ["--dtype", "float32", "--max-new-tokens", str(new), "--no-chat-wrap"]
+    for length in (1, size - 1, size, size + 1, 2 * size):
+        ids = encode(tokenizer, "the cat sees the river. my old friend likes a small dog.")[: length - 1]
+        prompt = decode(tokenizer, ids)
+        result = command(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new)])
+        assert result.code == 0, result.err
+        assert given(canvases[-1]) == [tokenizer.bos_token_id, *ids, *[None] * new] and len(ids) == length - 1
+        words = f"the prompt's {length} tokens and --max-new-tokens {new} exceed --max-seq-len {length + new - 1}"
+        refused(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new - 1)], words)
 
 
 # -- blanks ------------------------------------------------------------------------------------------------------------

@@ -5,10 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from dataset.tokenizer import encode, encode_chat, save_tokenizer, train_bpe
-from model.checkpoint import load_checkpoint
+from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine import answers, generation
 from scripts.engine.generation import Generation
 from scripts.engine.trace import load_traces
@@ -26,7 +25,7 @@ def files(workspace, weights_of_one_step):
 
     def of(kind, stage="sft"):
         path = workspace / "weights" / f"{kind}_state_dict.pt"
-        torch.save({**load_checkpoint(path), "stage": stage}, path)
+        write_archive(path, {**load_checkpoint(path), "stage": stage})
         return [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
 
     return of
@@ -158,7 +157,7 @@ def in_blocks(argv):
     flags = argv()
     payload = load_checkpoint("weights/dm_state_dict.pt")
     payload["config"] |= {"attention": "block", "block_size": 3}
-    torch.save(payload, "weights/dm_state_dict.pt")
+    write_archive("weights/dm_state_dict.pt", payload)
     return flags
 
 
@@ -253,8 +252,9 @@ def test_what_cannot_be_or_has_no_effect_is_refused_before_any_work(kinds, more,
     refused(one_prompt, [*argv(*kinds), *more], words)
 
 
-def test_something_to_say_and_someone_to_say_it_to_are_needed(argv, refused):
+def test_something_to_say_and_someone_to_say_it_to_are_needed(argv, refused, command):
     refused(one_prompt, argv("ar")[2:], "--prompt is missing")
+    assert command(one_prompt, ["--prompt", "", *argv("ar")[2:]]).code == 0, "nothing is something to say, too"
     refused(one_prompt, ["--prompt", "a"], "--minimind-checkpoint, --diffusion-checkpoint or both")
 
 

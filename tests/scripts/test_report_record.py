@@ -2,7 +2,6 @@
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -228,19 +227,6 @@ def test_models_of_one_name_are_told_apart_by_their_folders(monkeypatch):
     request = report.Request("a/m.pt,b/m.pt,b/n_state_dict.pt")
     names = list(report.load_all(request, None, 8, RuntimeConfig(device="cpu")))
     assert names == ["AR a/m.pt", "AR b/m.pt", "AR n"]
-
-
-def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
-    path = tmp_path / "report.json"
-    path.write_text("before")
-
-    def stopped(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report_page.os, "replace", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        report_page.write_whole(Path(path), b"half")
-    assert path.read_text() == "before"
 
 
 def test_a_worked_answer_is_right_by_its_last_number_alone():

@@ -18,7 +18,10 @@ def test_the_best_are_kept_in_files_and_the_others_deleted(tmp_path):
     for step in range(1, 30):
         loss = random_losses.choice([1.0, 2.0, 3.0, 4.0, random_losses.random()])
         seen.append((loss, step))
+        needed = {top.path(step).name for _, step in top.best}
         top.offer(loss, step, lambda path: path.write_text("weights"))
+        assert needed <= {p.name for p in tmp_path.iterdir()}, "the last checkpoint needs them until there is another"
+        top.prune()
         assert top.best == sorted(seen)[:3]
         assert {p.name for p in tmp_path.iterdir()} == {f"r_top_{step}.pt" for _, step in top.best}
 

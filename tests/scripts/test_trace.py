@@ -18,7 +18,7 @@ from dataset.tokenizer import decode, encode, token_ids, train_characters
 from model.decode import Canvas, DecodingStep, DenoisingConfig, SamplingConfig
 from model.decode import decode as fill
 from scripts.engine import trace_gif
-from scripts.engine.trace import Trace, check_trace_path, load_traces, replace_file, write_trace
+from scripts.engine.trace import Trace, check_trace_path, load_traces, write_trace
 from scripts.engine.trace_gif import MAX_FRAMES
 from scripts.engine.trace_page import TEMPLATE, page, page_data
 from scripts.engine.trace_terminal import LiveView, lay_out, side_by_side, width_of
@@ -213,17 +213,6 @@ def test_an_unusable_file_is_refused(tokenizer, tmp_path, make, complaint):
     make(tmp_path / "t.json", tokenizer)
     with pytest.raises(ValueError, match=complaint):
         Trace.load(tmp_path / "t.json")
-
-
-def test_an_unfinished_file_replaces_nothing(tmp_path):
-    def fail(file):
-        file.write_text("half")
-        raise KeyboardInterrupt
-
-    (tmp_path / "t.html").write_text("whole")
-    with pytest.raises(KeyboardInterrupt):
-        replace_file(tmp_path / "t.html", fail)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("t.html", "whole")]
 
 
 @pytest.mark.parametrize(

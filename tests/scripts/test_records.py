@@ -1,0 +1,228 @@
+"""Every file of a result says what it depends on, and truly; it appears whole; the same command writes it again."""
+
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dataset.tokenizer import fingerprint
+from model.checkpoint import load_checkpoint
+from scripts import chat
+from scripts.engine import benchmark_peak, files
+from scripts.engine.metrics import read_log
+from scripts.engine.trace import load_traces
+from scripts.eval import (
+    benchmark,
+    eval_diffusion,
+    eval_minimind,
+    eval_sft,
+    eval_sft_one_prompt,
+    likelihood,
+    report,
+    schedule_variance,
+)
+from scripts.train import train_pretrain
+from tests.scripts.conftest import conversations, flags_of_a_tiny_run
+
+AR, DM = "weights/ar_state_dict.pt", "weights/dm_state_dict.pt"
+BOTH = ["--minimind-checkpoint", AR, "--diffusion-checkpoint", DM]
+WRITING = ["--max-new-tokens", "5", "--gen-seed", "3"]
+SAMPLER = ["--gen-steps", "3", "--gen-temp", "0.7"]
+FEW = ["--max-new-tokens", "30", "--prompts-per-language", "1", "--show", "0"]
+DATA = ["--eval-data", "corpus.jsonl"]
+COMMON = ["--seed", "7", "--dtype", "float32", "--device", "cpu"]
+COMMANDS = {  # module, flags, checkpoints judged, file of data, where the record is
+    "eval_minimind": (eval_minimind, ["--checkpoint", AR, *DATA, "--prompt", "a", *WRITING, "--json"], [AR], "stdout"),
+    "eval_diffusion": (
+        eval_diffusion,
+        ["--checkpoint", DM, *DATA, "--nmc", "1", "--prompt", "a", *WRITING, *SAMPLER, "--json"],
+        [DM],
+        "stdout",
+    ),
+    "likelihood": (likelihood, ["--checkpoint", DM, *DATA, "--nmc", "1", "--json", "new/a.json"], [DM], "new/a.json"),
+    "one prompt": (
+        eval_sft_one_prompt,
+        [*BOTH, "--prompt", "a", *WRITING, *SAMPLER, "--json", "--no-chat-wrap"],
+        [AR, DM],
+        "stdout",
+    ),
+    "trace": (
+        eval_sft_one_prompt,
+        [*BOTH, "--prompt", "a", *WRITING, *SAMPLER, "--no-chat-wrap", "--trace", "a.json"],
+        [AR, DM],
+        "a.json",
+    ),
+    "eval_sft": (
+        eval_sft,
+        [*BOTH, "--eval-data", "chats.jsonl", "--judge", AR, *FEW, *SAMPLER, "--json", "a.json"],
+        [AR, DM, AR],
+        "a.json",
+    ),
+    "schedule_variance": (
+        schedule_variance,
+        ["--checkpoint", DM, "--data", "corpus.jsonl", "--num-draws", "2", "--max-seq-len", "32", "--json", "a.json"],
+        [DM],
+        "a.json",
+    ),
+    "report": (
+        report,
+        [*BOTH, "--eval-data", "corpus.jsonl,chats.jsonl", "--nmc", "1", "--max-rows", "4", "--out", "out"],
+        [AR, DM],
+        "out/report.json",
+    ),
+    "benchmark": (benchmark, ["--parts", "peak", "--data", "corpus.jsonl", "--json", "a.json"], [], "a.json"),
+    "chat": (chat, ["--checkpoint", DM, *WRITING, *SAMPLER], [DM], "c.json"),
+}
+VERSIONS = "torch", "transformers", "tokenizers", "numpy"
+
+
+@pytest.fixture
+def place(workspace, weights_of_one_step, texts, monkeypatch):
+    """A folder with weights and data, in which commands run."""
+    shutil.copytree(weights_of_one_step, workspace / "weights")
+    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(texts[:12]))
+    (workspace / "chats.jsonl").write_text(rows, encoding="utf-8")
+    monkeypatch.setattr(report, "draw", lambda *a: [])
+    monkeypatch.setattr(benchmark_peak, "SHAPES", {"cpu": ((64, 64, 64),)})
+    return workspace
+
+
+@pytest.fixture
+def run(place, command, tokenizer_dir, monkeypatch):
+    """run(name) -> (what was typed, what the command wrote)."""
+
+    def of(name):
+        module, argv, _, where = COMMANDS[name]
+        argv = [*argv, "--tokenizer-dir", str(tokenizer_dir), *COMMON]
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n/trace c.json\n"))
+        result = command(module, argv)
+        assert result.code == 0, result.err
+        return argv, json.loads(result.out if where == "stdout" else Path(where).read_text(encoding="utf-8"))
+
+    return of
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def commit():
+    """Of the code under test; None where there is no repository."""
+    asked = ["git", "rev-parse", "HEAD"]
+    found = subprocess.run(asked, cwd=Path(files.__file__).parent, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def assert_provenance(record, seed):
+    assert {name: record[name] for name in VERSIONS} == {name: importlib.metadata.version(name) for name in VERSIONS}
+    assert record["python"] == platform.python_version() and record["processor"]
+    assert record["device"].startswith("cpu (") and record["dtype"] == "float32" and record["seed"] == seed
+    assert (commit() or "unknown").startswith(record["commit"].rstrip("+"))
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_result_says_what_it_depends_on(name, run, tokenizer):
+    module, _, judged, _ = COMMANDS[name]
+    argv, found = run(name)
+    if name in ("trace", "chat"):
+        found = found["traces"][-1]["info"]["record"]
+    assert_provenance(found, 7)
+    assert shlex.split(found["command"]) == ["uv", "run", "python", "-m", module.__name__, *argv]
+    assert found["tokenizer"] == fingerprint(tokenizer)
+    stages = {path: load_checkpoint(Path(path))["stage"] for path in judged}
+    expected = [{"checkpoint": path, "sha256": sha256(path), "stage": stages[path]} for path in judged]
+    assert found["checkpoints"] == expected
+    data = {part: sha256(part) for arg in argv for part in arg.split(",") if part in ("corpus.jsonl", "chats.jsonl")}
+    assert found["data_sha256"] == (data if name == "report" else next(iter(data.values()), None))
+    settings = found["settings"]
+    assert settings["seed"] == 7 and settings["dtype"] == "float32" and settings["device"] == "cpu"
+    if "--gen-seed" in argv:
+        assert (settings["gen_seed"], settings["max_new_tokens"]) == (3, 5)
+
+
+def test_the_sampler_is_recorded_with_what_was_left_to_the_checkpoint(run):
+    for name in ("eval_diffusion", "one prompt"):
+        settings = run(name)[1]["settings"]
+        assert settings | {"gen_steps": 3, "gen_temp": 0.7, "gen_block_size": 8, "gen_cache": "none"} == settings
+    assert run("one prompt")[1]["settings"]["ar_temperature"] == 0.8
+    samplers = run("eval_sft")[1]["samplers"]
+    assert samplers["AR"]["ar_temperature"] == 0.8
+    assert samplers["low_confidence, 3 steps"]["gen_temp"] == 0.7
+
+
+def test_a_trace_of_a_chat_says_how_its_reply_was_sampled(run):
+    _, found = run("chat")
+    info = found["traces"][0]["info"]
+    assert (info["prompt"], info["gen_steps"], info["gen_temp"], info["gen_seed"]) == ("b", 3, 0.7, 4)
+
+
+def test_a_page_holds_the_record_and_shows_it_to_nobody(place, command, tokenizer_dir):
+    argv = ["--checkpoint", AR, "--tokenizer-dir", str(tokenizer_dir), *COMMON, "--prompt", "a", "--trace"]
+    for target in ("a.html", "a.json"):
+        assert command(eval_minimind, [*argv, target]).code == 0
+    (trace,) = load_traces("a.json")
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert trace.info["record"]["checkpoints"][0]["sha256"] in page and '["record"' not in page
+
+
+def test_a_run_says_in_its_log_and_checkpoint_what_it_depends_on(workspace, command, tokenizer, tokenizer_dir):
+    argv = [*flags_of_a_tiny_run(tokenizer_dir), "--run-name", "new", "--max-iters", "2", "--seed", "9"]
+    assert command(train_pretrain, argv).code == 0
+    start = read_log(Path("weights/new_log.jsonl"))[0]
+    for record in (start, *(load_checkpoint(Path(f"weights/new{end}.pt")) for end in ("", "_state_dict"))):
+        assert_provenance(record["provenance"], 9)
+        assert record["stage"] == "scripts.train.train_pretrain" and record["settings"]["seed"] == 9
+        assert record["data"]["data_sha256"] and record["command"]
+        assert record["tokenizer"] == fingerprint(tokenizer)
+
+
+TIMED = "seconds", "tokens_per_second"
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {name: without_seconds(one) for name, one in value.items() if name not in TIMED}
+    return [without_seconds(one) for one in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize(
+    "name", ["eval_minimind", "eval_diffusion", "eval_sft", "schedule_variance", "report", "trace"]
+)
+def test_the_same_command_gives_the_same_to_the_last_digit(name, run):
+    one, other = (without_seconds(run(name)[1]) for _ in range(2))
+    assert one == other and "settings" in json.dumps(one)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
+    """And nothing is left behind; its folder is made."""
+    path = tmp_path / "new" / "a.json"
+    files.write_json(path, {"a": 1})
+    assert path.read_bytes() == b'{\n "a": 1\n}\n'
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("model.checkpoint.os.replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_json(path, {"b": 2})
+    assert [one.name for one in path.parent.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"a": 1}
+
+
+def test_what_no_json_holds_costs_no_result(tmp_path):
+    """Half of a surrogate pair, as in the name of a file that is no UTF-8, reads back; what is no number is null."""
+    value = {"command": "a\udcff", "nats": [1.5, math.nan, -math.inf], "deep": {"error": (math.inf, 0)}}
+    files.write_json(tmp_path / "a.json", value)
+    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert found == {"command": "a\udcff", "nats": [1.5, None, None], "deep": {"error": [None, 0]}}

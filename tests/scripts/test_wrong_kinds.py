@@ -1,0 +1,139 @@
+"""Every evaluation with every kind of checkpoint: it works, or the refusal holds a command or a flag that does."""
+
+import io
+import re
+import shlex
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from dataset.tokenizer import fingerprint
+from model.checkpoint import save_checkpoint
+from scripts import chat
+from scripts.eval import (
+    eval_diffusion,
+    eval_minimind,
+    eval_sft,
+    eval_sft_one_prompt,
+    likelihood,
+    report,
+    schedule_variance,
+)
+from scripts.train import train_dpo_minimind, train_pretrain, train_sft_minimind
+from tests.scripts.models import untrained
+from tests.scripts.test_prompts_are_data import FILES, rows
+
+KINDS = {"ar": "causal", "full": "full", "blocks": "block 3"}
+STAGES = {
+    "ar": ("train_pretrain", "train_sft_minimind", "train_dpo_minimind"),
+    "full": ("diffusion", "train_sft_diffusion", "train_dpo_diffusion"),
+    "blocks": ("diffusion", "train_sft_diffusion", "train_dpo_diffusion"),
+}
+MODELS = [(kind, stage) for kind, stages in STAGES.items() for stage in stages]
+SHORT = ["--max-new-tokens", "4"]
+TAKES = {  # module, flag of the checkpoint, what else it needs, kinds that it works with
+    "eval_minimind": (eval_minimind, "--checkpoint", ["--prompt", "a", *SHORT], ("ar",)),
+    "eval_diffusion": (eval_diffusion, "--checkpoint", ["--prompt", "a", *SHORT], ("full", "blocks")),
+    "likelihood": (likelihood, "--checkpoint", ["--eval-data", "text.jsonl"], tuple(KINDS)),
+    "chat": (chat, "--checkpoint", SHORT, tuple(KINDS)),
+    "one prompt, AR": (eval_sft_one_prompt, "--minimind-checkpoint", ["--prompt", "a", *SHORT], ("ar",)),
+    "one prompt, diffusion": (
+        eval_sft_one_prompt,
+        "--diffusion-checkpoint",
+        ["--prompt", "a", *SHORT],
+        ("full", "blocks"),
+    ),
+    "eval_sft, AR": (
+        eval_sft,
+        "--minimind-checkpoint",
+        ["--eval-data", "chat.jsonl", "--max-new-tokens", "90"],
+        ("ar",),
+    ),
+    "report, diffusion": (
+        report,
+        "--diffusion-checkpoint",
+        ["--eval-data", "text.jsonl"],
+        ("full", "blocks"),
+    ),
+}
+
+
+@pytest.fixture
+def tried(workspace, tokenizer, tokenizer_dir, command, monkeypatch):
+    """tried(module, argv) -> the result, with the flags that all commands have."""
+    for form in ("text", "chat"):
+        rows(f"{form}.jsonl", FILES[form])
+    monkeypatch.setattr(report, "draw", lambda *a: [])
+
+    def run(module, argv):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a\n"))
+        return command(module, [*argv, "--tokenizer-dir", str(tokenizer_dir), "--dtype", "float32", "--device", "cpu"])
+
+    return run
+
+
+@pytest.fixture
+def made(tokenizer):
+    """made(kind, stage) -> a file of such weights, whose name a shell wants quoted."""
+
+    def build(kind, stage):
+        model, path = untrained(tokenizer, KINDS[kind]), Path(f"weights/{kind} {stage}.pt")
+        about = {"tokenizer": fingerprint(tokenizer), "stage": f"scripts.train.{stage}"}
+        save_checkpoint(path, model.config, model.state_dict(), **about)
+        return str(path)
+
+    return build
+
+
+def named(complaint):
+    """Module and flags of the command that a refusal holds."""
+    found = re.search(r"uv run python -m (\S+) (.*)", complaint)
+    return import_module(found[1]), shlex.split(found[2])
+
+
+@pytest.mark.parametrize("kind, stage", MODELS)
+@pytest.mark.parametrize("name", TAKES)
+def test_a_checkpoint_is_used_or_the_refusal_says_how(name, kind, stage, tried, made):
+    module, flag, more, kinds = TAKES[name]
+    path = made(kind, stage)
+    result = tried(module, [flag, path, *more])
+    if kind in kinds:
+        assert result.code == 0, result.err
+        return
+    assert result.code == 2 and path in result.err and result.err.count("\n") == 1
+    if flag == "--checkpoint":
+        instead, given = named(result.err)
+        assert tried(instead, [*given, *more]).code == 0
+    else:
+        words = f"given as {flag}, is "
+        assert words in result.err
+        given = shlex.split(result.err.partition("; give it as ")[2])
+        assert tried(module, [given[0], path, *more]).code == 0
+
+
+@pytest.mark.parametrize("end", [".pt", "_state_dict.pt"])
+@pytest.mark.parametrize("run, right, wrong", [("ar", "eval_minimind", "eval_diffusion")])
+def test_any_file_of_a_run_will_do(run, right, wrong, end, tried, workspace, weights_of_one_step):
+    shutil.copytree(weights_of_one_step, workspace / "weights")
+    given = ["--checkpoint", f"weights/{run}{end}", "--prompt", "a", *SHORT]
+    assert tried(TAKES[right][0], given).code == 0
+    assert named(tried(TAKES[wrong][0], given).err) == (TAKES[right][0], given[:2])
+
+
+@pytest.mark.parametrize("kind", ["ar", "blocks"])
+def test_schedules_are_compared_on_one_kind_alone_and_which_is_said(kind, tried, made, refused):
+    path = made(kind, STAGES[kind][0])
+    result = tried(schedule_variance, ["--checkpoint", path, "--data", "corpus.jsonl"])
+    assert result.code == 2 and "a diffusion model without blocks, such as: uv run python -m scripts" in result.err
+
+
+@pytest.mark.parametrize("module", [train_pretrain, train_sft_minimind, train_dpo_minimind])
+def test_an_autoregressive_stage_refuses_weights_of_diffusion_and_names_the_stage_that_takes_them(module, tried, made):
+    path = shutil.move(made("full", "diffusion"), "weights/full.pt")
+    result = tried(module, ["--load-from", path, "--max-seq-len", "64"])
+    assert result.code == 2, result
+    instead, given = named(result.err.replace("--train --load", "--load"))
+    assert instead.__name__.endswith("diffusion") and given[:2] == ["--load-from", path]
