@@ -7,6 +7,7 @@ import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
+from tests.sharing import pytest_collection_finish, pytest_runtestloop, pytest_terminal_summary  # noqa: F401
 
 TINY = ModelConfig(
     hidden_size=32,

@@ -40,7 +40,11 @@ TINY = {
         "--experiments initialisation --initialisation-tokens 256 --initialisation-shares 0 --heldout-tokens 150 "
         f"--nmc 2 --tokenizer-dir . {SHAPE} --max-seq-len 32 --batch-size 4 --val-fraction 0.3 --dtype float32"
     ),
-    "scripts.eval.benchmark": f"{SHAPE} --rounds 1 --batch-size 2 --kinds ar --parts peak",
+    "scripts.eval.benchmark": (
+        f"{SHAPE} --rounds 1 --batch-size 2 --kinds ar --parts scaling --scaling-lengths 16 --scaling-batches 2 "
+        "--scaling-millions 1"
+    ),
+    "scripts.eval.soak": "--parts bytes --changes 20",
     "scripts.quickstart": "--scale 0.001 --dtype float32",
     "scripts.chat": "--dtype float32 --gen-steps 4 --max-new-tokens 16",
 }
@@ -146,6 +150,7 @@ def test_the_readme_names_every_runnable_module_and_no_other():
         for folder in ("train", "eval")
         for path in (ROOT / "scripts" / folder).glob("[a-z]*.py")
     } | {f"scripts.{path.stem}" for path in (ROOT / "scripts").glob("[a-z]*.py")}
+    runnable.add("dataset.check")
     assert named == runnable
     for line in re.findall(r"^  .*\.py.*$", text, flags=re.MULTILINE):  # the map of the tree names real files
         for name in re.findall(r"[a-z_]+\.py", line):
