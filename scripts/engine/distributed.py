@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 PATIENCE = timedelta(days=1)  # for a process that reads a corpus while the others wait
 MEETING = timedelta(minutes=5)  # for all processes to arrive
@@ -71,18 +72,15 @@ class World:
     def opened(device: torch.device) -> Iterator["World"]:
         """The world of the processes that torchrun has started, each on its `device`; else that of this one alone.
 
-        Where an error ends one process, the others end with it, in silence.
+        Where an error ends one process, the others end with it, in silence. Where one is killed, ConnectionError.
         """
         if not launched():
             yield ALONE
             return
         rank, size = int(os.environ["RANK"]), num_processes()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, device_id=own)
+        control = _meet(rank, size, device)
         try:
-            yield World(rank, size, dist.new_group(backend="gloo", timeout=PATIENCE))
+            yield World(rank, size, control)
         except SystemExit:  # agreed upon
             dist.destroy_process_group()
             raise
@@ -91,6 +89,11 @@ class World:
                 raise SystemExit(1) from error
             with suppress(RuntimeError):
                 _store().set(_attempt("failed"), str(rank))
+            if _lost_another(error):
+                raise ConnectionError(
+                    "another process of this training has ended without saying why: killed, maybe for want of memory, "
+                    f"or cut off from the network{_detail(error)}; go on with the same command and --resume auto"
+                ) from error
             raise
         dist.destroy_process_group()
 
@@ -146,6 +149,36 @@ def _another_failed() -> bool:
         return _store().check([_attempt("failed")])
     except RuntimeError:  # it kept the store
         return True
+
+
+def _meet(rank: int, size: int, device: torch.device) -> Any:
+    """Open the process group; the group for what hosts tell each other. ConnectionError where not all arrive."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend, more = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {"timeout": MEETING})
+    try:
+        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, **more)
+        control = dist.new_group(backend="gloo", timeout=MEETING)
+    except RuntimeError as error:
+        if not _lost_another(error):
+            raise
+        raise ConnectionError(
+            f"the {size} processes of this training have not all arrived within {MEETING.seconds} seconds"
+            f"{_detail(error)}; look at what the others say, and start all again"
+        ) from error
+    for group in (control, dist.group.WORLD) if backend == "gloo" else (control,):
+        _set_pg_timeout(PATIENCE, group)  # torch has no public name for it
+    return control
+
+
+def _detail(error: BaseException) -> str:
+    """What a backend says where it knows more than that a connection has gone."""
+    return f" ({str(error).strip().splitlines()[0]})" if isinstance(error, dist.DistBackendError) else ""
+
+
+def _lost_another(error: BaseException) -> bool:
+    """Whether this is what a process meets in the middle of a sum to which another one no longer adds."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 class Scoring(nn.Module):

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +60,17 @@ class RunLog:
         self.path = path
         kept = _lines(path)[:keep_lines] if path.exists() else []
         self.lines = len(kept)
+        if self.lines < keep_lines:
+            print(f"{path} has lost {keep_lines - self.lines} of its {keep_lines} lines; going on", file=sys.stderr)
         write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, event: str, **values: Any) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"event": event, **values}, ensure_ascii=False) + "\n")
+        except OSError as error:
+            remedy = "make room, or choose another place"
+            raise OSError(f"{self.path} cannot be written ({error.strerror}); {remedy}") from error
         self.lines += 1
 
     def sync(self) -> None:

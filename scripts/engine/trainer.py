@@ -438,6 +438,7 @@ class Trainer:
                 health=self.health.state,
                 scaler=self.scaler.state_dict(),
             )
+            self.top.prune()
         self.saved_step = self.step
         self._say(f"saved {self.run.state_path} (step {self.step})")
 

@@ -1,60 +1,41 @@
 """Several processes learn what one learns, and act as one: one writes, all stop, none hangs."""
 
-import importlib
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # which optimizers load; here it is loaded once for all processes
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from model.checkpoint import load_checkpoint
-from scripts.engine import cli, distributed, trainer
+from scripts.engine import distributed, trainer
 from scripts.engine.metrics import read_log
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.soak_processes import PRELOAD, ROOT, Command
 from scripts.engine.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.conftest import Result
 from tests.scripts.test_resume import at, send  # noqa: F401
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([__name__])
-ROOT = Path(__file__).parents[2]
+multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, __name__])
 
 
-def work(rank, environment, folder, module, argv, patch):
-    """What torchrun starts: the command as process `rank`, its output in files."""
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
-    os.chdir(folder)
-    for stream, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
-    torch.set_num_threads(1)
+def begin(patch, rank):
+    """What all processes of these tests do first: nothing is drawn, and nothing has to survive a power cut."""
     trainer.plot_losses = lambda log, image: None
     os.fsync = lambda descriptor: None
     if patch:
         patch(rank)
-    cli.run(importlib.import_module(module).main, argv)
-
-
-@pytest.fixture(scope="module")
-def _nursery():
-    """The process that the others are forked from; it is told in its environment where this module lies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, sys.path)))
-        forkserver.ensure_running()
 
 
 @pytest.fixture
-def processes(_nursery, workspace):
+def processes(workspace):
     """processes(module, argv, patch=None, size=2) -> a Result of each; patch(rank) is called first in each of them.
 
     As under torchrun, the store by which they find each other is another process's.
@@ -62,21 +43,20 @@ def processes(_nursery, workspace):
 
     def start(module, argv, patch=None, size=2):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        environment = {
+        told = {
             "WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(store.port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",
         }
-        arguments = environment, str(workspace), module.__name__, [str(a) for a in argv], patch
-        started = [FORKS.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(size)]
-        for process in started:
-            process.start()
-        for process in started:
-            process.join(60)
-        assert all(process.exitcode is not None for process in started), "it hangs"
-        texts = [[(workspace / f"{name}{rank}").read_text() for name in ("out", "err")] for rank in range(size)]
-        return [Result(process.exitcode, *text) for process, text in zip(started, texts, strict=True)]
+        started = []
+        for rank in range(size):
+            told |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            arguments = module.__name__, [str(a) for a in argv], partial(begin, patch, rank)
+            started.append(Command(workspace, *arguments, name=f"rank{rank}", environment=dict(told), keep=store))
+        ended = [command.wait(60) for command in started]
+        assert all(one.code is not None for one in ended), "it hangs"
+        return [Result(*one) for one in ended]
 
     return start
 
@@ -168,10 +148,10 @@ def stop_in(rank_asked, step, rank):
     """Process `rank_asked` gets SIGTERM, as all do when it is None, while it takes a step."""
     original = Trainer._update
 
-    def signalled(self, scale):
+    def signalled(self, *args):
         if self.step == step and rank_asked in (None, rank):
             os.kill(os.getpid(), signal.SIGTERM)
-        original(self, scale)
+        return original(self, *args)
 
     Trainer._update = signalled
 
@@ -216,28 +196,39 @@ def test_gradients_are_exchanged_once_a_step_however_many_micro_batches_it_has(r
     assert "reductions: 3\n" in processes(module, argv, count_reductions)[0].out
 
 
-def fail_in(method, failing, error, rank):
-    """Process `failing` meets `error` in its fourth call of a method of the trainer."""
-    original, calls = getattr(Trainer, method), iter(range(1, 100))
+def fail_in_a_step(rank):
+    """The first process cannot take its fourth step."""
+    original, calls = Trainer._update, iter(range(1, 100))
 
     def spoilt(self, *args):
-        if next(calls) == 4 and rank == failing:
-            raise error
+        if next(calls) == 4 and rank == 0:
+            raise OSError("process 0 cannot go on")
         return original(self, *args)
 
-    setattr(Trainer, method, spoilt)
+    Trainer._update = spoilt
 
 
-@pytest.mark.parametrize("failing, method, saved", [(0, "_update", 2), (1, "_rows_of_step", 3)])
-def test_an_error_of_one_process_is_told_once_and_ends_all(failing, method, saved, runs, processes):
+def fail_in_the_data(rank):
+    """The second process finds no rows for its fourth step of two micro-batches."""
+    original = Trainer._micro_batches
+
+    def spoilt(self):
+        for number, item in enumerate(original(self)):
+            if number == 6 and rank == 1:
+                raise OSError("process 1 cannot go on")
+            yield item
+
+    Trainer._micro_batches = spoilt
+
+
+@pytest.mark.parametrize("failing, fail, saved", [(0, fail_in_a_step, 2), (1, fail_in_the_data, 3)])
+def test_an_error_of_one_process_is_told_once_and_ends_all(failing, fail, saved, runs, processes):
     """Where it is the data's, all save what was learnt before it."""
     module, argv = runs["ar"]
-    argv = [*argv, "--save-interval", "2", "--eval-interval", "50"]
-    error = OSError(f"process {failing} cannot go on")
-    results = processes(module, argv, partial(fail_in, method, failing, error))
+    results = processes(module, [*argv, "--save-interval", "2", "--eval-interval", "50"], fail)
     assert [result.code for result in results] == ([2, 1] if failing == 0 else [1, 2])
     said = "".join(result.err for result in results).splitlines()
-    assert [line for line in said if not line.startswith("tokenised")] == [f"error: {error}"]
+    assert [line for line in said if not line.startswith("tokenised")] == [f"error: process {failing} cannot go on"]
     assert load_checkpoint(Path("weights/ar.pt"))["step"] == saved
 
 
@@ -277,8 +268,46 @@ def test_every_process_has_a_gpu_of_its_own(second_of_three, monkeypatch):
 def test_torchrun_itself_starts_them(runs, workspace):
     """A command through the real launcher, up to its first step."""
     module, argv = runs["ar"]
-    line = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", module.__name__]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*line, *argv, "--dry-run", "--fsdp"], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "nothing was trained" in done.stdout and "Warning" not in done.stderr
+    line = ["--nproc-per-node", "1", "-m", module.__name__, *argv, "--dry-run", "--fsdp"]
+    told = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = Command(workspace, "torch.distributed.run", line, environment=told).wait()
+    assert done.code == 0, done.err
+    assert "nothing was trained" in done.out and "Warning" not in done.err
+
+
+def die_in(step, victim, rank):
+    """Process `victim` is killed while it takes a step."""
+    original = Trainer._update
+
+    def killed(self, *args):
+        if self.step == step and rank == victim:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(self, *args)
+
+    Trainer._update = killed
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_process_is_killed_the_other_says_so_in_one_sentence(victim, runs, processes):
+    module, argv = runs["ar"]
+    results = processes(module, [*argv, "--save-interval", "2"], partial(die_in, 5, victim))
+    assert results[victim].code == -signal.SIGKILL and results[1 - victim].code == 2
+    (sentence,) = (line for line in results[1 - victim].err.splitlines() if not line.startswith("tokenised"))
+    assert sentence.startswith("error: another process of this training has ended") and "--resume" in sentence
+    assert load_checkpoint(Path("weights/ar.pt"))["step"] == 4
+
+
+def die_before(name, rank):
+    """The second process is killed right before it calls a function of torch.distributed."""
+    distributed.MEETING = timedelta(seconds=2)
+    if rank:
+        setattr(dist, name, lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL))
+
+
+@pytest.mark.parametrize("name", ["init_process_group", "new_group"])
+def test_a_process_that_never_arrives_is_not_waited_for_all_day(name, runs, processes):
+    module, argv = runs["ar"]
+    first, second = processes(module, argv, partial(die_before, name))
+    assert (first.code, second.code) == (2, -signal.SIGKILL)
+    assert "error: the 2 processes of this training have not all arrived within 2 seconds" in first.err
+    assert "Traceback" not in first.err
