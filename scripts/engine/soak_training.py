@@ -23,7 +23,7 @@ SHAPE = (
     " --batch-size 4 --warmup-steps 2"
 )
 SHARED = (
-    f"--tokenizer-dir tokenizer --val-fraction 0.1 --eval-max-batches 4 --dtype float32 --device cpu"
+    f"--tokenizer-dir tokenizer --val-fraction 0.1 --eval-max-batches 10 --dtype float32 --device cpu"
     f" --max-iters {STEPS} --log-interval 1 --eval-interval {EVERY} --save-interval 3"
 )
 KILLS_PER_RUN = 12  # at most; then it may end
@@ -246,7 +246,7 @@ def _strike(place: Workplace, recipe: Recipe, folder: Path) -> Ended:
     command = place.start(recipe, "parts")
     if how == "evaluation":  # the state is saved just before
         step = draw.randrange(step // EVERY * EVERY + EVERY, STEPS + EVERY, EVERY) if step < STEPS else STEPS
-        return command.kill_when_said(f"(step {step})", draw.uniform(0, 0.02))
+        return command.kill_when_said(f"(step {step})", draw.uniform(0, 0.01))
     if how == "save":
         return command.kill_in_save(folder, draw.randint(1, max(1, round(left * STEPS / 2))), draw.expovariate(300))
     return command.kill_after(draw.uniform(0, left * known.seconds))
