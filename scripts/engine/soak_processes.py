@@ -56,6 +56,9 @@ def forks() -> Any:
         for name, value in kept.items():
             os.environ.pop(name)
             os.environ.update({} if value is None else {name: value})
+    first = context.Process(target=nothing)  # which waits until everything is loaded
+    first.start()
+    first.join()
     return context
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dataset.bundled import conversations, pretraining_rows
 from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint
-from scripts.engine.soak_processes import Command, Disturbance, Ended, FallingClock, die, forks, nothing, temporaries
+from scripts.engine.soak_processes import Command, Disturbance, Ended, FallingClock, die, nothing, temporaries
 from scripts.engine.soak_state import difference_of_runs, unsound
 
 STEPS = 12
@@ -102,9 +102,6 @@ class Workplace:
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
         save_tokenizer(train_bpe([row["text"] for row in texts], 400), folder / "tokenizer")
         self.tokenizer = load_tokenizer(folder / "tokenizer")
-        first = forks().Process(target=nothing)  # which waits until everything is loaded
-        first.start()
-        first.join()
 
     @property
     def record(self) -> Path:
