@@ -13,7 +13,7 @@ import re
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,8 +28,6 @@ from model.transformer import Transformer
 FORMAT, VERSION = "nano-llada", 3  # 2 added block_size to the config, 3 the seal
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64
-# Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
-ADJUSTABLE = ("inference_rope_scaling", "dropout")
 
 
 def save_checkpoint(
@@ -54,7 +52,7 @@ def save_checkpoint(
 def write_archive(path: Path, payload: Any) -> None:
     """Tensors and built-in types as a sealed torch archive."""
     with replacing(Path(path)) as file:
-        torch.save(payload, file)
+        torch.save(dict(payload) if isinstance(payload, Payload) else payload, file)  # only built-in types are read
         file.seek(-2, os.SEEK_END)  # a zip archive ends with its comment, after the length of it
         file.write(SEAL_BYTES.to_bytes(2, "little"))
         file.seek(0)
@@ -64,8 +62,9 @@ def write_archive(path: Path, payload: Any) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that becomes `path` when the block is left: whatever happens, `path` is the old file or the new one,
-    whole. An error leaves the old one, and OSError names `path`."""
+    """A new file that becomes `path`, or what it links to, when the block is left: whatever happens, that is the old
+    file or the new one, whole. An error leaves the old one, and OSError names it."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -97,9 +96,15 @@ def _system_error(error: BaseException | None) -> OSError | None:
     return error
 
 
+class Payload(dict[str, Any]):
+    """What a file holds, and the SHA-256 of the file."""
+
+    sha256 = ""
+
+
 def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Whatever torch archive of tensors and built-in types, or file of safetensors, lies at `path`; ValueError if there
-    is none, or if it is not as it was written."""
+    """Whatever torch archive of tensors and built-in types, or file of safetensors, lies at `path`, a torch archive's
+    dict as a Payload; ValueError if there is none, or if it is not as it was written."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -108,20 +113,12 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
-        sealed = _is_sealed(path)
-        # torch does not compare the checksums that every zip archive has.
-        if not sealed and zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError
-        payload = torch.load(path, map_location=device, weights_only=True)
-        if not sealed and isinstance(payload, dict) and payload.get("format") == FORMAT and payload["version"] >= 3:
-            raise ValueError
-        return payload
+        with path.open("rb") as file:  # once: a run in training may replace it meanwhile
+            return _read_torch(file, device)
     except pickle.UnpicklingError:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
         ) from None
-    except (PermissionError, torch.OutOfMemoryError):
-        raise
     except (
         RuntimeError,
         EOFError,
@@ -134,31 +131,55 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         OverflowError,
         zipfile.BadZipFile,
         SafetensorError,
-    ):
+    ) as error:
+        if isinstance(error, PermissionError) or is_out_of_memory(error):
+            raise
         raise ValueError(
             f"{path} is damaged or not a torch checkpoint; copy it again, or use the run's other files"
         ) from None
 
 
-def _is_sealed(path: Path) -> bool:
-    """Whether the file ends with the SHA-256 of what comes before it; ValueError if of something else."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(size - SEAL_BYTES, 0))
-        seal = file.read()
-        if not seal.startswith(SEAL):
-            return False
-        file.seek(0)
-        digest, left = hashlib.sha256(), size - SEAL_BYTES
-        while left and (part := file.read(min(left, 1 << 20))):
-            digest.update(part)
-            left -= len(part)
-    if seal != SEAL + digest.hexdigest().encode():
+def _read_torch(file: BinaryIO, device: torch.device | str) -> Any:
+    sealed, sha256 = _digests(file)
+    # torch does not compare the checksums that every zip archive has.
+    if not sealed and zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
         raise ValueError
-    return True
+    file.seek(0)
+    payload = torch.load(file, map_location=device, weights_only=True)
+    if not isinstance(payload, dict):
+        return payload
+    if not sealed and payload.get("format") == FORMAT and payload["version"] >= 3:
+        raise ValueError
+    payload = Payload(payload)
+    payload.sha256 = sha256
+    return payload
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def _digests(file: BinaryIO) -> tuple[bool, str]:
+    """Whether the file ends with the SHA-256 of what comes before it, and that of all of it; ValueError if it ends with
+    the SHA-256 of something else."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - SEAL_BYTES, 0))
+    seal = file.read()
+    file.seek(0)
+    digest, left = hashlib.sha256(), max(size - SEAL_BYTES, 0)
+    while left and (part := file.read(min(left, 1 << 20))):
+        digest.update(part)
+        left -= len(part)
+    sealed = seal.startswith(SEAL)
+    if sealed and seal != SEAL + digest.hexdigest().encode():
+        raise ValueError
+    digest.update(seal)
+    return sealed, digest.hexdigest()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch's own errors of this kind are RuntimeErrors."""
+    told = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    return isinstance(error, MemoryError) or bool(told)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
     """Raises FileNotFoundError, or ValueError for a file that this version did not write."""
     payload = read_archive(path, device)
     if not isinstance(payload, dict) or payload.get("format") != FORMAT:
@@ -176,9 +197,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(sorted(missing))} is missing")
-    faults = _config_faults(payload["config"]) or _weight_faults(payload["weights"])
+    faults = _config_faults(payload["config"]) or weight_faults(payload["weights"])
     average = payload.get("average")
-    if average is not None and (not isinstance(average, dict) or _weight_faults(average.get("shadow"))):
+    if average is not None and (not isinstance(average, dict) or weight_faults(average.get("shadow"))):
         faults.append("its moving average is not tensors by name")
     if faults:
         raise ValueError(f"{path} is not what training writes: {'; '.join(faults[:3])}")
@@ -204,7 +225,7 @@ def _config_faults(config: Any) -> list[str]:
     return faults
 
 
-def _weight_faults(weights: Any) -> list[str]:
+def weight_faults(weights: Any) -> list[str]:
     """What keeps `weights` from being tensors by name."""
     if not isinstance(weights, dict):
         return ["its weights are not tensors by name"]
@@ -263,9 +284,11 @@ def average_weights(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) -> None:
-    """Copy every tensor; ValueError naming the first tensors that are missing, unknown or of another shape."""
+    """Copy every tensor; ValueError naming the first tensors that are missing, unknown, of another shape, or no finite
+    numbers."""
     own = model.state_dict()
-    faults = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    faults = unusable(weights)
+    faults += [f"{name} is missing" for name in own.keys() - weights.keys()]
     faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():
         found, expected = tuple(weights[name].shape), tuple(own[name].shape)
@@ -281,6 +304,17 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) ->
     model.load_state_dict(weights)
 
 
+def unusable(weights: dict[str, Tensor]) -> list[str]:
+    """What keeps tensors from being weights, by name; of shards, which were whole when they were read, nothing."""
+    faults = []
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            faults.append(f"{name} is {tensor.layout} of {tensor.dtype}, expected dense floating-point numbers")
+        elif not hasattr(tensor, "full_tensor") and not tensor.isfinite().all():
+            faults.append(f"{name} has entries that are not finite numbers")
+    return faults
+
+
 def _flag_for(name: str) -> str:
     """The flag that decides the shape of a tensor."""
     if name.startswith(("embed_tokens", "lm_head")):
@@ -290,68 +324,3 @@ def _flag_for(name: str) -> str:
     if "k_proj" in name or "v_proj" in name:
         return "check --hidden-size and --num-key-value-heads"
     return "check --hidden-size and --num-attention-heads"
-
-
-def import_foreign(path: Path, config: ModelConfig) -> Transformer:
-    """A model of shape `config` from weights named as MiniMind or Hugging Face's Llama and Qwen3 name them.
-
-    Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary
-    that is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or
-    shapes differ.
-    """
-    weights = read_archive(path)
-    weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
-    if _weight_faults(weights):
-        weights = {}
-    weights = {
-        re.sub(r"^(_orig_mod\.|module\.)*(model\.)?", "", name): tensor.float()
-        for name, tensor in weights.items()
-        if not name.endswith(("freqs_cos", "freqs_sin", "rotary_emb.inv_freq"))
-    }
-    if "embed_tokens.weight" not in weights:
-        raise ValueError(
-            f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
-            "(model.embed_tokens.weight, ...)"
-        )
-    weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
-    layers = {int(found[1]) for name in weights if (found := re.match(r"layers\.(\d+)\.", name))}
-    if len(layers) != config.num_hidden_layers:
-        raise ValueError(f"{path} has {len(layers)} layers, --num-hidden-layers says {config.num_hidden_layers}")
-    if any(name.endswith("q_norm.weight") for name in weights) != config.qk_norm:
-        raise ValueError(
-            f"{path} and --qk-norm disagree: it has {'a' if not config.qk_norm else 'no'} norm on queries and keys"
-        )
-    for name in ("embed_tokens.weight", "lm_head.weight"):
-        if len(weights[name]) == config.vocab_size - 1 == config.mask_token_id:
-            weights[name] = torch.cat([weights[name], weights[name].mean(dim=0, keepdim=True)])
-    model = Transformer(config)
-    load_weights(model, weights, str(path))
-    return model
-
-
-def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str) -> Transformer:
-    """The model that a stage starts from: weights of `path` (ours or foreign), with the settings a stage may change.
-
-    config: from the flags, `given` being those that were typed. For our own checkpoints the architecture comes from the
-    file; ValueError names the typed flags that contradict it.
-    """
-    payload = read_archive(path)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        if "num_attention_heads" not in given:
-            raise ValueError(f"{path} does not say how many heads its model has; give --num-attention-heads with it")
-        return import_foreign(path, config)
-    model = load_model(path, tokenizer=tokenizer)
-    # The last two are the stage's to set; one of its flags has the name of the second.
-    names = ({f.name for f in fields(ModelConfig)} - {"attention", "block_size"}) & given
-    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(model.config, name)]
-    if wrong:
-        told = ", ".join(
-            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(model.config, n)})" for n in wrong
-        )
-        raise ValueError(f"{path} was trained with another shape than {told}; leave these flags out")
-    changed = {name: getattr(config, name) for name in ADJUSTABLE if name in given}
-    if not changed:
-        return model
-    adjusted = Transformer(replace(model.config, **changed))
-    adjusted.load_state_dict(model.state_dict())
-    return adjusted

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from model.block_diffusion import predict
-from model.checkpoint import ADJUSTABLE
 from model.config import ModelConfig
+from model.foreign import ADJUSTABLE
 from model.forward_process import Noised, StepNoise, lowest
 from model.likelihood import GOLDEN
 from model.losses import linear_nats, sum_by_row

@@ -97,11 +97,11 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        from scripts.engine.health import is_out_of_memory
+        from model.checkpoint import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
-        _say("error: out of memory; lower --batch-size, --max-seq-len or the size of the model")
+        _say("error: out of memory; lower the batch size (--help names it), --max-seq-len or the size of the model")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

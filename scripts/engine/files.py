@@ -7,6 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import replacing
+from scripts.engine.run import require_writable
+
+TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"
+
+
+def require_output(path: Path | None, flag: str, *inputs: Path | str | None) -> None:
+    """ValueError, before the work, if no file can be written at `path`, or if it is one of the files that the command
+    reads. None: nothing is written, or read. A folder among the inputs is that of a tokenizer."""
+    if path is None:
+        return
+    require_writable(path, flag)
+    for one in map(Path, filter(None, inputs)):
+        for file in [one / name for name in TOKENIZER_FILES] if one.is_dir() else [one]:
+            if path.exists() and file.exists() and path.samefile(file):
+                raise ValueError(f"{flag} {path} is a file that the command reads ({file}); choose another place")
 
 
 def write_bytes(path: Path, content: bytes) -> None:

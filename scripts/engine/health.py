@@ -1,6 +1,5 @@
 """The health of a training: steps that are not taken, losses that jump, memory that does not suffice."""
 
-import re
 import statistics
 from collections import deque
 from typing import Any
@@ -18,6 +17,7 @@ class Health:
     def __init__(self, state: dict[str, Any] | None = None):
         state = state or {"skipped": 0, "in_a_row": 0, "recent": []}
         self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+        self.longest = self.in_a_row
         self.recent: deque[float] = deque(state["recent"], maxlen=WINDOW)
         self._unread: list[tuple[int, Tensor]] = []
 
@@ -30,7 +30,9 @@ class Health:
         self._unread.append((step, sound))
 
     def read(self) -> list[int]:
-        """The steps noted since the last call that were skipped."""
+        """The steps noted since the last call that were skipped; `longest` is then the longest row of them, with those
+        right before."""
+        self.longest = self.in_a_row
         steps = [step for step, sound in self._unread if not self._count(bool(sound))]
         self._unread.clear()
         return steps
@@ -38,6 +40,7 @@ class Health:
     def _count(self, sound: bool) -> bool:
         self.skipped += not sound
         self.in_a_row = 0 if sound else self.in_a_row + 1
+        self.longest = max(self.longest, self.in_a_row)
         return sound
 
     def spike(self, loss: float) -> tuple[float, float] | None:
@@ -50,12 +53,6 @@ class Health:
             usual = (median, spread) if loss > median + FACTOR * spread else None
         self.recent.append(loss)
         return usual
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own errors of this kind are RuntimeErrors."""
-    told = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    return isinstance(error, MemoryError) or bool(told)
 
 
 def smaller_batch(batch_size: int, accumulation_steps: int, eval_max_batches: int, num_processes: int) -> str:

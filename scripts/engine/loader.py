@@ -3,6 +3,7 @@
 import queue
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
@@ -10,6 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+
+LAST_ITEM = 5.0  # seconds that a thread is given to end
 
 
 class Rows(Protocol):
@@ -60,10 +63,17 @@ class Ahead:
     item is long in coming, it is said on stderr what the thread is doing.
     """
 
-    def __init__(self, items: Iterable, depth: int = 2, patience: float = 60.0):
-        """depth: items that may lie ready. patience: seconds of waiting before the first word, then twice as many."""
+    def __init__(
+        self,
+        items: Iterable,
+        depth: int = 2,
+        patience: float = 60.0,
+        between: Callable[[], None] | None = None,
+    ):
+        """depth: items that may lie ready. patience: seconds of waiting before the first word, then twice as many.
+        between() is called every second of it, and may raise."""
         self._items, self._made, self._room = iter(items), queue.SimpleQueue(), threading.Semaphore(depth)
-        self._closed, self._patience = False, patience
+        self._closed, self._patience, self._between = False, patience, between
         self._thread = threading.Thread(target=self._make, name="data", daemon=True)
 
     def __enter__(self) -> "Ahead":
@@ -73,7 +83,7 @@ class Ahead:
     def __exit__(self, *_: object) -> None:
         self._closed = True
         self._room.release()
-        self._thread.join()
+        self._thread.join(LAST_ITEM)  # one that hangs ends with the process
 
     def __iter__(self) -> "Ahead":
         return self
@@ -87,13 +97,17 @@ class Ahead:
         return item
 
     def _wait(self) -> tuple[Any, BaseException | None]:
-        patience, waited = self._patience, 0.0
+        began, told = time.monotonic(), self._patience
         while True:
             try:
-                return self._made.get(timeout=patience)
+                return self._made.get(timeout=min(1.0, self._patience))
             except queue.Empty:
-                waited += patience
-                patience *= 2
+                waited = time.monotonic() - began
+            if self._between:
+                self._between()
+            if waited < told:
+                continue
+            told *= 2
             busy = sys._current_frames().get(self._thread.ident)
             where = traceback.extract_stack(busy)[-1] if busy else None
             doing = f"it is in {where.filename}, line {where.lineno} ({where.name})" if where else "it has ended"

@@ -83,16 +83,25 @@ def _widest_and_typical(
 
 
 def show_batch(
-    tokenizer: PreTrainedTokenizerFast, objective: Any, rows: Rows, rows_per_step: int, mask_id: int, seed: int
+    tokenizer: PreTrainedTokenizerFast,
+    objective: Any,
+    rows: Rows,
+    rows_per_step: int,
+    mask_id: int,
+    seed: int,
+    step: int | None,
+    total_steps: int,
 ) -> None:
-    """Print rows of the first batch: what is masked, scored, context and padding, and where documents change."""
-    indices = rows.order(seed, rows_per_step)(0, min(rows_per_step, 4))
+    """Print the rows of a step, or four of the first one: what is masked, scored, context and padding, and where
+    documents change."""
+    before, shown = ((step or 1) - 1), rows_per_step if step else min(rows_per_step, 4)
+    indices = rows.order(seed, rows_per_step)(before * rows_per_step, shown)
     batch = rows.batch(indices)
     scored = batch["loss_mask"]
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
     masked = torch.zeros_like(scored)
     if hasattr(objective, "corrupt"):
-        noise = StepNoise(seed, 0, rows_per_step, width=rows.seq_len)
+        noise = StepNoise(seed, before, rows_per_step, width=rows.seq_len, progress=before / total_steps)
         masked = objective.corrupt(batch, mask_id, noise).scored[: len(scored)]
     else:  # the first token of a piece has nothing to be predicted from
         first = torch.ones_like(scored)
@@ -111,4 +120,4 @@ def show_batch(
         counts = f"{int(scored[row].sum())} scored tokens"
         if masked.any():
             counts = f"{int(masked[row].sum())} masked of {int(scored[row].sum())} maskable"
-        print(f"row {indices[row % len(indices)]}: {counts}\n{''.join(pieces)}\n")
+        print(f"row {indices[row % len(indices)] % len(rows)}: {counts}\n{''.join(pieces)}\n")

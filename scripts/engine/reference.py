@@ -5,7 +5,7 @@ import shlex
 from dataclasses import replace
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import starting_weights
+from model.foreign import starting_weights
 from model.preference import ExactDPO, Preference
 from model.transformer import Transformer
 from scripts.engine.stage import StageConfigs

@@ -18,6 +18,7 @@ SILENT = {
     "log_interval",
     "dry_run",
     "show_batch",
+    "show_step",
     "cache_dir",
     "save_dir",
     "weights_path",
@@ -76,22 +77,25 @@ class RunConfig:
     dry_run: Annotated[bool, "print shapes, parameters, memory, steps, tokens and estimated hours; train nothing"] = (
         False
     )
-    show_batch: Annotated[bool, "print the first batch in colour; train nothing"] = False
+    show_batch: Annotated[bool, "print the first rows of a step in colour; train nothing"] = False
+    show_step: Annotated[int | None, "with --show-batch: all rows of this step (none: a few of the first one)"] = None
 
     def __post_init__(self):
         for name in ("save_interval", "log_interval", "eval_interval", "eval_max_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.show_step is not None and not (self.show_batch and self.show_step > 0):
+            raise ValueError(f"--show-step {self.show_step}: expected a step from 1 on, and --show-batch")
         if not 0 <= self.topk_merge <= 1000:
             raise ValueError(f"--topk-merge must be from 0 to 1000, not {self.topk_merge}")
         name = self.run_name
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
             raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")
-        if self.exported_path.resolve() in {
-            path.resolve() for path in (self.state_path, self.best_path, self.merged_path)
-        }:
+        own = (self.state_path, self.best_path, self.merged_path, self.lock_path)
+        own += (self.path("_log.jsonl"), self.path("_loss.png"))
+        if self.exported_path.resolve() in {path.resolve() for path in own} or self.exported_path.suffix == ".lock":
             raise ValueError(
-                f"--weights-path {self.weights_path} is a file that the run writes for itself; choose another"
+                f"--weights-path {self.weights_path} is a file that a run writes for itself; choose another"
             )
         if self.overwrite and self.load_from and self.writes(self.load_from):
             raise ValueError(

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import load_checkpoint, read_archive, starting_weights
+from model.checkpoint import load_checkpoint, read_archive
 from model.config import ModelConfig
+from model.foreign import starting_weights
 from model.forward_process import rate_range
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.distributed import World, whole
+from scripts.engine.files import require_output
 from scripts.engine.lock import locked
 from scripts.engine.memory import keep_freed_memory
 from scripts.engine.optim import OptimConfig
@@ -63,7 +65,7 @@ def train_stage(
     before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
     """
     run = configs.run
-    with World.opened(configs.runtime.torch_device) as world, _alone_at(run, world):
+    with World.opened(configs.runtime.torch_device) as world, _alone_at(run, data, world):
         state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
         groups = configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data
         settings = settings_of(*groups)
@@ -100,10 +102,10 @@ def train_stage(
 
 
 @contextmanager
-def _alone_at(run: RunConfig, world: World) -> Iterator[None]:
+def _alone_at(run: RunConfig, data: Any, world: World) -> Iterator[None]:
     """Within it no other command writes the run. ValueError if one does, or if its files cannot be written."""
     require_writable(run.state_path, "--save-dir")
-    require_writable(run.exported_path, "--weights-path")
+    require_output(run.exported_path, "--weights-path", data.data, data.tokenizer_dir)
     with locked(run.lock_path) if world.is_main and not run.previewing else nullcontext():
         world.most(0)  # only now may the others look at what is there
         yield
@@ -138,7 +140,8 @@ def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageCon
     keep_freed_memory()
     rows, size, seed = dataset.train, configs.trainer.rows_per_step, configs.runtime.seed
     if configs.run.show_batch:
-        show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed)
+        total = configs.trainer.total_steps(len(rows))
+        show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed, configs.run.show_step, total)
     if configs.run.dry_run:
         dry_run(model, objective, rows, configs.trainer, configs.runtime, configs.trainer.total_steps(len(rows)))
 

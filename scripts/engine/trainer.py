@@ -5,19 +5,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import load_weights, save_checkpoint
+from model.checkpoint import is_out_of_memory, load_weights, save_checkpoint
 from model.forward_process import StepNoise
 from model.objective import RowLoss
 from model.transformer import Transformer
 from scripts.engine.compiling import compile_layers, uncompile
 from scripts.engine.distributed import ALONE, Replica, World, shards_like, whole
-from scripts.engine.health import Health, is_out_of_memory, smaller_batch
+from scripts.engine.health import Health, smaller_batch
 from scripts.engine.loader import Ahead, Rows, host_ready, move
 from scripts.engine.metrics import Meter, RunLog, or_none, plot_losses
 from scripts.engine.optim import (
@@ -36,6 +37,7 @@ from scripts.engine.topk import TopK
 from scripts.engine.trainer_config import TrainerConfig
 from scripts.engine.validation import Validation
 
+REMEDY = "start again with a lower --learning-rate or another --dtype"
 COUNTERS = ("step", "last_eval", "bad_evals", "best_loss", "best_step", "stop_loss", "seconds", "tokens")
 
 
@@ -105,8 +107,10 @@ class Trainer:
         self.model.train()
         quiet = not (self.world.is_main and sys.stderr.isatty())
         bar = tqdm(total=self.total_steps, initial=self.step, unit="step", disable=quiet, dynamic_ncols=True)
-        with StopSignals(impatient=self.world.control is None) as stop, Ahead(self._micro_batches()) as self.batches:
-            self._steps(stop, bar)
+        with StopSignals(impatient=self.world.control is None) as stop:
+            alone = partial(self._stop_waiting, stop) if self.world.size == 1 else None  # others agree between steps
+            with Ahead(self._micro_batches(), between=alone) as self.batches:
+                self._steps(stop, bar)
             bar.close()
             self.save()
         if self.trainer.compile:  # what comes next, samples, has other shapes at every step
@@ -115,6 +119,8 @@ class Trainer:
             self.average.swap(self.model)  # from here on the model is what the run stands for
         self._write_weights(self.run.exported_path)
         self._say(f"saved {self.run.exported_path}")
+        if self.health.skipped:
+            self._say(f"{self.health.skipped} of {self.step} steps were skipped: no finite loss or gradient")
         if self.top.best:
             self._merge()
         self._plot()
@@ -174,7 +180,8 @@ class Trainer:
             scored += torch.stack(sums)
         nats, count = self.world.add(scored)
         # Gradients come as the mean over the processes of what is to be their sum.
-        norm, sound = self._update(nominal * self.world.size / count.clamp(min=1), nats)
+        with self._advised(saves=False):
+            norm, sound = self._update(nominal * self.world.size / count.clamp(min=1), nats)
         if self.world.is_main:  # all have the same
             averages.append(("grad_norm", norm, torch.ones((), device=self.device)))
         for name, total, number in averages:
@@ -187,7 +194,7 @@ class Trainer:
         """The next micro-batch and its tokens. Where a bad row has been met, what was learnt before it is not lost."""
         try:
             item, error = next(self.batches), None
-        except (ValueError, OSError) as fault:
+        except (ValueError, OSError, MemoryError) as fault:
             item, error = (), fault
         if self.world.most(error is not None):
             if self.step > self.saved_step:
@@ -215,6 +222,7 @@ class Trainer:
 
     def _update(self, scale: torch.Tensor, nats: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the step if its loss and gradient are finite; returns the gradient's norm and whether they are."""
+        scale_down = self.scaler.is_enabled() and self.scaler.get_scale() > 1  # what overflows may be the scale's doing
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = scale_and_clip(self.parameters, scale, self.optim.grad_clip)
@@ -226,9 +234,9 @@ class Trainer:
                 step_if(optimizer, sound)
             optimizer.zero_grad(set_to_none=True)
         self.scaler.update()
-        if self.average:
+        if self.average and (self.device.type != "cpu" or sound):  # elsewhere, to look is to wait: same weights again
             self.average.update(self.model)
-        return norm, nats.isfinite() if self.scaler.is_enabled() else sound
+        return norm, nats.isfinite() if scale_down else sound
 
     def _tell_skipped(self) -> None:
         """Log the steps that were skipped since the last call; ValueError when there are too many in a row."""
@@ -240,33 +248,38 @@ class Trainer:
                 self.log.write("skipped", step=step, rows=rows)
             shown = f"{', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''}"
             self._say(f"step {step}: loss or gradient not finite, step skipped (training rows {shown}, from 0)")
-        if self.health.in_a_row >= self.trainer.max_skipped_steps:
+        if self.health.longest >= self.trainer.max_skipped_steps:
             raise ValueError(self._given_up())
 
     def _given_up(self) -> str:
-        """Save the weights if they give a finite loss on the validation rows, so that the fault was in data or
-        arithmetic; what to tell the user."""
-        steps, self.health.in_a_row = self.health.in_a_row, 0
+        """Save the weights if they are good; what to tell the user. Good weights are finite and give a finite loss on
+        the validation rows; without such rows an earlier save, which leads here again, is left."""
+        told = f"{self.health.longest} steps in a row, to step {self.step}, had no finite loss or gradient: skipped"
+        if not self._weights_are_finite:
+            return f"{told}; the weights are not finite{self._holds}; {REMEDY}"
+        self.health.in_a_row = 0
         nats, _, _ = self._validation(StopSignals())
-        sound = len(nats) > 0 and math.isfinite(nats.sum())
-        if sound:
+        if len(nats) and not math.isfinite(nats.sum()):
+            return f"{told}; nor is the loss on the validation rows finite{self._holds}; {REMEDY}"
+        if len(nats) or not self.saved_step:
             self.save()
-        told = f"{steps} steps in a row, to step {self.step}, had no finite loss and gradient, and were skipped"
-        if sound:
-            return (
-                f"{told}; the weights give a finite loss on other rows{self._holds}; look at the rows that "
-                f"{self.run.path('_log.jsonl')} names, and go on with --resume must, or with another --dtype, too"
-            )
-        remedy = "start again with a lower --learning-rate or another --dtype"
-        return f"{told}; the weights are spoilt{self._holds}; {remedy}"
+        return (
+            f"{told}{self._holds}; look at the rows, by --show-batch --show-step {self.step}, and go on with --resume "
+            "must, or with another --dtype, too"
+        )
+
+    @property
+    def _weights_are_finite(self) -> bool:
+        return math.isfinite(total_norm([parameter.detach() for parameter in self.parameters]))
 
     @property
     def _holds(self) -> str:
         return f"; {self.run.state_path} holds step {self.saved_step}" if self.saved_step else ""
 
     @contextmanager
-    def _advised(self) -> Iterator[None]:
-        """Where memory does not suffice, the step before is saved, and ValueError says with which flags it would."""
+    def _advised(self, saves: bool = True) -> Iterator[None]:
+        """Where memory does not suffice, the step before is saved, unless something has been changed since, and
+        ValueError says with which flags it would."""
         try:
             yield
         except (MemoryError, RuntimeError) as error:
@@ -276,14 +289,14 @@ class Trainer:
             return
         for optimizer in self.optimizers:  # outside of the except clause, which would keep the step's tensors alive
             optimizer.zero_grad(set_to_none=True)
-        if self.world.size == 1 and self.step > self.saved_step:
+        if saves and self.world.size == 1 and self.step > self.saved_step:
             self.tokens = self._begun
             self.save()
         config = self.trainer
         flags = smaller_batch(config.batch_size, config.accumulation_steps, self.run.eval_max_batches, self.world.size)
         less = f"give {flags}, which trains the same" if flags else "give a smaller model or --max-seq-len"
         more = ", and --resume must" if flags and self.saved_step else ""
-        raise ValueError(f"out of memory in step {self.step + 1}{self._holds}; {less}{more}")
+        raise ValueError(f"out of memory after step {self.step}{self._holds}; {less}{more}")
 
     def _loss(self, prepared: dict[str, Any]) -> RowLoss:
         with self.runtime.autocast():
@@ -304,8 +317,7 @@ class Trainer:
 
     def _validation(self, stop: StopSignals) -> tuple[torch.Tensor, torch.Tensor, Meter]:
         """As `Validation` gives it, of the weights that are in the model now."""
-        self._begun = self.tokens
-        with self._advised():
+        with self._advised(saves=False):  # the average may be in the model
             return self.validation(lambda: self._stop_if_asked(stop))
 
     def _merge(self) -> None:
@@ -329,8 +341,7 @@ class Trainer:
         loss = float(nats.sum() / counts.sum())
         if not math.isfinite(loss):
             raise ValueError(
-                f"the validation loss at step {self.step} is not finite, so the weights are spoilt; "
-                "start again with a lower --learning-rate or another --dtype"
+                f"the validation loss at step {self.step} is not finite, the weights are spoilt{self._holds}; {REMEDY}"
             )
         spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
         if loss < self.stop_loss - self.trainer.early_stop_min_delta:
@@ -408,12 +419,8 @@ class Trainer:
         self._tell_skipped()
         if self.health.in_a_row and not self.finished:
             return
-        norm = total_norm([parameter.detach() for parameter in self.parameters])
-        if not math.isfinite(norm):
-            raise ValueError(
-                f"the weights are not finite at step {self.step}{self._holds}; "
-                "start again with a lower --learning-rate or another --dtype"
-            )
+        if not self._weights_are_finite:
+            raise ValueError(f"the weights are not finite at step {self.step}{self._holds}; {REMEDY}")
         self._collect()
         shared = whole(
             {
@@ -468,13 +475,21 @@ class Trainer:
         if self.world.is_main:
             save_checkpoint(path, self.model.config, weights, **self.identity, step=self.step, best_loss=self.best_loss)
 
+    def _stop_waiting(self, stop: StopSignals) -> None:
+        if stop.number:
+            self.tokens = self._begun  # of the step that will not be, nothing is counted
+            self._stop_if_asked(stop)
+
     def _stop_if_asked(self, stop: StopSignals) -> None:
         number = self.world.most(stop.number)
         if number:
             if self.saved_step != self.step:  # the signal came between two checks
                 self.save()
             how = "--resume must instead of --overwrite" if self.run.overwrite else "--resume must"
-            stood = "" if self.saved_step == self.step else f", saved at step {self.saved_step}"
-            at = f"step {self.step} of {self.total_steps}{stood}"
-            self._say(f"stopped at {at}; continue with the same command and {how}")
+            at = f"stopped at step {self.step} of {self.total_steps}"
+            if not self.saved_step:
+                self._say(f"{at}; nothing is saved, since steps are being skipped: start again")
+            else:
+                stood = "" if self.saved_step == self.step else f", saved at step {self.saved_step}"
+                self._say(f"{at}{stood}; continue with the same command and {how}")
             raise Interrupted(128 + number)

@@ -22,7 +22,9 @@ class TrainerConfig:
     ] = 0.0
     compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
     max_skipped_steps: Annotated[
-        int, "stop after so many steps in a row whose loss or gradient was not finite; each of them is skipped"
+        int,
+        "stop after so many steps in a row whose loss or gradient was not finite; each of them is skipped (looked at "
+        "with every step on a CPU, elsewhere with every log line)",
     ] = 8
     fsdp: Annotated[bool, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2)"] = False
 

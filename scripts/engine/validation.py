@@ -40,7 +40,7 @@ class Validation:
         meter, measured = Meter(), []
         self.model.eval()
         try:
-            with Ahead(self._batches()) as ready:
+            with Ahead(self._batches(), between=between if self.world.size == 1 else None) as ready:
                 for first, own, prepared in ready:
                     between()
                     with self.runtime.autocast():

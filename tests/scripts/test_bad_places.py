@@ -22,6 +22,11 @@ def test_a_save_dir_that_is_a_file_is_refused_before_anything_is_computed(
     assert not (workspace / "dataset").exists(), "the corpus was tokenised first"
 
 
+@pytest.mark.parametrize("path", ["corpus.jsonl", "weights/ar_log.jsonl", "weights/ar_loss.png", "weights/other.lock"])
+def test_weights_replace_neither_data_nor_what_a_run_writes_for_itself(path, train_argv, refused):
+    refused(train_pretrain, [*train_argv["train_pretrain"], "--weights-path", path], "--weights-path", path)
+
+
 def test_a_weights_path_that_is_a_directory_is_refused_before_training(train_argv, refused, workspace):
     (workspace / "folder").mkdir()
     refused(train_pretrain, [*train_argv["train_pretrain"], "--weights-path", "folder"], "--weights-path", "folder")

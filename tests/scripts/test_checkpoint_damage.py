@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint import SEAL_BYTES, import_foreign, load_checkpoint, load_model, read_archive, save_checkpoint
+from model.checkpoint import SEAL_BYTES, load_checkpoint, load_model, read_archive, save_checkpoint
 from model.config import ModelConfig
+from model.foreign import import_foreign
 
 
 @pytest.fixture

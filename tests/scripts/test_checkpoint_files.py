@@ -8,16 +8,15 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dataset.tokenizer import load_tokenizer, token_ids
-from model import checkpoint
+from model import foreign as foreign_weights
 from model.checkpoint import (
-    import_foreign,
     load_checkpoint,
     load_model,
     save_checkpoint,
-    starting_weights,
     write_archive,
 )
 from model.config import ModelConfig
+from model.foreign import import_foreign, starting_weights
 from model.transformer import Transformer
 from scripts.eval import eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
@@ -219,15 +218,61 @@ def test_weights_that_transformers_wrote_give_the_logits_that_transformers_gives
         )
     ).eval()
     theirs.save_pretrained("llama")
+    path = Path("llama/model.safetensors")
     config = ModelConfig(**shape, **ids, num_key_value_heads=2, rope_theta=500.0, rms_norm_eps=1e-3)
-    given = frozenset({*shape, "num_key_value_heads", "rope_theta", "rms_norm_eps"})
-    ours = starting_weights(Path("llama/model.safetensors"), config, given, "any").eval()
+    given = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size"})
+    ours = starting_weights(path, config, given, "any").eval()  # config.json beside it tells the heads
     tokens = torch.randint(ids["vocab_size"], (2, 20))
     torch.testing.assert_close(ours(tokens, is_causal=True), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
-    content = Path("llama/model.safetensors").read_bytes()
-    Path("llama/model.safetensors").write_bytes(content[:-7])
+    told = "--num-attention-heads 4 --rope-theta 500.0 --rms-norm-eps 0.001$"
+    with pytest.raises(ValueError, match=f"config.json.* give {told}"):
+        starting_weights(path, replace(config, num_attention_heads=2, rope_theta=1e4, rms_norm_eps=1e-5), given, "any")
+    path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(ValueError, match="llama/model.safetensors is damaged"):
-        starting_weights(Path("llama/model.safetensors"), config, given, "any")
+        starting_weights(path, config, given, "any")
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda tensor: tensor.fill_(torch.nan), "not finite"),
+        (lambda tensor: tensor.to(torch.int8), "torch.int8"),
+        (lambda tensor: tensor.to_sparse(), "torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_number_to_compute_with_is_no_weight(spoil, words, saved):
+    """Neither in our files nor in those of others: integers would be huge weights, and NaN decodes to some text."""
+    model, path = saved()
+    edit(path, lambda p: p["weights"].update({"norm.weight": spoil(p["weights"]["norm.weight"])}))
+    with pytest.raises(ValueError, match=f"norm.weight .*{words}"):
+        load_model(path)
+    names = minimind_names(model)
+    names["model.norm.weight"] = spoil(names["model.norm.weight"])
+    torch.save(names, path)
+    with pytest.raises(ValueError, match=f"norm.weight .*{words}"):
+        import_foreign(path, model.config)
+
+
+def test_a_run_goes_on_where_its_name_leads(saved, tmp_path):
+    """A link to a larger disk stays one."""
+    model, path = saved()
+    elsewhere = tmp_path / "large disk" / "model.pt"
+    elsewhere.parent.mkdir()
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    save_checkpoint(path, model.config, model.state_dict(), tokenizer="other", stage="test")
+    assert path.is_symlink() and load_checkpoint(elsewhere)["tokenizer"] == "other"
+
+
+def test_where_memory_ends_in_reading_no_file_is_called_damaged(saved, monkeypatch):
+    _, path = saved()
+
+    def fail(*arguments, **more):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        load_checkpoint(path)
 
 
 def minimind_names(model: Transformer, prefix: str = "model.", tied: bool = False) -> dict[str, torch.Tensor]:
@@ -415,4 +460,4 @@ def test_loading_a_start_leaves_dropout_and_rope_scaling_to_the_flags(command, p
 def test_the_config_in_the_file_is_the_whole_config(saved):
     model, path = saved()
     assert load_checkpoint(path)["config"] == asdict(model.config)
-    assert set(checkpoint.ADJUSTABLE) <= asdict(model.config).keys()
+    assert set(foreign_weights.ADJUSTABLE) <= asdict(model.config).keys()

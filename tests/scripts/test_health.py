@@ -2,7 +2,9 @@
 
 import math
 import os
+import re
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dataset.packing import PackedRows
 from model.checkpoint import load_checkpoint, write_archive
+from scripts.engine import loader
 from scripts.engine.health import FEWEST, WINDOW, Health, smaller_batch
 from scripts.engine.metrics import read_log
 from scripts.engine.trainer import Trainer
@@ -108,7 +112,7 @@ def test_after_too_many_skipped_steps_the_run_stops_with_the_last_good_state_and
     argv = [*pretrain_argv, "--max-skipped-steps", "3"]
     result = command(train_pretrain, argv)
     assert result.code == 2 and "3 steps in a row, to step 7" in result.err and "holds step 7" in result.err, result
-    assert "_log.jsonl" in result.err and not Path("weights/ar_state_dict.pt").exists()
+    assert "--show-step 7" in result.err and not Path("weights/ar_state_dict.pt").exists()
     at_step({})
     assert command(train_pretrain, [*argv, "--resume", "must"]).code == 0
     assert [row["step"] for row in events("skipped")] == [5, 6, 7] and events("train")[-1]["loss"] is not None
@@ -122,8 +126,89 @@ def test_where_the_weights_themselves_are_spoilt_the_save_before_is_left(pretrai
     )
     argv = [*pretrain_argv, "--max-skipped-steps", "3", "--eval-interval", "50"]
     result = command(train_pretrain, argv)
-    assert result.code == 2 and "spoilt" in result.err and "holds step 3" in result.err, result
+    assert (
+        result.code == 2
+        and "nor is the loss on the validation rows finite" in result.err
+        and "holds step 3" in result.err
+    ), result
     assert "--learning-rate" in result.err and load_checkpoint(Path("weights/ar.pt"))["step"] == 3
+
+
+def test_without_validation_rows_an_earlier_save_is_left_and_with_none_the_weights_are_kept(
+    pretrain_argv, command, at_step
+):
+    """For whether they are good cannot be told: the save before leads here again, and none is worse than these."""
+    at_step(dict.fromkeys(range(5, 100), nan))
+    argv = [*pretrain_argv, "--max-skipped-steps", "3", "--val-fraction", "0"]
+    result = command(train_pretrain, argv)
+    assert result.code == 2 and "holds step 4" in result.err and "spoilt" not in result.err, result
+    result = command(train_pretrain, [*argv, "--run-name", "b", "--save-interval", "50", "--eval-interval", "50"])
+    assert result.code == 2 and "b.pt holds step 7" in result.err, result
+
+
+def test_stopped_before_anything_is_saved_it_does_not_say_how_to_continue(pretrain_argv, command, at_step):
+    at_step({1: nan, 2: nan, 3: lambda: stop() * nan()})
+    result = command(train_pretrain, pretrain_argv)
+    assert result.code == 143 and "nothing is saved" in result.out and "--resume" not in result.out, result
+    assert not Path("weights/ar.pt").exists()
+
+
+def test_a_row_of_skipped_steps_counts_also_where_it_is_looked_at_late():
+    """On a GPU flags are read with the log lines."""
+    health = Health()
+    for step, sound in enumerate([True] + [False] * 20 + [True] * 10, start=1):
+        health.note(step, torch.tensor(sound))
+    assert health.read() == [*range(2, 22)] and (health.longest, health.in_a_row, health.skipped) == (20, 0, 20)
+    assert health.read() == [] and health.longest == 0
+
+
+def test_float16_skips_what_overflows_by_its_scale_and_stops_where_there_is_none_left(
+    pretrain_argv, command, monkeypatch
+):
+    scaler, update = torch.amp.GradScaler, Trainer._update
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler(device, init_scale=2.0**4))
+
+    def spoilt(self, *arguments):
+        if self.step >= 2:
+            self.parameters[3].grad.fill_(math.nan)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_update", spoilt)
+    result = command(train_pretrain, [*pretrain_argv, "--max-skipped-steps", "3", "--max-iters", "30"])
+    assert result.code == 2 and "3 steps in a row, to step 9" in result.err, result  # 16, 8, 4, 2, and then three at 1
+    assert [row["step"] for row in events("skipped")] == [7, 8, 9]
+
+
+def test_a_signal_is_heeded_while_the_data_hangs_and_what_was_learnt_is_saved(pretrain_argv, command, monkeypatch):
+    assert command(train_pretrain, [*pretrain_argv, "--save-dir", "whole"]).code == 0
+    fetch, go_on = PackedRows.batch, threading.Event()
+
+    def hanging(self, indices):
+        if not go_on.is_set() and threading.current_thread().name == "data" and next(calls) == 6:
+            threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+            go_on.wait(20)
+        return fetch(self, indices)
+
+    calls = iter(range(1, 100))
+    monkeypatch.setattr(PackedRows, "batch", hanging)
+    monkeypatch.setattr(loader, "LAST_ITEM", 0.1)
+    argv = [*pretrain_argv, "--eval-interval", "50", "--accumulation-steps", "1"]
+    result = command(train_pretrain, argv)
+    go_on.set()
+    assert result.code == 143 and "stopped at step 5" in result.out, result
+    assert command(train_pretrain, [*pretrain_argv, "--resume", "must"]).code == 0
+    assert torch.equal(weights("weights/ar.pt"), weights("whole/ar.pt"))
+
+
+@pytest.mark.parametrize("name, run", [(train_pretrain, "ar"), (diffusion, "dm")])
+def test_the_rows_of_a_skipped_step_can_be_looked_at(name, run, pretrain_argv, diffusion_argv, command, at_step):
+    at_step({7: nan})
+    argv = {"ar": pretrain_argv, "dm": diffusion_argv}[run]
+    assert command(name, argv).code == 0
+    shown = command(name, [*argv, "--show-batch", "--show-step", "7"])
+    assert shown.code == 0, shown
+    rows = [int(number) for number in re.findall(r"^row (\d+): ", shown.out, re.MULTILINE)]
+    assert sorted(rows) == events("skipped", run)[0]["rows"] and len(rows) == 4
 
 
 def test_nothing_is_saved_while_steps_are_being_skipped(pretrain_argv, command, at_step):
@@ -166,7 +251,7 @@ def test_where_memory_ends_the_flags_told_go_on_with_the_same_training(
     at_step({8: out_of_memory})
     result = command(name, argv)
     flags = "--batch-size 2 --accumulation-steps 2 --eval-max-batches 40"
-    assert result.code == 2 and "out of memory in step 8" in result.err and flags in result.err, result
+    assert result.code == 2 and "out of memory after step 7" in result.err and flags in result.err, result
     assert "holds step 7" in result.err and "--resume must" in result.err
     at_step({})
     result = command(name, [*argv, *flags.split(), "--resume", "must"])
