@@ -6,7 +6,6 @@ The file is read to its end by the same functions as in training, so that what i
 0: every row can be used; 1: some cannot, or nothing is left to train on; 2: the file cannot be read at all.
 """
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dataset.sft import SFTData
 from dataset.survey import Survey, kind_of_rows
 from dataset.tokenizer import load_tokenizer
 from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.files import require_output, write_json
 
 BAR = 40  # columns
 
@@ -60,6 +60,7 @@ KINDS = {
 def main(argv: list[str] | None = None) -> None:
     config, given = parse_args(__doc__, CheckConfig, argv=argv)
     open_text(config.file).close()  # a missing file gets its message here
+    require_output(config.json, "--json", config.file, config.tokenizer_dir)
     kind = config.kind
     if kind == "auto":
         kind = "text" if "jsonl_field" in given else kind_of_rows(config.file, config.jsonl_field)
@@ -79,8 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     trouble = verdict(found)
     print("\n".join([*(trouble or ["Sound: every row can be used."]), *training(data, found)]))
     if config.json is not None:
-        config.json.parent.mkdir(parents=True, exist_ok=True)
-        config.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_json(config.json, found)
     if trouble:
         sys.exit(1)
 
@@ -230,22 +230,25 @@ def quantiles(found: dict[str, Any]) -> str:
 
 def verdict(found: dict[str, Any]) -> list[str]:
     """Lines on what is wrong, none if nothing is."""
-    counts, lines = found["counts"], []
-    learnt = found["used_rows"] - counts.get("equal_replies", 0)
-    if found["kind"] == "chat":
-        learnt = counts.get("replies", 0) - counts.get("empty_replies", 0)
+    lines, learnt = [], has_content(found)
     if found["bad_rows"]:
-        share_told = share(found["bad_rows"], found["rows"])
-        lines.append(
-            f"Bad rows: {found['bad_rows']:,} ({share_told}). Correct or delete them, or leave them out with "
-            "--on-bad-row skip."
-        )
-    return lines if learnt else [*lines, "Nothing to train on."]
+        remedy = "Correct or delete them, or leave them out with --on-bad-row skip."
+        remedy = remedy if learnt else "Correct them: without them there is nothing to train on."
+        lines.append(f"Bad rows: {found['bad_rows']:,} ({share(found['bad_rows'], found['rows'])}). {remedy}")
+    return lines if lines or learnt else ["Nothing to train on."]
+
+
+def has_content(found: dict[str, Any]) -> bool:
+    """Whether the rows that can be used hold anything to learn from."""
+    counts = found["counts"]
+    if found["kind"] == "chat":
+        return counts.get("replies", 0) > counts.get("empty_replies", 0)
+    return found["used_rows"] > counts.get("equal_replies", 0) + counts.get("blank_rows", 0)
 
 
 def training(data: Any, found: dict[str, Any]) -> list[str]:
     """The commands that train on the file."""
-    if not found["used_rows"]:
+    if not has_content(found):
         return []
     flags = {"data": data.data}
     for name in ("jsonl_field", "tokenizer_dir", "max_seq_len"):

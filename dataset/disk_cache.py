@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ def cached_directory(
 
 def _write_checksums(folder: Path) -> None:
     """And have all files on the disk, before a name says that they are there."""
-    text = json.dumps(_checksums(folder), indent=1)
+    text = json.dumps(_checksums(path for path in folder.iterdir() if not path.name.startswith(".")), indent=1)
     with (folder / CHECKSUMS).open("w", encoding="utf-8") as file:
         file.write(text)
     for path in folder.iterdir():
@@ -84,19 +84,19 @@ def _change(folder: Path) -> str | None:
     """Which file of the directory is not as it was written, or None."""
     try:
         written = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        found = _checksums(folder)
-        changed = sorted(name for name in written.keys() | found.keys() if written.get(name) != found.get(name))
+        # Only files that were written: a system may add its own, such as .DS_Store or .nfs0001.
+        found = _checksums(folder / name for name in written)
+        changed = sorted(name for name in written if written[name] != found[name])
     except (OSError, ValueError, AttributeError) as error:
         return f"unreadable: {error!r}"
     return f"{changed[0]} is not as it was written" if changed else None
 
 
-def _checksums(folder: Path) -> dict[str, str]:
+def _checksums(paths: Iterable[Path]) -> dict[str, str]:
     found = {}
-    for path in folder.iterdir():
-        if path.name != CHECKSUMS:
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for path in paths:
+        with path.open("rb") as file:
+            found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 

@@ -167,11 +167,16 @@ def _guarded_lines(path: Path) -> Iterator[tuple[int, bytes]]:
                     raise ValueError(f"{path} {found}; rename it to end in .gz")
                 yield number, line
         except EOFError:
-            raise ValueError(f"{path}, after row {number}: the gzip file is cut short; download it again") from None
+            raise ValueError(f"{_place(path, number)}: the gzip file is cut short; download it again") from None
         except (gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(_gzip_fault(path, number, error)) from None
         except OSError as error:
-            raise ValueError(f"{path}, after row {number}: cannot be read on ({error.strerror})") from error
+            raise ValueError(f"{_place(path, number)}: cannot be read on ({error.strerror})") from error
+
+
+def _place(path: Path, number: int) -> str:
+    """Where reading failed, as far as that is known: a file is read ahead, a .gz by a megabyte of its text."""
+    return f"{path}, somewhere after row {number}" if number else str(path)
 
 
 def read_rows(
@@ -274,7 +279,8 @@ def _parsed(line: bytes, number: int) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("nested too deeply to be read; delete that row") from None
     except ValueError as error:  # a key twice, or an integer of more than 4300 digits
-        raise ValueError(f"not readable JSON: {error}; correct or delete that row") from None
+        reason = str(error).partition("; use sys.")[0]  # advice to programmers
+        raise ValueError(f"not readable JSON: {reason}; correct or delete that row") from None
     if not isinstance(row, dict):
         expected = 'expected an object such as {"text": "..."}'
         raise ValueError(f"{expected}, found {JSON_TYPES[type(row)]}; correct or delete that row")
@@ -384,4 +390,4 @@ def _gzip_fault(path: Path, number: int, error: Exception) -> str:
     with Path(path).open("rb") as file:  # the error's type does not tell: a wrong checksum is a BadGzipFile, too
         if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
             return f"{path} is not a gzip file although its name ends in .gz; rename it, or download it again"
-    return f"{path}, after row {number}: the gzip file is damaged ({error}); download it again"
+    return f"{_place(path, number)}: the gzip file is damaged ({error}); download it again"

@@ -54,6 +54,8 @@ FORMAT = 3  # counts changes of what the cache files mean; part of the key
 CHUNK_CHARACTERS = 1_000_000  # of messages tokenised at a time
 TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 STREAM_VALIDATION = 256, 20_000  # streaming: held-out conversations wanted, and rows read in search of them
+SKETCH = 1 << 20  # bytes by which a stream is known
+SKETCHED = f"its first {SKETCH:,} bytes, unpacked"
 
 Messages = list[dict[str, str]]
 
@@ -313,7 +315,8 @@ class SFTDataset:
                 if number >= first:
                     yield self._rows(Conversations.of(window, [0] * len(window)))
 
-        self.empty_replies, self.meta = 0, {"data_sha256": _sketch_of(self.source), "streaming": True}
+        self.empty_replies, self.meta = 0, {"data_sha256": _sketch_of(self.source), "data_sha256_of": SKETCHED}
+        self.meta["streaming"] = True
         self.train = StreamedRows(windows, rows_per_window, num_rows)
         self.meta |= {"empty_replies": self.empty_replies} | self._counts(self.train.window)
 
@@ -384,8 +387,9 @@ def _hash(messages: Messages) -> int:
 
 
 def _sketch_of(path: Path) -> str:
-    """What tells a stream from another without reading it all: its first megabyte. A later row may be corrected."""
-    digest, left = hashlib.sha256(), 1 << 20
+    """What tells a stream from another without reading it all: SHA-256 of its beginning. A later row may be
+    corrected."""
+    digest, left = hashlib.sha256(), SKETCH
     for _, line in read_lines(path):
         digest.update(line[:left])
         left -= len(line)

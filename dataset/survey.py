@@ -157,7 +157,7 @@ class Survey:
             encoded = encode_batch(self.tokenizer, [text for _, text in texts])
             for (number, text), ids in zip(texts, encoded, strict=True):
                 length = len(ids) + 2
-                self.more.update(tokens=length, longer=length > self.max_seq_len)
+                self.more.update(tokens=length, longer=length > self.max_seq_len, blank_rows=not text.strip())
                 yield Row(number, [text], text, length, len(ids))
 
     def _chats(self) -> Iterator[Row]:

@@ -19,6 +19,7 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import CheckpointConfig, Loaded, circumstances, note_on_blanks
+from scripts.engine.files import require_output
 from scripts.engine.generation import (
     Conversation,
     Generation,
@@ -224,7 +225,9 @@ class Chat:
         if Path(rest).suffix not in SUFFIXES:
             raise ValueError(f"/trace takes a file name ending in {', '.join(SUFFIXES)}; found {rest or 'none'}")
         check_trace_path(rest)
-        about = self.command, self.runtime, self.loaded.tokenizer, None, [self.loaded], self.continuation, self.chat
+        tokenizer = self.loaded.tokenizer
+        require_output(Path(rest), "/trace", self.loaded.path, tokenizer.name_or_path)
+        about = self.command, self.runtime, tokenizer, None, [self.loaded], self.continuation, self.chat
         self.trace.info[RECORD] = circumstances(*about)
         write_trace(Path(rest), [self.trace])
         print(f"saved {rest}")

@@ -21,6 +21,7 @@ from typing import Annotated, Any, NamedTuple
 from dataset.bundled import bundled_file
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import write_json
+from scripts.engine.lock import locked
 from scripts.engine.run import Interrupted, require_writable
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.summary import summary
@@ -175,6 +176,12 @@ def main(argv: list[str] | None = None) -> None:
     config, runtime, given = parse_args(__doc__, Quickstart, RuntimeConfig, argv=argv)
     refuse_idle(given, scale=(not config.full, "the small recipe, that is, with --full"))
     require_writable(config.out / "quickstart.json", "--out")
+    with locked(config.out / "quickstart.lock", "--out"):
+        perform_all(config, runtime)
+
+
+def perform_all(config: Quickstart, runtime: RuntimeConfig) -> None:
+    """The stages that are not done yet, one after the other."""
     done = open_record(config, runtime)
     print(announcement(config, runtime, done), flush=True)
     if config.full:

@@ -152,10 +152,10 @@ def test_model_imports_only_itself_and_torch():
 
 
 def test_dataset_imports_no_model_and_no_scripts():
-    """But for its one command, which has the command line of all others."""
+    """But for its one command, which has the command line and the result files of all others."""
     found = offences(("dataset",), lambda name: inside(name, "model", "scripts", "tests"))
-    allowed = "dataset/check.py imports scripts.engine.cli"
-    assert [line for line in found if not inside(line, allowed)] == []
+    allowed = [f"dataset/check.py imports scripts.engine.{name}" for name in ("cli", "files")]
+    assert [line for line in found if not inside(line, *allowed)] == []
 
 
 def test_engine_imports_no_entry_point():

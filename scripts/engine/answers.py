@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.jsonl import content_hash, language_of
+from dataset.jsonl import BadRows, content_hash, language_of
 from dataset.sft import Messages, read_conversations
+from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from scripts.engine.evaluation import Loaded, ratio_error, window_nats
@@ -62,7 +63,12 @@ class Answer:
 
 
 def questions_of(
-    path: Path, tokenizer: PreTrainedTokenizerFast, per_language: int, max_new_tokens: int, max_length: int
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    per_language: int,
+    max_new_tokens: int,
+    max_length: int,
+    bad: BadRows | None = None,
 ) -> tuple[list[Question], dict[str, int]]:
     """Up to `per_language` questions in each language, chosen by content hash among those that fit, and how many rows
     there are ("rows") and different ones that fit, per language. ValueError names file and row, or if none fits.
@@ -73,16 +79,13 @@ def questions_of(
     """
     fitting: dict[str, dict[int, Question]] = {}
     rows = 0
-    for number, messages in read_conversations(path):
+    for _, messages in read_conversations(path, None, bad, spelling_check(tokenizer)):
         rows += 1
         last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
         prompt, reference = messages[:last], messages[last]["content"]
         if not prompt or not reference.strip():
             continue
-        try:
-            size, reply = len(encode_chat(tokenizer, prompt, True)), len(encode(tokenizer, reference))
-        except ValueError as error:
-            raise ValueError(f"{path}, row {number}: {error}") from None
+        size, reply = len(encode_chat(tokenizer, prompt, True)), len(encode(tokenizer, reference))
         if size + max_new_tokens <= max_length and reply < max_new_tokens:
             order, language = content_hash(render_chat(messages, False)), language_of(reference)
             fitting.setdefault(language, {})[order] = Question(prompt, reference, language)

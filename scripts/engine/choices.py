@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.jsonl import JSON_TYPES, BadRows, language_of, read_as
+from dataset.jsonl import JSON_TYPES, BadRows, Check, language_of, read_as
+from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.transformer import Transformer
 from scripts.engine.evaluation import by_language, condition_and_responses, kind_of, window_nats
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.windows import DataEvalConfig, Window, bad_rows, chosen_rows, seed_of
+from scripts.engine.windows import DataEvalConfig, Window, chosen_rows, seed_of
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Han, kana and their punctuation
@@ -75,11 +76,12 @@ def evaluate_choices(
     max_length: int,
     chat_wrap: bool,
     runtime: RuntimeConfig,
+    bad: BadRows | None = None,
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
-    with bad_rows(config) as bad:
-        chosen = chosen_rows(read_questions(config.eval_data, bad), config, content_of)
+    questions = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(tokenizer))
+    chosen = chosen_rows(questions, config, content_of)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     asked, too_long = questions_that_fit(tokenizer, chosen, max_length, [chat_wrap], enough)
     if not asked:
@@ -134,12 +136,12 @@ def choice_nats(
     return [ChoiceNats(*of_question) for of_question in zip(*parts, strict=True)]
 
 
-def read_questions(path: Path, bad: BadRows | None = None) -> Iterator[Question]:
-    """The questions of a JSONL file, as `read_as`."""
-    return (question for _, question in read_as(path, question_of, bad=bad))
+def read_questions(path: Path, bad: BadRows | None = None, check: Check = str) -> Iterator[Question]:
+    """The questions of a JSONL file, as `read_as`; a row is bad of whose texts check(text) raises ValueError, too."""
+    return (question for _, question in read_as(path, lambda row: question_of(row, check), bad=bad))
 
 
-def question_of(row: dict[str, Any]) -> Question:
+def question_of(row: dict[str, Any], check: Check = str) -> Question:
     """{"question": str, "choices": [str, ...], "answer": index from 0, letter or text} -> Question. ValueError."""
     for name, kind in (("question", str), ("choices", list)):
         if name not in row:
@@ -155,6 +157,8 @@ def question_of(row: dict[str, Any]) -> Question:
             raise ValueError(f"choice {number} is {found}, expected a text")
     if len(set(choices)) < len(choices):
         raise ValueError("two choices are the same, expected different ones")
+    for one in (text, *choices):
+        check(one)
     if "answer" not in row:
         raise ValueError(f'field "answer" is missing; fields present: {", ".join(row)}')
     language = row.get("lang")

@@ -5,18 +5,17 @@ import math
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataset.jsonl import read_lines
+from dataset.jsonl import BadRows, read_lines
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, encode_chat, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
-from scripts.engine.files import sha256_of
 from scripts.engine.loader import to_device
 from scripts.engine.metrics import or_none
 from scripts.engine.run import settings_of
@@ -30,6 +29,7 @@ from scripts.engine.windows import (
     collate,
     reply_windows,
     seed_of,
+    tell_skipped,
     windows_of,
 )
 
@@ -67,6 +67,7 @@ class Loaded(NamedTuple):
     stage: str  # the command that trained it
     path: Path | None = None  # none: it was never saved
     sha256: str | None = None  # of the file
+    control_tokens: bool = False  # it was pretrained on documents that hold the control tokens that they spell
 
     @property
     def file(self) -> dict[str, Any]:
@@ -100,13 +101,14 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
     payload = load_checkpoint(path, runtime.torch_device)
     model = model_of(payload, path, runtime.torch_device, fingerprint(tokenizer))
     model.set_context(max_length)
-    trained = payload.get("settings", {}).get("max_seq_len")
+    settings = payload.get("settings", {})
+    trained = settings.get("max_seq_len")
     if trained and max_length > trained:
         print(
             f"note: {path} was trained on at most {trained} tokens; --max-seq-len {max_length} goes beyond",
             file=sys.stderr,
         )
-    return Loaded(model, tokenizer, payload["stage"], path, sha256_of(path))
+    return Loaded(model, tokenizer, payload["stage"], path, payload.sha256, bool(settings.get("control_tokens")))
 
 
 KINDS = {"autoregressive": "--minimind-checkpoint", "diffusion": "--diffusion-checkpoint"}  # and the flag of each
@@ -170,13 +172,14 @@ def evaluate_file(
     config: DataEvalConfig,
     max_length: int,
     runtime: RuntimeConfig,
+    bad: BadRows | None = None,
 ) -> dict[str, Likelihood]:
     """Likelihood of all documents, and of those in each language ("zh", "other") where the file has both.
 
     Every token but BOS is scored exactly once, EOS included. A document longer than `max_length` is scored in windows,
     each beginning with the last token of the one before as context.
     """
-    documents, windows = windows_of(tokenizer, config, max_length)
+    documents, windows = windows_of(tokenizer, config, max_length, bad)
     return _likelihoods(model, tokenizer, documents, windows, config, runtime)
 
 
@@ -187,6 +190,7 @@ def evaluate_replies(
     max_length: int,
     canvas: int,
     runtime: RuntimeConfig,
+    bad: BadRows | None = None,
 ) -> tuple[dict[str, Likelihood], ReplyWindows]:
     """Likelihood of the replies of all conversations, each given all before it in the chat template, by language.
 
@@ -195,8 +199,24 @@ def evaluate_replies(
     count, its tokens do not. That bounds -log p(reply, EOS, fill), which is no less than -log p(reply, EOS), the
     event that an autoregressive model is scored on. The canvas of a block model ends with a block, whatever `canvas`.
     """
-    found = reply_windows(tokenizer, config, max_length, *canvas_of(model, canvas))
+    found = reply_windows(tokenizer, config, max_length, *canvas_of(model, canvas), bad)
     return _likelihoods(model, tokenizer, found.conversations, found.windows, config, runtime), found
+
+
+def as_trained(data: DataEvalConfig, loaded: Loaded) -> DataEvalConfig:
+    """How the model's documents are read: those that spell control tokens, as they were in its training."""
+    return replace(data, control_tokens=loaded.control_tokens)
+
+
+def evaluate_documents(
+    loaded: Loaded, data: DataEvalConfig, max_length: int, runtime: RuntimeConfig
+) -> tuple[dict[str, Likelihood], dict[str, Any]]:
+    """`evaluate_file`, documents being read as in training; and for the file of the result, how they were read. Bad
+    rows that are left out are told on stderr."""
+    data, bad = as_trained(data, loaded), BadRows(data.on_bad_row)
+    found = evaluate_file(loaded.model, loaded.tokenizer, data, max_length, runtime, bad)
+    how = {"documents_hold_control_tokens": data.control_tokens, **tell_skipped(data.eval_data, bad)}
+    return found, {"likelihood": as_json(found), **how}
 
 
 def note_on_blanks(loaded: Loaded) -> str | None:

@@ -24,15 +24,16 @@ else:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold `path`, a file made for it and deleted after it; ValueError if another process does.
+def locked(path: Path, flag: str = "--run-name") -> Iterator[None]:
+    """Hold `path`, a file made for it and deleted after it; ValueError if another process does. flag: what to give
+    another of.
 
     The system gives a lock back when its holder ends, in whatever way: the file that a killed one leaves holds nobody
     up. Folders made for it are deleted again if nothing else has come into them.
     """
     made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
-        descriptor = _opened(path)
+        descriptor = _opened(path, flag)
         try:
             yield
         finally:
@@ -45,7 +46,7 @@ def locked(path: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _opened(path: Path) -> int:
+def _opened(path: Path, flag: str) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -58,7 +59,7 @@ def _opened(path: Path) -> int:
             os.close(descriptor)
             raise ValueError(
                 f"{path}: {holder or 'another process'} is at this run; wait for its end, stop it, "
-                "or choose another --run-name"
+                f"or choose another {flag}"
             ) from None
         with suppress(OSError):  # its last holder has deleted it meanwhile: then it is nobody's, and not where it was
             if os.path.samestat(os.fstat(descriptor), path.stat()):

@@ -42,6 +42,11 @@ class Request:
             paths_in(self.eval_data, "--eval-data")
 
     @property
+    def files(self) -> list[Path]:
+        """Those of --eval-data."""
+        return [] if self.eval_data is None else paths_in(self.eval_data, "--eval-data")
+
+    @property
     def checkpoints(self) -> list[tuple[str, Path]]:
         """(kind, file) of every model, autoregressive ones first."""
         both = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
@@ -94,6 +99,7 @@ def check_flags(
         eval_batch_size=scored[::-1],
         num_samples=(scored[1] and diffusion, f"a diffusion model and {scored[0]}"),
         canvas=("chat" in forms and diffusion, "a diffusion model and conversations"),
+        on_bad_row=(not bundled, "--eval-data"),
         eval_split=(not bundled and bool(forms & {"text", "chat"}), "--eval-data with text or conversations"),
         val_fraction=("validation" in {split for _, split in sources}, "rows that training held out"),
         **dict.fromkeys(

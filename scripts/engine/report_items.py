@@ -1,7 +1,7 @@
 """What the report measures of every row of a file, for every model on the same rows: the raw values of report.json.
 
-To add a format of rows: its fields and a function (Setup, Source) -> section, listed in FORMS, and its metrics in
-`report_results.METRICS`.
+To add a format of rows: its fields and a function (Setup, Source, BadRows) -> section, listed in FORMS, and its
+metrics in `report_results.METRICS`.
 """
 
 import sys
@@ -12,9 +12,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from dataset.bundled import bundled_file
-from dataset.jsonl import JSON_TYPES, content_hash, language_of, read_documents, read_rows, text_format
+from dataset.jsonl import (
+    JSON_TYPES,
+    BadRows,
+    Check,
+    OnBadRow,
+    content_hash,
+    language_of,
+    read_as,
+    read_documents,
+    read_rows,
+    text_format,
+)
 from dataset.sft import FORMATS as CONVERSATIONS
 from dataset.sft import read_conversations
+from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine import choices
@@ -29,6 +41,7 @@ from scripts.engine.windows import (
     Window,
     chosen_rows,
     reply_windows,
+    tell_skipped,
     windows_of,
 )
 
@@ -61,6 +74,7 @@ class MeasureConfig:
     canvas: Annotated[
         int, "conversations, diffusion: tokens that a reply and its EOS stand on, as in scripts.eval.likelihood"
     ] = 128
+    on_bad_row: OnBadRow = "error"
     batch_size: Annotated[
         int | None, f"questions answered together (none: {BATCH_SIZE}; 1 in the frontier, the speed of a single user)"
     ] = None
@@ -81,6 +95,11 @@ class MeasureConfig:
         return DataEvalConfig(
             source.path, "text", source.split, self.val_fraction, 1, limit, num_samples=self.num_samples
         )
+
+    @property
+    def bad_rows(self) -> BadRows:
+        """For one file."""
+        return BadRows(self.on_bad_row)
 
     def scoring(self, source: "Source") -> DataEvalConfig:
         return replace(self.choosing(source, None), eval_batch_size=self.eval_batch_size)
@@ -136,7 +155,7 @@ def bundled_sources() -> list[Source]:
     ]
 
 
-def sources_of(files: str, split: str) -> list[Source]:
+def sources_of(files: str, config: MeasureConfig) -> list[Source]:
     """The files of a comma-separated list. ValueError: a file given twice, or of no known format."""
     paths = paths_in(files, "--eval-data")
     names = [path.name for path in paths]
@@ -144,17 +163,17 @@ def sources_of(files: str, split: str) -> list[Source]:
     for path in paths:
         if [other.resolve() for other in paths].count(path.resolve()) > 1:
             raise ValueError(f"--eval-data: {path} is given twice; leave one out")
-        form = form_of(path)
+        form = form_of(path, config.bad_rows)
         name = path.name if names.count(path.name) == 1 else str(path)
-        found.append(Source(name, path, form, split if form in ("text", "chat") else "all"))
+        found.append(Source(name, path, form, config.eval_split if form in ("text", "chat") else "all"))
     return found
 
 
-def form_of(path: Path) -> str:
+def form_of(path: Path, bad: BadRows | None = None) -> str:
     """The format of a file by the fields of its first row. ValueError: none known."""
     if text_format(path) == ".txt":
         return "text"
-    number, first = next(read_rows(path))
+    number, first = next(read_rows(path, bad=bad))
     for name, form in FORMS.items():
         if any(first.keys() >= set(fields) for fields in form.fields):
             return name
@@ -164,15 +183,16 @@ def form_of(path: Path) -> str:
     )
 
 
-def require_readable(sources: list[Source]) -> None:
-    """ValueError for a bad row, before the work begins."""
+def require_readable(sources: list[Source], config: MeasureConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """ValueError for a bad row that is not skipped, before the work begins."""
     for source in sources:
-        for _ in FORMS[source.form].read(source.path):
+        for _ in FORMS[source.form].read(source.path, bad=config.bad_rows, check=spelling_check(tokenizer)):
             pass
 
 
 def measure(setup: Setup, source: Source) -> Section:
     """What report.json holds of a file: its items, sorted by their hash, and in `results` each model's values."""
+    bad = setup.config.bad_rows
     section = {
         "name": source.name,
         "path": str(source.path),
@@ -180,7 +200,9 @@ def measure(setup: Setup, source: Source) -> Section:
         "split": source.split,
         "bundled": source.bundled,
         "sha256": data_digest(source.path),
-    } | FORMS[source.form].measure(setup, source)
+    } | FORMS[source.form].measure(setup, source, bad)
+    section |= tell_skipped(source.path, bad)
+    section["left_out"]["bad"] = bad.count
     print(f"{source.name}: {len(section['items']):,} rows of {source.form}", file=sys.stderr)
     order = sorted(range(len(section["items"])), key=lambda i: section["items"][i]["key"])
     section["items"] = [section["items"][i] for i in order]
@@ -191,16 +213,22 @@ def measure(setup: Setup, source: Source) -> Section:
 # -- likelihood --------------------------------------------------------------------------------------------------------
 
 
-def _of_text(setup: Setup, source: Source) -> Section:
-    config = setup.config.choosing(source, setup.config.max_rows)
-    documents, windows = windows_of(setup.tokenizer, config, setup.config.max_seq_len)
-    return _likelihoods(setup, source, documents, dict.fromkeys(setup.models, windows)) | {"left_out": {}}
+def _of_text(setup: Setup, source: Source, bad: BadRows) -> Section:
+    """All models score the same tokens: control tokens only where all have learnt documents that hold them."""
+    control = {loaded.control_tokens for loaded in setup.models.values()}
+    if len(control) > 1:
+        told = "some models were trained with --control-tokens, others were not: all are given plain text"
+        print(f"{source.path}: {told}", file=sys.stderr)
+    config = replace(setup.config.choosing(source, setup.config.max_rows), control_tokens=control == {True})
+    documents, windows = windows_of(setup.tokenizer, config, setup.config.max_seq_len, bad)
+    section = _likelihoods(setup, source, documents, dict.fromkeys(setup.models, windows))
+    return section | {"left_out": {}, "documents_hold_control_tokens": config.control_tokens}
 
 
-def _of_chat(setup: Setup, source: Source) -> Section:
+def _of_chat(setup: Setup, source: Source, bad: BadRows) -> Section:
     config, limit = setup.config.choosing(source, setup.config.max_rows), setup.config.max_seq_len
     found = {  # all score the same replies, diffusion models on a canvas
-        canvas: reply_windows(setup.tokenizer, config, limit, *canvas)
+        canvas: reply_windows(setup.tokenizer, config, limit, *canvas, bad)
         for canvas in {_canvas(setup, n) for n in setup.models}
     }
     windows = {name: found[_canvas(setup, name)].windows for name in setup.models}
@@ -233,20 +261,17 @@ def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: d
 # -- multiple choice ---------------------------------------------------------------------------------------------------
 
 
-def _of_choices(setup: Setup, source: Source) -> Section:
-    config = setup.config.choosing(source, setup.config.max_rows)
+def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
+    config, check = setup.config.choosing(source, setup.config.max_rows), spelling_check(setup.tokenizer)
     labels = {}
 
-    def rows() -> Iterator[choices.Question]:
-        for number, row in read_rows(source.path):
-            try:
-                question = choices.question_of(row)
-            except ValueError as error:
-                raise ValueError(f"{source.path}, row {number}: {error}") from None
-            labels[choices.content_of(question)] = _labels(row)
-            yield question
+    def labelled(row: dict[str, Any]) -> choices.Question:
+        question = choices.question_of(row, check)
+        labels[choices.content_of(question)] = _labels(row)
+        return question
 
-    chosen = chosen_rows(rows(), config, choices.content_of)
+    rows = (question for _, question in read_as(source.path, labelled, bad=bad))
+    chosen = chosen_rows(rows, config, choices.content_of)
     asked, too_long = choices.questions_that_fit(setup.tokenizer, chosen, setup.config.max_seq_len, setup.wraps)
     _require_some(source, setup, asked)
     results = {}
@@ -284,39 +309,43 @@ class Asked(NamedTuple):
         return all(text is None or bool(text.strip()) for text in (self.text, self.reference, self.wanted))
 
 
-def read_asked(path: Path, form: str) -> Iterator[Asked]:
-    """The questions of a file of poems, questions or open questions. ValueError names file and row."""
+def read_asked(path: Path, form: str, bad: BadRows | None = None, check: Check = str) -> Iterator[Asked]:
+    """The questions of a file of poems, questions or open questions, as `read_as`; a row is bad of whose texts
+    check(text) raises ValueError, too."""
+    for number, asked in read_as(path, partial(_asked_of, form=form, check=check), bad=bad):
+        yield asked._replace(row=number)
+
+
+def _asked_of(row: dict[str, Any], form: str, check: Check) -> Asked:
     reference = "reference" if form == "open" else "answer"
-    for number, row in read_rows(path):
-        more = ["prompt"] if form == "poems" else []
-        for name in ("question", reference, *more, *(["final"] if "final" in row else ())):
-            value = row.get(name)
-            if not isinstance(value, str):
-                found = JSON_TYPES[type(value)] if name in row else "missing"
-                raise ValueError(f'{path}, row {number}: field "{name}" is {found}, expected a text; correct the row')
-        if form == "poems" and row.get("direction") not in ("forward", "backward"):
-            raise ValueError(
-                f'{path}, row {number}: field "direction" is {row.get("direction")!r}, expected "forward" or "backward"'
-            )
-        language = row.get("lang")
-        if not isinstance(language, str):
-            language = language_of(row["question"] + row[reference])
-        wanted = None if form == "open" else row.get("final", row["answer"]).strip()
-        couplet = _key("\n".join(sorted((row["prompt"], row["answer"])))) if form == "poems" else None
-        yield Asked(number, row["question"], row[reference], wanted, language, _labels(row), couplet)
+    more = ["prompt"] if form == "poems" else []
+    for name in ("question", reference, *more, *(["final"] if "final" in row else ())):
+        value = row.get(name)
+        if not isinstance(value, str):
+            found = JSON_TYPES[type(value)] if name in row else "missing"
+            raise ValueError(f'field "{name}" is {found}, expected a text; correct the row')
+        check(value)
+    if form == "poems" and row.get("direction") not in ("forward", "backward"):
+        raise ValueError(f'field "direction" is {row.get("direction")!r}, expected "forward" or "backward"')
+    language = row.get("lang")
+    if not isinstance(language, str):
+        language = language_of(row["question"] + row[reference])
+    wanted = None if form == "open" else row.get("final", row["answer"]).strip()
+    couplet = _key("\n".join(sorted((row["prompt"], row["answer"])))) if form == "poems" else None
+    return Asked(0, row["question"], row[reference], wanted, language, _labels(row), couplet)
 
 
-def _of_asked(setup: Setup, source: Source) -> Section:
+def _of_asked(setup: Setup, source: Source, bad: BadRows) -> Section:
     """Answers in words; of poems and open questions also the likelihood of the answer that is given."""
     limit = min(setup.config.questions, setup.config.max_rows or setup.config.questions)
-    found = list(read_asked(source.path, source.form))
+    found = list(read_asked(source.path, source.form, bad, spelling_check(setup.tokenizer)))
     whole = _whole_couplets(found, [asked for asked in found if asked.complete])
     told_apart = setup.config.choosing(source, limit), lambda asked: asked.couplet or f"{asked.text}\n{asked.reference}"
     rows = _whole_couplets(whole, chosen_rows(whole, *told_apart))
     if whole and not rows:
         raise ValueError(f"{source.path}: no couplet has as few as {limit} rows; raise --questions or --max-rows")
     rows.sort(key=_asked_key)  # a question's seed follows its place, which must not be that in the file
-    fitting = _whole_couplets(rows, [asked for asked in rows if _fits(setup, source, asked)])
+    fitting = _whole_couplets(rows, [asked for asked in rows if _fits(setup, asked)])
     _require_some(source, setup, fitting)
     items = [_asked_item(setup.tokenizer, asked) for asked in fitting]
     batch_size = setup.config.batch_size or BATCH_SIZE
@@ -359,15 +388,11 @@ def answer_in(result: dict[str, Any]) -> Answer:
     return Answer(**{name: result[name] for name in WRITTEN})
 
 
-def _fits(setup: Setup, source: Source, asked: Asked) -> bool:
+def _fits(setup: Setup, asked: Asked) -> bool:
     """Whether prompt and answer are within the context, however the models are asked."""
-    try:
-        encode(setup.tokenizer, asked.reference)
-        room = setup.config.max_seq_len - setup.continuation.max_new_tokens
-        prompts = [setup.prompting.put(asked.text, loaded) for loaded in setup.models.values()]
-        return all(len(prompt_tokens(setup.tokenizer, prompt, 0, sys.maxsize)) <= room for prompt in prompts)
-    except ValueError as error:
-        raise ValueError(f"{source.path}, row {asked.row}: {error}") from None
+    room = setup.config.max_seq_len - setup.continuation.max_new_tokens
+    prompts = [setup.prompting.put(asked.text, loaded) for loaded in setup.models.values()]
+    return all(len(prompt_tokens(setup.tokenizer, prompt, 0, sys.maxsize)) <= room for prompt in prompts)
 
 
 def _asked_item(tokenizer: PreTrainedTokenizerFast, asked: Asked) -> dict[str, Any]:
@@ -429,8 +454,8 @@ class Form(NamedTuple):
     """A format of rows."""
 
     fields: tuple[tuple[str, ...], ...]  # that a row has: all of one tuple
-    read: Callable[[Path], Iterable[Any]]  # its rows
-    measure: Callable[[Setup, Source], Section]
+    read: Callable[..., Iterable[Any]]  # (path, bad=, check=): its rows
+    measure: Callable[[Setup, Source, BadRows], Section]
     told: str
 
 

@@ -4,7 +4,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -15,6 +15,9 @@ import torch
 import transformers
 
 from scripts.engine.distributed import launched, local_rank, num_processes
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = "model", "dataset", "scripts"  # whose code makes the numbers
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def provenance(runtime: RuntimeConfig) -> dict[str, Any]:
         "tokenizers": tokenizers.__version__,
         "numpy": numpy.__version__,
         "device": runtime.describe(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": _processor(),
         "dtype": runtime.dtype_name,
         "seed": runtime.seed,
     }
@@ -133,12 +136,29 @@ def command_line(module: str, argv: list[str] | None) -> str:
     return shlex.join(["uv", "run", "python", "-m", module, *map(str, sys.argv[1:] if argv is None else argv)])
 
 
-def _commit() -> str:
-    """The commit of the running code, "+" where files differ from it; "unknown" outside a git checkout."""
-    root = Path(__file__).parent
+def _processor() -> str:
+    """The processor's model, or its architecture where the system does not say more."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name" and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit(root: Path = ROOT) -> str:
+    """The commit of the running code, "+" where tracked files differ from it or its packages hold modules that are not
+    tracked; "unknown" where `root` is not the root of a git checkout, be it inside that of another project."""
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True)
-    except OSError:
+        if not Path(git("rev-parse", "--show-toplevel")).samefile(root):
+            return "unknown"
+        commit = git("rev-parse", "--short=12", "HEAD")
+        changed = git("status", "--porcelain", "-uno")
+        modules = [f"{package}/*.py" for package in PACKAGES]
+        return commit + ("+" if changed or git("ls-files", "--others", "--exclude-standard", *modules) else "")
+    except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit.stdout.strip() + ("+" if changed.stdout.strip() else "") if commit.returncode == 0 else "unknown"

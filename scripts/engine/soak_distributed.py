@@ -43,7 +43,7 @@ def pairs(place: Workplace, tries: int) -> Outcome:
         if victim == 1:
             _kill_in_training(commands, place.draw.uniform(0, seconds / 2))
         if commands[victim].wait().code == -signal.SIGKILL:
-            fault = _fault_of_survivor(commands[1 - victim])
+            fault = _fault_of_survivor(commands[1 - victim], folder)
             fault = fault or unsound(folder, TWO.run) or _go_on(place, whole, folder, by_two=number % 4 < 2)
             outcome.add(f"rank {victim}", fault)
     return outcome
@@ -84,9 +84,11 @@ def _kill_in_training(commands: list[Command], seconds: float) -> None:
     commands[1].kill()
 
 
-def _fault_of_survivor(survivor: Command) -> str | None:
-    began = time.monotonic()
+def _fault_of_survivor(survivor: Command, folder: Path) -> str | None:
+    began, state = time.monotonic(), folder / f"{TWO.run}.pt"
     ended = survivor.wait(BOUND)
+    if ended.code == 0 and state.exists() and load_checkpoint(state)["step"] == STEPS:
+        return None  # nothing was left to do that takes both
     if ended.code is None:
         return f"the other process has not ended within {BOUND} s: {ended.err.strip()[-500:]}"
     if ended.code == 0 or "Traceback" in ended.err or not re.search(SURVIVOR, ended.err):

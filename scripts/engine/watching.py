@@ -24,6 +24,10 @@ class TraceConfig:
         if self.trace is not None:
             check_trace_path(self.trace)
 
+    @property
+    def file(self) -> Path | None:
+        return None if self.trace in (None, "terminal") else Path(self.trace)
+
 
 class Recorder:
     """Traces of several decodings, for one file."""

@@ -4,10 +4,9 @@ import heapq
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import torch
 from tqdm import tqdm
@@ -49,6 +48,7 @@ class DataEvalConfig:
         int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
     ] = 16
     on_bad_row: OnBadRow = "error"
+    control_tokens: bool = False  # documents that spell control tokens hold them, as in the training of the model
 
     def __post_init__(self):
         for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
@@ -82,18 +82,19 @@ class Document:
 
 
 def windows_of(
-    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, bad: BadRows | None = None
 ) -> tuple[list[Document], list[Window]]:
     """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches.
 
     A diffusion model is told where a window ends, a block model within its last block, which may be short.
     """
-    texts = chosen_texts(config, spelling_check(tokenizer))
+    control = config.control_tokens
+    texts = chosen_texts(config, spelling_check(tokenizer, control), bad)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     documents, windows = [], []
     for first in range(0, len(texts), DOCUMENTS_AT_A_TIME):
         some = texts[first : first + DOCUMENTS_AT_A_TIME]
-        for text, ids in zip(some, encode_batch(tokenizer, some), strict=True):
+        for text, ids in zip(some, encode_batch(tokenizer, some, control), strict=True):
             if len(windows) >= enough:
                 return documents, windows
             ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
@@ -105,24 +106,21 @@ def windows_of(
     return documents, windows
 
 
-def chosen_texts(config: DataEvalConfig, check: Check = str) -> list[str]:
+def chosen_texts(config: DataEvalConfig, check: Check = str, bad: BadRows | None = None) -> list[str]:
     """The documents of the split, in order; with eval_max_batches, a random sample of enough of them. Those of which
     check(text) raises ValueError are bad rows."""
-    with bad_rows(config) as bad:
-        texts = read_documents(config.eval_data, config.jsonl_field, bad, check)
-        chosen = chosen_rows((text for text in texts if text), config, str)
+    texts = read_documents(config.eval_data, config.jsonl_field, bad or BadRows(config.on_bad_row), check)
+    chosen = chosen_rows((text for text in texts if text), config, str)
     if not chosen:
         raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
     return chosen
 
 
-@contextmanager
-def bad_rows(config: DataEvalConfig) -> Iterator[BadRows]:
-    """For a reading of --eval-data, after which those that were skipped are told on stderr."""
-    bad = BadRows(config.on_bad_row)
-    yield bad
+def tell_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
+    """The rows of `path` that were left out, for the file of the result; they are told on stderr."""
     if bad.count:
-        print(f"{config.eval_data}: {told_skipped(bad.meta)}", file=sys.stderr)
+        print(f"{path}: {told_skipped(bad.meta)}", file=sys.stderr)
+    return bad.meta
 
 
 def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[Row], str]) -> list[Row]:
@@ -175,16 +173,20 @@ class ReplyWindows(NamedTuple):
 
 
 def reply_windows(
-    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, canvas: int = 0, block_size: int = 0
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    max_length: int,
+    canvas: int = 0,
+    block_size: int = 0,
+    bad: BadRows | None = None,
 ) -> ReplyWindows:
     """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens; block_size > 0: on one that ends with
     the block of so many tokens, counted from the beginning of the conversation, in which the reply ends, for what lies
     behind it is never seen. Where the context ends before it, the canvas is what is left. The rest of the canvas is
     EOS, too, scored and not counted. ValueError: nothing can be scored."""
     conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
-    with bad_rows(config) as bad:
-        rows = (chat for _, chat in read_conversations(config.eval_data, None, bad, spelling_check(tokenizer)))
-        chosen = chosen_rows(rows, config, lambda messages: render_chat(messages, False))
+    read = read_conversations(config.eval_data, None, bad or BadRows(config.on_bad_row), spelling_check(tokenizer))
+    chosen = chosen_rows((chat for _, chat in read), config, lambda messages: render_chat(messages, False))
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
     for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
         some = chosen[first : first + DOCUMENTS_AT_A_TIME]

@@ -40,8 +40,7 @@ from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.compiling import require_compiler
 from scripts.engine.evaluation import circumstances
-from scripts.engine.files import sha256_of, write_json
-from scripts.engine.run import require_writable
+from scripts.engine.files import require_output, sha256_of, write_json
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 GROUPS = (
@@ -90,8 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     config, *groups, runtime, given = parse_args(__doc__, BenchmarkConfig, *GROUPS, RuntimeConfig, argv=argv)
     shape, training, scaling, decoding, data_config, data = groups
     _refuse(config, training, runtime, given)
-    if config.json:
-        require_writable(config.json, "--json")
+    tokenizers = data.tokenizer_dir, data_config.data_tokenizer_dir
+    require_output(config.json, "--json", data.data, *decoding.checkpoints.values(), *tokenizers)
     setting, results = Setting(shape, data, training, runtime), {}
 
     def peaks() -> dict[str, float]:

@@ -22,9 +22,9 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import (
     CheckpointConfig,
     Loaded,
-    as_json,
+    as_trained,
     circumstances,
-    evaluate_file,
+    evaluate_documents,
     flags_of_models,
     masked_cross_entropy,
     note_on_blanks,
@@ -32,6 +32,7 @@ from scripts.engine.evaluation import (
     response_likelihood,
     response_line,
 )
+from scripts.engine.files import require_output
 from scripts.engine.generation import Generation, TypedPromptConfig, generate, idle_sampling_flags, in_effect, infill
 from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.trace import RECORD
@@ -79,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     if request.prompt is None and request.infill is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
     refuse_unused(request, data, denoising, given)
+    require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "diffusion")
     model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
@@ -101,11 +103,12 @@ def main(argv: list[str] | None = None) -> None:
         result["generation"] = asdict(made)
         lines += [made.report(), *recorder.write()]
     if data.eval_data is not None:
-        likelihood = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
-        result["likelihood"] = as_json(likelihood)
+        likelihood, record = evaluate_documents(loaded, data, checkpoint.max_seq_len, runtime)
+        result |= record
         lines += [f"{name}: {value.line()}" for name, value in likelihood.items()]
     if request.eval_mask_ratio is not None:
-        loss = masked_cross_entropy(model, tokenizer, data, checkpoint.max_seq_len, request.eval_mask_ratio, runtime)
+        more = as_trained(data, loaded), checkpoint.max_seq_len, request.eval_mask_ratio, runtime
+        loss = masked_cross_entropy(model, tokenizer, *more)
         result["masked_cross_entropy"] = {"mask_ratio": request.eval_mask_ratio, "nats_per_masked_token": loss}
         lines.append(f"at a mask ratio of {request.eval_mask_ratio}: {loss:.4f} nats per masked token (no likelihood)")
     print(json.dumps(result, ensure_ascii=False) if request.json else "\n".join(lines))

@@ -14,7 +14,8 @@ from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, as_json, circumstances, evaluate_file, require_kind
+from scripts.engine.evaluation import CheckpointConfig, circumstances, evaluate_documents, require_kind
+from scripts.engine.files import require_output
 from scripts.engine.generation import TypedPromptConfig, generate, idle_sampling_flags, in_effect
 from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.trace import RECORD
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         val_fraction=(data.eval_split == "validation", "--eval-split validation"),
         num_samples=(False, "a diffusion model"),
     )
+    require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "autoregressive")
     model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
@@ -73,8 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         if not request.json:
             print("\n".join([made.report(), *saved]))
     if data.eval_data is not None:
-        likelihood = evaluate_file(model, tokenizer, data, checkpoint.max_seq_len, runtime)
-        result["likelihood"] = as_json(likelihood)
+        likelihood, record = evaluate_documents(loaded, data, checkpoint.max_seq_len, runtime)
+        result |= record
         if not request.json:
             print("\n".join(f"{name}: {value.line()}" for name, value in likelihood.items()))
     if request.json:

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
+from dataset.jsonl import BadRows, OnBadRow
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import (
@@ -28,11 +29,11 @@ from scripts.engine.answers import (
 )
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import KINDS, circumstances, load_for_use, load_kind
-from scripts.engine.files import write_json
+from scripts.engine.files import require_output, write_json
 from scripts.engine.generation import idle_sampling_flags
-from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.samplers import SamplerGrid
+from scripts.engine.windows import tell_skipped
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Request:
     judge: Annotated[
         Path | None, "an autoregressive checkpoint: also tell how many nats per token it gives the answers"
     ] = None
+    on_bad_row: OnBadRow = "error"
     show: Annotated[int, "answers of each model printed per language"] = 3
     json: Annotated[Path | None, "write everything, each answer included, to this file"] = None
 
@@ -69,8 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         __doc__, Request, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig, argv=argv
     )
     check_flags(request, grid, sampling, denoising, given)
-    if request.json:
-        require_writable(request.json, "--json")
+    read = request.eval_data, request.minimind_checkpoint, request.diffusion_checkpoint, request.judge
+    require_output(request.json, "--json", *read, request.tokenizer_dir)
     tokenizer = load_tokenizer(request.tokenizer_dir)
     paths = dict(zip(KINDS, (request.minimind_checkpoint, request.diffusion_checkpoint), strict=True))
     loaded = {
@@ -89,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
         fitted = denoising.fitted(loaded["diffusion"].model.config)
         samplers |= {name: ("diffusion", config) for name, config in grid.samplers(fitted).items()}
     room = continuation.max_new_tokens, request.max_seq_len
-    questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room)
+    bad = BadRows(request.on_bad_row)
+    questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room, bad)
+    skipped = tell_skipped(request.eval_data, bad)
     answers = {"reference": references(tokenizer, questions)}
     for name, (kind, config) in samplers.items():
         answers[name] = answer_all(
@@ -108,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
             "models": {kind: one.attention for kind, one in loaded.items()},
             "questions": [asdict(question) for question in questions],
             "fitting": counts,
+            **skipped,
             "samplers": {name: asdict(config) for name, (_, config) in samplers.items()},
             "figures": figures,
             "answers": {name: [asdict(answer) for answer in made] for name, made in answers.items()},

@@ -20,6 +20,7 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template, warm_up
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
+from scripts.engine.files import require_output
 from scripts.engine.generation import (
     Generation,
     Prompt,
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         names = [f.name for f in fields(configs[kind])]
         refuse_idle(given, **dict.fromkeys(names, (kind in request.checkpoints, flag)))
         refuse_idle(given, **idle_sampling_flags(configs[kind]))
+    require_output(tracing.file, "--trace", *request.checkpoints.values(), request.tokenizer_dir)
     tokenizer = load_tokenizer(request.tokenizer_dir)
     loaded = {
         kind: load_kind(path, kind, tokenizer, request.max_seq_len, runtime)

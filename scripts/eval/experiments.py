@@ -36,7 +36,7 @@ from scripts.engine.experiment_trainings import (
     numbers,
     prepare,
 )
-from scripts.engine.files import write_json
+from scripts.engine.files import require_output, write_json
 from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig, command_line, provenance
 
@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     require_writable(what.out / "runs" / "any", "--out")
     reports = read_reports(what.reports) if what.reports else {}
+    for name in what.chosen:
+        require_output(what.out / f"{name}.json", "--out", *reports, trainings.data, trainings.tokenizer_dir)
     command = command_line(__spec__.name, argv)
     about = {"reports": origin(reports), "command": command, **provenance(runtime)}
     for name in READINGS:

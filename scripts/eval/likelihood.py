@@ -26,15 +26,15 @@ from scripts.engine.evaluation import (
     CheckpointConfig,
     Loaded,
     as_json,
+    as_trained,
     circumstances,
     evaluate_file,
     evaluate_replies,
     flags_of_models,
 )
-from scripts.engine.files import write_json
-from scripts.engine.run import require_writable
+from scripts.engine.files import require_output, write_json
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.windows import DataEvalConfig
+from scripts.engine.windows import DataEvalConfig, tell_skipped
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,16 @@ def main(argv: list[str] | None = None) -> None:
     )
     if data.eval_data is None:
         raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
-    if output.json:
-        require_writable(output.json, "--json")
-    loaded = checkpoint.load(runtime)
+    require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
+    loaded, bad = checkpoint.load(runtime), BadRows(data.on_bad_row)
     form = format_of(data, rows.eval_format)
     refuse_idle(given, jsonl_field=(form == "text", "rows of text"), **flags_of_models(loaded))
     refuse_idle(given, canvas=(form == "chat", "conversations"), chat_wrap=(form == "choices", "multiple choice"))
     refuse_idle(given, eval_split=(form != "choices", "text or conversations"))
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
     print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
-    lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime)
+    lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime, bad)
+    result |= tell_skipped(data.eval_data, bad)
     print("\n".join(lines))
     if output.json:
         command = command_line(__spec__.name, argv)
@@ -115,13 +115,15 @@ def format_of(data: DataEvalConfig, asked: str) -> str:
     return "chat" if any(first.keys() >= set(known.fields) for known in FORMATS.values()) else "text"
 
 
-def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig) -> tuple:
-    found = evaluate_file(loaded.model, loaded.tokenizer, data, max_length, runtime)
-    return [f"{name}: {value.line()}" for name, value in found.items()], {"likelihood": as_json(found)}
+def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, *more: Any) -> tuple:
+    data = as_trained(data, loaded)
+    found = evaluate_file(loaded.model, loaded.tokenizer, data, *more)
+    told = {"likelihood": as_json(found), "documents_hold_control_tokens": data.control_tokens}
+    return [f"{name}: {value.line()}" for name, value in found.items()], told
 
 
-def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig) -> tuple:
-    found, replies = evaluate_replies(loaded.model, loaded.tokenizer, data, max_length, rows.canvas, runtime)
+def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, *more: Any) -> tuple:
+    found, replies = evaluate_replies(loaded.model, loaded.tokenizer, data, max_length, rows.canvas, *more)
     counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
     told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len"
     told += f" {max_length}; {replies.empty:,} empty"
@@ -132,11 +134,9 @@ def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: 
     return [*lines, told], {"likelihood": as_json(found), "replies": counts}
 
 
-def of_choices(
-    loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, runtime: RuntimeConfig
-) -> tuple:
+def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, *more: Any) -> tuple:
     wrap = loaded.speaks_chat if rows.chat_wrap is None else rows.chat_wrap
-    found, too_long = evaluate_choices(loaded.model, loaded.tokenizer, data, max_length, wrap, runtime)
+    found, too_long = evaluate_choices(loaded.model, loaded.tokenizer, data, max_length, wrap, *more)
     result: dict[str, Any] = {"accuracy": {name: asdict(value) for name, value in found.items()}}
     told = f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long"
     lines = [f"{name}: {value.line()}" for name, value in found.items()]

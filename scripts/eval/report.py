@@ -25,14 +25,13 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import Loaded, circumstances, flags_of_models, load_kind
-from scripts.engine.files import write_json
+from scripts.engine.files import require_output, write_json
 from scripts.engine.generation import PromptConfig
 from scripts.engine.report_flags import Request, check_flags, require_folder
 from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report_items import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
-from scripts.engine.report_page import FORMAT, draw, read_report
+from scripts.engine.report_page import FORMAT, PICTURES, draw, read_report
 from scripts.engine.report_results import AR, DIFFUSION, summary_of
-from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 NAMES = {"autoregressive": AR, "diffusion": DIFFUSION}
@@ -44,7 +43,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     groups += (ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig)
     *configs, given = parse_args(__doc__, *groups, argv=argv, max_new_tokens=64)
     request = configs[0]
-    require_writable(request.folder / "report.json", "--out")
+    read = request.redraw, request.tokenizer_dir, *(path for _, path in request.checkpoints), *request.files
+    for name in ("report.md", *PICTURES) if request.redraw else ("report.md", *PICTURES, "report.json"):
+        require_output(request.folder / name, "--out", *read)
     require_folder(request.folder)
     if request.redraw:
         again = given - {"redraw", "out", "show"}
@@ -62,11 +63,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) -> dict[str, Any]:
     """The content of report.json."""
     request, measuring, frontier, prompting, continuation, sampling, denoising, runtime = configs
-    sources = bundled_sources() if request.eval_data is None else sources_of(request.eval_data, measuring.eval_split)
+    sources = bundled_sources() if request.eval_data is None else sources_of(request.eval_data, measuring)
     kinds, forms = {kind for kind, _ in request.checkpoints}, {(source.form, source.split) for source in sources}
     check_flags(kinds, forms, request.eval_data is None, frontier, continuation, sampling, denoising, given)
-    require_readable(sources)
     tokenizer = load_tokenizer(request.tokenizer_dir)
+    require_readable(sources, measuring, tokenizer)
     loaded = load_all(request, tokenizer, measuring.max_seq_len, runtime)
     models = {name: one for name, (_, one) in loaded.items()}
     refuse_idle(given, **flags_of_models(*models.values()))

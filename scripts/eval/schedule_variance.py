@@ -20,9 +20,8 @@ from model.objective import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
 from scripts.engine.evaluation import CheckpointConfig, circumstances
-from scripts.engine.files import write_json
+from scripts.engine.files import require_output, write_json
 from scripts.engine.loader import to_device
-from scripts.engine.run import require_writable
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -77,8 +76,7 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
 
 def main(argv: list[str] | None = None) -> None:
     config, data, runtime, _ = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
-    if config.json:
-        require_writable(config.json, "--json")
+    require_output(config.json, "--json", config.checkpoint, data.data, data.tokenizer_dir)
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
     loaded = checkpoint.load(runtime)
     model, tokenizer = loaded.model, loaded.tokenizer

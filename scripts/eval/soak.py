@@ -22,8 +22,7 @@ from typing import Annotated
 
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.evaluation import circumstances
-from scripts.engine.files import write_json
-from scripts.engine.run import require_writable
+from scripts.engine.files import require_output, write_json
 from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.soak_distributed import distributed
 from scripts.engine.soak_places import damaged_bytes, disk, read_only
@@ -70,8 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         kills=(config.parts != ("bytes",), "a part other than bytes"),
         changes=("bytes" in config.parts, "the part bytes"),
     )
-    if config.json:
-        require_writable(config.json, "--json")
+    require_output(config.json, "--json")
     if config.work_dir and config.work_dir.exists() and any(config.work_dir.iterdir()):
         raise ValueError(f"--work-dir {config.work_dir} is not empty; give a new folder")
     with tempfile.TemporaryDirectory(prefix="soak-") as temporary:

@@ -163,16 +163,34 @@ def test_a_file_that_cannot_be_read_ends_with_exit_code_2(rows, name, flags, wor
 
 
 @pytest.mark.parametrize(
-    "rows",
+    ("place", "words"), [("rows.jsonl", "reads"), ("./tokenizer.json", "reads"), (".", "cannot be written")]
+)
+def test_an_impossible_place_for_the_result_is_refused_before_the_reading(place, words, doctor, monkeypatch):
+    monkeypatch.setattr(check, "Survey", lambda *a: pytest.fail("read for nothing"))
+    code, told, _ = doctor([{"text": "a"}], "--json", place)
+    assert code == 2 and "--json" in told and words in told
+    assert Path("rows.jsonl").read_text() == '{"text": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
     [
-        [{"text": ""}],
-        [chat("a", "")],
-        [{"prompt": "a", "chosen": "b", "rejected": "b"}],
+        ([{"text": ""}], "rows.jsonl"),
+        ([{"text": " \n"}], "rows.jsonl"),
+        (b"\n \n\n", "rows.txt"),
+        ([chat("a", "")], "rows.jsonl"),
+        ([{"prompt": "a", "chosen": "b", "rejected": "b"}], "rows.jsonl"),
     ],
 )
-def test_where_nothing_is_left_to_train_on_it_says_so(rows, doctor):
+def test_where_nothing_is_left_to_train_on_it_says_so(rows, name, doctor):
+    code, told, _ = doctor(rows, name=name)
+    assert code == 1 and "Nothing to train on." in told and "uv run" not in told
+
+
+@pytest.mark.parametrize("rows", [[5, 6], [5, {"text": ""}]])
+def test_where_only_bad_rows_could_be_trained_on_they_are_not_to_be_left_out(rows, doctor):
     code, told, _ = doctor(rows)
-    assert code == 1 and "Nothing to train on." in told
+    assert code == 1 and "without them there is nothing to train on" in told and "skip" not in told
 
 
 SOUND = [{"text": "a"}], [chat("a", "b")], [{"prompt": "a", "chosen": "b", "rejected": "c"}]

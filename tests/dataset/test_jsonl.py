@@ -152,7 +152,7 @@ def test_a_long_line_is_never_cut(tmp_path):
         (rb'{"other": ["\uDC01"], "text": "x"}', r"\udc01 is half a surrogate pair"),
         (b'{"text": "x", "n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
         (b'{"text": "x", "n": ' + b"[" * 200 + b"]" * 200 + b"}", "nested too deeply"),
-        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "not readable JSON"),
+        (b'{"text": "x", "n": ' + b"1" * 5000 + b"}", "value has 5000 digits; correct or delete that row"),
         (b'{"text": "x", "text": "x"}', 'key "text" stands twice'),
         (b'{"text": "x", "n": [{"a": 1, "b": 2, "a": 1}]}', 'key "a" stands twice'),
         (b'{"' + b"k" * 10**6 + b'": 1}', "kkk"),
@@ -205,8 +205,18 @@ def test_a_damaged_gzip_file_is_refused_even_where_bad_rows_are_skipped(tmp_path
     path.write_bytes(damage(whole))
     for bad in (BadRows(), BadRows("skip")):
         message = refusal(read_documents, path, "text", bad)
-        assert "after row" in message
+        assert "after row" not in message, "the text of a megabyte is unpacked before the first row comes"
         assert "download it again" in message
+
+
+def test_the_place_of_a_gzip_fault_is_said_to_be_after_the_rows_that_were_read(tmp_path):
+    whole = gzip.compress("".join(json.dumps({"text": f"{i**9:0999}"}) + "\n" for i in range(1500)).encode())
+    path, read = tmp_path / "a.jsonl.gz", []
+    path.write_bytes(whole[:-9])
+    with pytest.raises(ValueError, match="the gzip file is cut short") as caught:
+        for text in read_documents(path):
+            read.append(text)
+    assert 1000 < len(read) < 1500 and f"{path}, somewhere after row {len(read)}: " in str(caught.value)
 
 
 def test_missing_files_and_directories_are_refused_with_a_remedy(tmp_path):

@@ -272,6 +272,17 @@ def test_a_damaged_cache_is_built_again_and_says_so(tmp_path, tokenizer, capsys,
     assert "damaged" not in capsys.readouterr().err
 
 
+def test_a_file_that_the_system_adds_to_a_cache_is_no_damage(tmp_path, tokenizer, capsys):
+    path = write_texts(tmp_path / "a.jsonl", ["a", "b", "c"])
+    build(path, tokenizer)
+    [folder] = (tmp_path / "cache").iterdir()
+    for name in (".DS_Store", ".nfs0001", "Thumbs.db"):
+        (folder / name).write_bytes(b"x")
+    capsys.readouterr()
+    build(path, tokenizer)
+    assert not capsys.readouterr().err and (folder / ".nfs0001").exists()
+
+
 def test_builds_at_the_same_time_all_end_well(tmp_path, monkeypatch):
     """Each waits for the other in mid-build, so none finds a cache; the one to finish second takes the first one's."""
     path = write_texts(tmp_path / "a.jsonl", [str(i) for i in range(300)])

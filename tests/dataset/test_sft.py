@@ -321,6 +321,7 @@ def test_a_stream_draws_its_fill_anew_and_says_what_it_cut_and_left_out(dataset)
     made = dataset(rows, False, "f.jsonl", **flags)
     assert "50 shortened to 40 (0 lost the beginning of the prompt, 50 the end of the reply)" in made.describe()
     assert "empty replies left out" in made.describe() and made.meta["empty_replies"] == 50
+    assert made.meta["data_sha256_of"].startswith("its first "), "a stream's file is not read to its end"
     windows = [made.train.lengths(np.arange(first, first + 100, 2)) for first in (0, 100, 200)]
     assert not np.array_equal(windows[0], windows[1]) and not np.array_equal(windows[1], windows[2])
 

@@ -318,6 +318,17 @@ def test_one_file_holds_everything_and_its_figures_follow_from_its_answers(argv,
     assert sum(line.startswith("user: ") for line in lines) == 2
 
 
+def test_bad_rows_are_left_out_where_it_is_asked_for(argv, command, refused, workspace):
+    path = workspace / "chats.jsonl"
+    path.write_bytes(b"{\n" + path.read_bytes() + b'{"prompt": "a"}\n')
+    more = ["--show", "0", "--ar-temperature", "0", "--json", "a.json"]
+    refused(eval_sft, [*argv("ar"), *more], "row 1: not valid JSON")
+    result = command(eval_sft, [*argv("ar"), *more, "--on-bad-row", "skip"])
+    found = json.loads(Path("a.json").read_text(encoding="utf-8"))
+    assert result.code == 0 and "chats.jsonl: 2 bad rows skipped: row 1: not valid JSON" in result.err
+    assert found["skipped_rows"] == 2 and found["fitting"]["rows"] == 60 and len(found["questions"]) == 4
+
+
 @pytest.mark.parametrize("kind, name", [("ar", "AR"), ("dm", "low_confidence, 64 steps")])
 def test_one_model_alone_is_compared_with_the_references(kind, name, argv, command):
     result = command(eval_sft, [*argv(kind), "--show", "0"])

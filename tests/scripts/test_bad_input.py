@@ -116,6 +116,15 @@ def test_evaluating_without_the_bad_rows(name, eval_argv, command, workspace):
     assert all(word in results[0].err for word in TOLD)
 
 
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_the_record_of_a_likelihood_holds_the_bad_rows(kind, eval_argv, command, workspace):
+    (workspace / "few.jsonl").write_bytes(DAMAGED[kind][0])
+    argv = [*eval_argv["likelihood"], "--eval-data", "few.jsonl", *SKIP, "--json", "a.json"]
+    assert command(likelihood, argv).code == 0
+    found = json.loads(Path("a.json").read_text(encoding="utf-8"))
+    assert found["skipped_rows"] == 2 and found["skipped_first"][1].startswith("row 3: ")
+
+
 def test_a_tokenizer_is_trained_without_the_bad_rows(command, workspace):
     sound = (workspace / "corpus.jsonl").read_bytes()
     made = []

@@ -5,6 +5,7 @@ import io
 import itertools
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -272,6 +273,13 @@ def test_a_checkpoint_of_blocks_keeps_to_them(flags, monkeypatch, command, decod
 
 def test_a_trace_before_the_first_reply_is_refused_in_a_sentence(talk):
     assert "error: there is no reply yet" in talk("ar", ["/trace a.json"])
+
+
+def test_a_trace_does_not_replace_the_tokenizer_in_use(talk, tokenizer_dir):
+    shutil.copytree(tokenizer_dir, "t")
+    out = talk("ar", ["the cat", "/trace t/tokenizer.json"], "--tokenizer-dir", "t")
+    assert "error: /trace t/tokenizer.json is a file that the command reads" in out
+    assert Path("t/tokenizer.json").read_bytes() == (tokenizer_dir / "tokenizer.json").read_bytes()
 
 
 def test_nothing_after_quit_is_read(talk, decoding):

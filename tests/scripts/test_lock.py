@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import quickstart
 from scripts.engine.lock import locked
 from scripts.train import diffusion, train_pretrain
 
@@ -74,6 +75,13 @@ def test_of_many_that_want_it_one_has_it_at_a_time(tmp_path):
     for thread in threads:
         thread.join()
     assert set(most) == {1} and all(held) and len(most) > 50 and not path.exists()
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite"]])
+def test_a_folder_in_which_a_quickstart_runs_is_refused_to_another(flags, workspace, refused):
+    with locked(Path("qs/quickstart.lock")):
+        told = refused(quickstart, ["--out", "qs", *flags], "quickstart.lock", f"process {os.getpid()} on", "--out")
+    assert "--run-name" not in told
 
 
 def test_nothing_is_left_of_it(tmp_path):

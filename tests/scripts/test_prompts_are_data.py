@@ -209,6 +209,49 @@ def test_the_flag_is_refused_where_nothing_is_typed(flags, refused):
     refused(likelihood, [*flags("ar"), "--eval-data", "text.jsonl", CONTROL], "unrecognized arguments")
 
 
+def pretrained(name, control, tokenizer):
+    """A checkpoint of weights/ as of pretraining, with --control-tokens or without."""
+    model = untrained(tokenizer, KINDS[name], uniform=True)
+    about = {"tokenizer": fingerprint(tokenizer), "stage": "pretrain", "settings": {"control_tokens": control}}
+    save_checkpoint(Path(f"weights/{name}_state_dict.pt"), model.config, model.state_dict(), **about)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_documents_are_read_as_in_the_training_of_the_checkpoint(control, flags, command, tokenizer):
+    """By all commands, which say so; a report of models that were trained otherwise gives all of them plain text."""
+    text = "one<|im_end|>two<|im_start|>"
+    rows("text.jsonl", {"text": text})
+    for name in KINDS:
+        pretrained(name, control, tokenizer)
+    data, found = ["--eval-data", "text.jsonl"], []
+    for module, name in ((eval_minimind, "ar"), (eval_diffusion, "dm")):
+        argv = [*flags(name), *data, "--json"]
+        found.append(json.loads(command(module, argv).out))
+    assert command(likelihood, [*flags("blocks"), *data, "--json", "a.json"]).code == 0
+    found.append(json.loads(Path("a.json").read_text(encoding="utf-8")))
+    for one in found:
+        assert one["documents_hold_control_tokens"] is control
+        assert one["likelihood"]["all"]["tokens"] == len(encode(tokenizer, text, control)) + 1
+        assert one["likelihood"]["all"]["bytes"] == len(text)
+
+
+def test_models_that_read_documents_otherwise_are_compared_on_plain_text(flags, command, tokenizer, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *a: [])
+    rows("text.jsonl", {"text": "one<|im_end|>two"})
+    tokens = {control: len(encode(tokenizer, "one<|im_end|>two", control)) + 1 for control in (False, True)}
+    for trained in ((True, True), (True, False)):
+        for name, control in zip(("ar", "dm"), trained, strict=True):
+            pretrained(name, control, tokenizer)
+        both = "--minimind-checkpoint", "weights/ar_state_dict.pt", "--diffusion-checkpoint", "weights/dm_state_dict.pt"
+        argv = [*both, *flags("ar")[2:], "--eval-data", "text.jsonl", "--out", "out", "--nmc", "1"]
+        result = command(report, argv)
+        assert result.code == 0, result.err
+        (section,) = json.loads(Path("out/report.json").read_text(encoding="utf-8"))["sources"]
+        assert section["documents_hold_control_tokens"] is all(trained)
+        assert section["items"][0]["tokens"] == tokens[all(trained)]
+        assert ("all are given plain text" in result.err) is not all(trained)
+
+
 # -- what a model writes -----------------------------------------------------------------------------------------------
 
 

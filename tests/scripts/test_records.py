@@ -17,8 +17,9 @@ import pytest
 from dataset.tokenizer import fingerprint
 from model.checkpoint import load_checkpoint
 from scripts import chat
-from scripts.engine import benchmark_peak, files
+from scripts.engine import benchmark_peak, files, runtime
 from scripts.engine.metrics import read_log
+from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.trace import load_traces
 from scripts.eval import (
     benchmark,
@@ -26,6 +27,7 @@ from scripts.eval import (
     eval_minimind,
     eval_sft,
     eval_sft_one_prompt,
+    experiments,
     likelihood,
     report,
     schedule_variance,
@@ -129,6 +131,37 @@ def assert_provenance(record, seed):
     assert (commit() or "unknown").startswith(record["commit"].rstrip("+"))
 
 
+def test_the_processor_is_named_where_the_system_names_it():
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    if "model name" not in told:
+        pytest.skip("this system names no model")
+    assert f": {runtime.provenance(RuntimeConfig(device='cpu'))['processor']}\n" in told
+
+
+def test_the_commit_is_that_of_the_projects_own_repository_and_marked_where_code_differs(tmp_path):
+    def git(*args):
+        who = "-c", "user.name=a", "-c", "user.email=a@b"
+        return subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    if not shutil.which("git"):
+        pytest.skip("no git")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.py").write_text("a")
+    assert runtime._commit(tmp_path) == "unknown"
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "a")
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+    (tmp_path / "weights.json").touch()
+    assert runtime._commit(tmp_path) == head
+    assert runtime._commit(tmp_path / "model") == "unknown", "inside another repository"
+    (tmp_path / "model" / "b.py").touch()
+    assert runtime._commit(tmp_path) == head + "+"
+    (tmp_path / "model" / "b.py").unlink()
+    (tmp_path / "model" / "a.py").write_text("b")
+    assert runtime._commit(tmp_path) == head + "+"
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_result_says_what_it_depends_on(name, run, tokenizer):
     module, _, judged, _ = COMMANDS[name]
@@ -200,6 +233,37 @@ def without_seconds(value):
 def test_the_same_command_gives_the_same_to_the_last_digit(name, run):
     one, other = (without_seconds(run(name)[1]) for _ in range(2))
     assert one == other and "settings" in json.dumps(one)
+
+
+TOKENIZER = "--tokenizer-dir", "t"
+OVERWRITTEN = {  # a command and its flags, of which the last one names a file that it reads
+    "data": (likelihood, ["--checkpoint", DM, *DATA, "--json", "corpus.jsonl"]),
+    "a checkpoint": (likelihood, ["--checkpoint", DM, *DATA, "--json", DM]),
+    "a tokenizer": (likelihood, ["--checkpoint", DM, *DATA, "--json", "t/../t/tokenizer.json"]),
+    "a link": (likelihood, ["--checkpoint", DM, *DATA, "--json", "link.json"]),
+    "conversations": (eval_sft, [*BOTH, "--eval-data", "chats.jsonl", "--json", "chats.jsonl"]),
+    "a judge": (eval_sft, ["--minimind-checkpoint", AR, "--judge", DM, "--eval-data", "chats.jsonl", "--json", DM]),
+    "schedules": (schedule_variance, ["--checkpoint", DM, "--data", "corpus.jsonl", "--json", "corpus.jsonl"]),
+    "benchmark": (benchmark, ["--parts", "peak", "--data", "corpus.jsonl", "--json", "corpus.jsonl"]),
+    "AR trace": (eval_minimind, ["--checkpoint", AR, "--prompt", "a", "--trace", "t/tokenizer.json"]),
+    "dLM trace": (eval_diffusion, ["--checkpoint", DM, "--prompt", "a", "--trace", "t/tokenizer.json"]),
+    "trace": (eval_sft_one_prompt, [*BOTH, "--prompt", "a", "--trace", "t/tokenizer_config.json"]),
+    "report": (report, ["--minimind-checkpoint", "t/report.json", *DATA, "--out", "t"]),
+    "drawing": (report, ["--from", "t/report.md", "--out", "t"]),
+    "experiments": (experiments, ["--data", "corpus.jsonl", "--experiments", "schedules", "--out", "t"]),
+}
+
+
+@pytest.mark.parametrize("name", OVERWRITTEN)
+def test_no_result_is_written_over_what_its_command_reads(name, place, tokenizer_dir, refused):
+    module, argv = OVERWRITTEN[name]
+    shutil.copytree(tokenizer_dir, "t")
+    Path("link.json").symlink_to("corpus.jsonl")
+    Path("t/schedules.json").hardlink_to("corpus.jsonl")
+    for copy in ("t/report.json", "t/report.md"):
+        shutil.copy(AR, copy)
+    flag, path = argv[-2:]
+    refused(module, [*argv, *(() if name == "drawing" else TOKENIZER)], flag, path, "reads")
 
 
 # -- files -------------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from scripts.eval import report
-from tests.scripts.test_report import BOTH, write_checkpoints, write_rows
+from tests.scripts.test_report import BOTH, ROWS, flags, write_checkpoints, write_rows
 
 
 @pytest.fixture
@@ -37,6 +37,23 @@ def test_a_bad_row_is_named_before_the_work(words, place, tokenizer_dir, refused
     files = "text.jsonl" if form == "text" else f"text.jsonl,{form}.jsonl"
     given = ["--minimind-checkpoint", "ar_state_dict.pt", "--tokenizer-dir", tokenizer_dir]
     refused(report, [*given, "--eval-data", files], f"{form}.jsonl, row 13: ", words)
+
+
+def test_bad_rows_of_every_format_are_left_out_counted_and_told(place, tokenizer_dir, command, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *a: [])
+    reports, names = [], [f"{form}.jsonl" for form in ROWS]
+    for more in ((), ("--on-bad-row", "skip")):
+        argv = [*BOTH, *flags(tokenizer_dir, "--eval-data", ",".join(names), "--frontier-questions", 0), *more]
+        result = command(report, [*argv, "--out", "new"])
+        assert result.code == 0, result.err
+        reports.append(json.loads(Path("new/report.json").read_text(encoding="utf-8"))["sources"])
+        for name in names:
+            rows = Path(name).read_bytes()
+            Path(name).write_bytes(b"{\n" + rows + b'{"text": 5}\n')
+    for before, after in zip(*reports, strict=True):
+        assert before["items"] == after["items"] and before["left_out"] | {"bad": 2} == after["left_out"]
+        assert after["skipped_rows"] == 2 and after["skipped_first"][0].startswith("row 1: not valid JSON")
+        assert f"{after['path']}: 2 bad rows skipped: row 1: " in result.err
 
 
 ASKED = (*BOTH, "--eval-data", "questions.jsonl")
