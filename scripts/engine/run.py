@@ -95,7 +95,7 @@ class RunConfig:
         own += (self.path("_log.jsonl"), self.path("_loss.png"))
         if self.exported_path.resolve() in {path.resolve() for path in own} or self.exported_path.suffix == ".lock":
             raise ValueError(
-                f"--weights-path {self.weights_path} is a file that a run writes for itself; choose another"
+                f"--weights-path {self.weights_path} is a file that the run writes for itself; choose another"
             )
         if self.overwrite and self.load_from and self.writes(self.load_from):
             raise ValueError(

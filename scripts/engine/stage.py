@@ -105,7 +105,7 @@ def train_stage(
 def _alone_at(run: RunConfig, data: Any, world: World) -> Iterator[None]:
     """Within it no other command writes the run. ValueError if one does, or if its files cannot be written."""
     require_writable(run.state_path, "--save-dir")
-    require_output(run.exported_path, "--weights-path", data.data, data.tokenizer_dir)
+    require_output(run.exported_path, "--weights-path", data.data, data.tokenizer_dir, run.load_from)
     with locked(run.lock_path) if world.is_main and not run.previewing else nullcontext():
         world.most(0)  # only now may the others look at what is there
         yield

@@ -78,7 +78,8 @@ def test_of_many_that_want_it_one_has_it_at_a_time(tmp_path):
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"]])
-def test_a_folder_in_which_a_quickstart_runs_is_refused_to_another(flags, workspace, refused):
+def test_a_folder_in_which_a_quickstart_runs_is_refused_to_another(flags, workspace, refused, monkeypatch):
+    monkeypatch.setattr(quickstart, "perform", lambda *a: pytest.fail("began"))
     with locked(Path("qs/quickstart.lock")):
         told = refused(quickstart, ["--out", "qs", *flags], "quickstart.lock", f"process {os.getpid()} on", "--out")
     assert "--run-name" not in told
