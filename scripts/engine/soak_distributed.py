@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from model.checkpoint import load_checkpoint
-from scripts.engine.soak_processes import PATIENCE, Command, Disturbance, die, nothing
+from scripts.engine.soak_processes import PATIENCE, Command, Disturbance, die, forks, nothing
 from scripts.engine.soak_state import difference_of_runs, unsound
 from scripts.engine.soak_training import AR, PRETRAINING, STEPS, Outcome, Recipe, Workplace
 
@@ -31,6 +31,7 @@ def distributed(place: Workplace, tries: int) -> Iterator[Outcome]:
 def pairs(place: Workplace, tries: int) -> Outcome:
     """Of two processes that nobody watches over, one is killed while they train."""
     outcome, whole = Outcome("distributed", "SIGKILL of one of two processes"), place.anew("whole_two")
+    forks()  # whose start is no part of the time
     began = time.monotonic()
     ended = [command.wait() for command in start_pair(place, whole.name)]
     seconds = time.monotonic() - began
@@ -42,10 +43,13 @@ def pairs(place: Workplace, tries: int) -> Outcome:
         commands = start_pair(place, "parts", place.draw.randint(3, operations) if victim == 0 else 0)
         if victim == 1:
             _kill_in_training(commands, place.draw.uniform(0, seconds / 2))
-        if commands[victim].wait().code == -signal.SIGKILL:
+        ended = commands[victim].wait()
+        if ended.code == -signal.SIGKILL:
             fault = _fault_of_survivor(commands[1 - victim], folder)
             fault = fault or unsound(folder, TWO.run) or _go_on(place, whole, folder, by_two=number % 4 < 2)
             outcome.add(f"rank {victim}", fault)
+        elif ended.code:
+            outcome.add(f"rank {victim}", f"exit code {ended.code} without a kill: {ended.err.strip()[-500:]}")
     return outcome
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dataset.bundled import conversations, pretraining_rows
 from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint
-from scripts.engine.soak_processes import Command, Disturbance, Ended, FallingClock, die, nothing, temporaries
+from scripts.engine.soak_processes import Command, Disturbance, Ended, FallingClock, die, forks, nothing, temporaries
 from scripts.engine.soak_state import difference_of_runs, unsound
 
 STEPS = 12
@@ -129,6 +129,7 @@ class Workplace:
         if recipe is SFT:
             self.whole(DIFFUSION)
         if recipe.run not in self._known:
+            forks()  # whose start is no part of the time
             began = time.monotonic()
             ended = self.start(recipe, "whole").wait()
             seconds = time.monotonic() - began

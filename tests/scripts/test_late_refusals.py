@@ -73,11 +73,13 @@ def test_foreign_weights_of_another_layout_are_refused(refused, workspace, pretr
     refused(train_pretrain, [*pretrain_argv, "--load-from", "foreign.pt"], "foreign.pt", "embed_tokens")
 
 
-def test_a_lost_log_is_not_counted(tmp_path):
+def test_a_lost_log_is_not_counted_and_missed_aloud(tmp_path, capsys):
     """The next resume would otherwise keep lines of a future that was lost."""
     assert RunLog(tmp_path / "gone_log.jsonl", keep_lines=50).lines == 0
+    assert "gone_log.jsonl has lost 50 of its 50 lines" in capsys.readouterr().err
     log = RunLog(tmp_path / "kept_log.jsonl")
     for step in range(3):
         log.write("train", step=step)
     assert RunLog(tmp_path / "kept_log.jsonl", keep_lines=2).lines == 2
     assert len((tmp_path / "kept_log.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err == ""
