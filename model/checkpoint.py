@@ -127,6 +127,7 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         KeyError,
         IndexError,
         AttributeError,
+        AssertionError,
         TypeError,
         OverflowError,
         zipfile.BadZipFile,

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,6 +55,8 @@ def _opened(path: Path, flag: str) -> int:
             _seize(descriptor)
         except OSError as error:
             if not isinstance(error, BlockingIOError | PermissionError):  # a file system that has no locks
+                why = f"cannot be locked ({error.strerror})"
+                print(f"note: {path} {why}; start no other command of this run", file=sys.stderr)
                 return descriptor
             holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)

@@ -138,6 +138,21 @@ def test_files_of_before_the_seal_are_read_and_later_ones_without_it_are_not(ver
         load_checkpoint(path)
 
 
+def test_a_damaged_file_of_the_old_kind_is_refused_or_read_but_never_a_traceback(tmp_path):
+    path = tmp_path / "old.pth"
+    tensors = {f"model.layers.{i}.weight": torch.ones(3, 3) for i in range(6)}
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    content, refused = path.read_bytes(), 0
+    for place in range(0, len(content), 3):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        try:
+            read_archive(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 50
+
+
 def test_a_sealed_file_is_an_archive_to_others(saved):
     """torch reads it without us, and the checksum in it is that of what `sha256sum` would be given."""
     model, path = saved()
