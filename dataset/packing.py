@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dataset.disk_cache import (
+from dataset.cache import (
     ArrayFiles,
     cached_directory,
     fault_of_sizes,

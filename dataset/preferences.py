@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.bundled import bundled_file
-from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
+from dataset.cache import ArrayFiles, cached_arrays, stretches
+from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import (
     JSON_TYPES,
     BadRows,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import numpy as np
 from torch import Tensor
 
-from dataset.bundled import bundled_file
+from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import OnBadRow, text_format, told_skipped
 from dataset.packing import PackedRows, TokenCache
 from dataset.tokenizer import PreTrainedTokenizerFast

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.disk_cache import stretches
+from dataset.cache import stretches
 from dataset.order import LengthOrder, RowOrder
 from dataset.tokenizer import ChatIds
 

@@ -14,8 +14,8 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from dataset.bundled import bundled_file
-from dataset.disk_cache import ArrayFiles, cached_arrays, stretches
+from dataset.cache import ArrayFiles, cached_arrays, stretches
+from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import (
     JSON_TYPES,
     BadRows,

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset import preferences, replies
-from dataset.disk_cache import unchanged
+from dataset.cache import unchanged
 from dataset.jsonl import (
     BadRow,
     BadRows,

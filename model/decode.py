@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.cache import KVCache
 from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
 from model.config import ModelConfig
 from model.denoiser import DenoisingConfig, denoise
+from model.kv_cache import KVCache
 from model.losses import forbid
 from model.sampling import Draw, noise_width, penalise_repeats, require_draw, sample_tokens
 from model.transformer import Transformer

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
 from model.config import ModelConfig
-from model.denoising_forward import (
+from model.denoiser_cache import (
     Active,
     BlockCached,
     DualCached,

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.block_diffusion import predict
 from model.config import ModelConfig
-from model.foreign import ADJUSTABLE
 from model.forward_process import Noised, StepNoise, lowest
+from model.import_weights import ADJUSTABLE
 from model.likelihood import GOLDEN
 from model.losses import linear_nats, sum_by_row
 from model.objective import Batch, NextToken, Objective, Prepared, RowLoss

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from model.attention import attend, mask_of_pass
 from model.attention_mask import AttentionMask, block_causal_mask
-from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
+from model.kv_cache import ColumnCache, KVCache
 from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_frequencies
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}

@@ -16,11 +16,9 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, Loaded, circumstances, note_on_blanks
-from scripts.engine.files import require_output
-from scripts.engine.generation import (
+from scripts.engine.decoding.answers import note_on_template
+from scripts.engine.decoding.generation import (
     Conversation,
     Generation,
     Prompt,
@@ -32,11 +30,13 @@ from scripts.engine.generation import (
     prompt_tokens,
     text_with_blanks,
 )
-from scripts.engine.run import settings_of
+from scripts.engine.decoding.trace import RECORD, SUFFIXES, Trace, check_trace_path, write_trace
+from scripts.engine.decoding.trace_terminal import LiveView
+from scripts.engine.decoding.watching import Typing, Watch, on_screen
+from scripts.engine.files import require_output
+from scripts.engine.likelihood.documents import CheckpointConfig, Loaded, circumstances, note_on_blanks
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.trace import RECORD, SUFFIXES, Trace, check_trace_path, write_trace
-from scripts.engine.trace_terminal import LiveView
-from scripts.engine.watching import Typing, Watch, on_screen
+from scripts.engine.training.run import settings_of
 
 HELP = """\
 /help             this list and the settings

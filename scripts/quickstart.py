@@ -18,13 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from dataset.bundled import bundled_file
+from dataset.corpus.bundled import bundled_file
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import write_json
 from scripts.engine.lock import locked
-from scripts.engine.run import Interrupted, require_writable
+from scripts.engine.report.summary import summary
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.summary import summary
+from scripts.engine.training.run import Interrupted, require_writable
 
 
 class Stage(NamedTuple):

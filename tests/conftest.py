@@ -1,13 +1,16 @@
 """Shared tiny pieces: everything in this suite runs on a CPU in float32 unless a test says otherwise."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 
 from model.config import ModelConfig
 from model.transformer import Transformer
-from tests.sharing import pytest_collection_finish, pytest_runtestloop, pytest_terminal_summary  # noqa: F401
+
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # which share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 TINY = ModelConfig(
     hidden_size=32,

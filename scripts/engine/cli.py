@@ -30,7 +30,8 @@ def parse_args(description: str, *groups: type, argv: list[str] | None = None, *
     hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks is reported
     as a usage error.
     """
-    module = getattr(sys.modules["__main__"].__spec__, "name", "MODULE")
+    command = re.search(r"python -m (\S+)", description)
+    module = command[1] if command else "MODULE"
     places = [f.name.upper() for group in groups for f in fields(group) if f.default is MISSING]
     parser = _Parser(
         usage=" ".join(["uv run python -m", module, *places, "[FLAGS]"]),
@@ -111,7 +112,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 def _say(sentence: str) -> None:
     """Print it on stderr; of the processes that torchrun started, one does."""
     if "WORLD_SIZE" in os.environ:  # torch takes seconds to load, which a wrong flag of one process does not
-        from scripts.engine.distributed import first_to_say
+        from scripts.engine.training.distributed import first_to_say
 
         if not first_to_say(sentence):
             return

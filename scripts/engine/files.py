@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from model.checkpoint import replacing
-from scripts.engine.run import require_writable
+from scripts.engine.training.run import require_writable
 
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"
 

@@ -14,7 +14,7 @@ import tokenizers
 import torch
 import transformers
 
-from scripts.engine.distributed import launched, local_rank, num_processes
+from scripts.engine.training.distributed import launched, local_rank, num_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "model", "dataset", "scripts"  # whose code makes the numbers

@@ -26,22 +26,20 @@ import torch
 from dataset.pretrain import PretrainData
 from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
-from scripts.engine import (
-    benchmark_data,
-    benchmark_decoding,
-    benchmark_peak,
-    benchmark_scaling,
-    benchmark_training,
-)
-from scripts.engine.benchmark_data import DataBenchmarkConfig
-from scripts.engine.benchmark_decoding import DecodingBenchmarkConfig
-from scripts.engine.benchmark_scaling import ScalingBenchmarkConfig
-from scripts.engine.benchmark_training import Setting, TrainingBenchmarkConfig
+from scripts.engine.bench import data as benchmark_data
+from scripts.engine.bench import decoding as benchmark_decoding
+from scripts.engine.bench import peak as benchmark_peak
+from scripts.engine.bench import scaling as benchmark_scaling
+from scripts.engine.bench import training as benchmark_training
+from scripts.engine.bench.data import DataBenchmarkConfig
+from scripts.engine.bench.decoding import DecodingBenchmarkConfig
+from scripts.engine.bench.scaling import ScalingBenchmarkConfig
+from scripts.engine.bench.training import Setting, TrainingBenchmarkConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.compiling import require_compiler
-from scripts.engine.evaluation import circumstances
 from scripts.engine.files import require_output, sha256_of, write_json
+from scripts.engine.likelihood.documents import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.training.compiling import require_compiler
 
 GROUPS = (
     ModelConfig,

@@ -19,7 +19,18 @@ from typing import Annotated, Any
 
 from model.decode import ContinuationConfig, DenoisingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import (
+from scripts.engine.decoding.generation import (
+    Generation,
+    TypedPromptConfig,
+    generate,
+    idle_sampling_flags,
+    in_effect,
+    infill,
+)
+from scripts.engine.decoding.trace import RECORD
+from scripts.engine.decoding.watching import Recorder, TraceConfig
+from scripts.engine.files import require_output
+from scripts.engine.likelihood.documents import (
     CheckpointConfig,
     Loaded,
     as_trained,
@@ -32,12 +43,8 @@ from scripts.engine.evaluation import (
     response_likelihood,
     response_line,
 )
-from scripts.engine.files import require_output
-from scripts.engine.generation import Generation, TypedPromptConfig, generate, idle_sampling_flags, in_effect, infill
+from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.trace import RECORD
-from scripts.engine.watching import Recorder, TraceConfig
-from scripts.engine.windows import DataEvalConfig
 
 
 @dataclass(frozen=True)

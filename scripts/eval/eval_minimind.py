@@ -14,13 +14,13 @@ from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import CheckpointConfig, circumstances, evaluate_documents, require_kind
+from scripts.engine.decoding.generation import TypedPromptConfig, generate, idle_sampling_flags, in_effect
+from scripts.engine.decoding.trace import RECORD
+from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
-from scripts.engine.generation import TypedPromptConfig, generate, idle_sampling_flags, in_effect
+from scripts.engine.likelihood.documents import CheckpointConfig, circumstances, evaluate_documents, require_kind
+from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.trace import RECORD
-from scripts.engine.watching import Recorder, TraceConfig
-from scripts.engine.windows import DataEvalConfig
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from typing import Annotated
 from dataset.jsonl import BadRows, OnBadRow
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.answers import (
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.decoding.answers import (
     answer_all,
     figures_of,
     judge,
@@ -27,13 +28,12 @@ from scripts.engine.answers import (
     samples,
     table,
 )
-from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import KINDS, circumstances, load_for_use, load_kind
+from scripts.engine.decoding.generation import idle_sampling_flags
+from scripts.engine.decoding.samplers import SamplerGrid
 from scripts.engine.files import require_output, write_json
-from scripts.engine.generation import idle_sampling_flags
+from scripts.engine.likelihood.documents import KINDS, circumstances, load_for_use, load_kind
+from scripts.engine.likelihood.windows import tell_skipped
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.samplers import SamplerGrid
-from scripts.engine.windows import tell_skipped
 
 
 @dataclass(frozen=True)

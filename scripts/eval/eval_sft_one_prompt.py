@@ -17,11 +17,9 @@ from typing import Annotated
 
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.answers import note_on_template, warm_up
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import KINDS, Loaded, circumstances, load_kind
-from scripts.engine.files import require_output
-from scripts.engine.generation import (
+from scripts.engine.decoding.answers import note_on_template, warm_up
+from scripts.engine.decoding.generation import (
     Generation,
     Prompt,
     TypedPromptConfig,
@@ -30,10 +28,12 @@ from scripts.engine.generation import (
     in_effect,
     prompt_tokens,
 )
+from scripts.engine.decoding.trace import RECORD
+from scripts.engine.decoding.trace_terminal import side_by_side
+from scripts.engine.decoding.watching import Recorder, TraceConfig, on_screen
+from scripts.engine.files import require_output
+from scripts.engine.likelihood.documents import KINDS, Loaded, circumstances, load_kind
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.trace import RECORD
-from scripts.engine.trace_terminal import side_by_side
-from scripts.engine.watching import Recorder, TraceConfig, on_screen
 
 RATES = ("tokens_per_second", "tokens_per_pass")
 

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import circumstances
-from scripts.engine.experiment_figures import draw
-from scripts.engine.experiment_reports import READINGS, origin, read_reports
-from scripts.engine.experiment_runs import Recipe
-from scripts.engine.experiment_statistics import COMPARISONS, lines, summarise
-from scripts.engine.experiment_trainings import (
+from scripts.engine.experiments.figures import draw
+from scripts.engine.experiments.readings import READINGS, origin, read_reports
+from scripts.engine.experiments.runs import Recipe
+from scripts.engine.experiments.statistics import COMPARISONS, lines, summarise
+from scripts.engine.experiments.trainings import (
     TRAININGS,
     InitialisationConfig,
     RepetitionConfig,
@@ -37,8 +36,9 @@ from scripts.engine.experiment_trainings import (
     prepare,
 )
 from scripts.engine.files import require_output, write_json
-from scripts.engine.run import require_writable
+from scripts.engine.likelihood.documents import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line, provenance
+from scripts.engine.training.run import require_writable
 
 EXPERIMENTS = *TRAININGS, *READINGS
 

@@ -20,9 +20,10 @@ from typing import Annotated, Any, Literal
 
 from dataset.jsonl import BadRows, read_rows, text_format
 from dataset.sft import FORMATS
-from scripts.engine.choices import evaluate_choices
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import (
+from scripts.engine.files import require_output, write_json
+from scripts.engine.likelihood.choices import evaluate_choices
+from scripts.engine.likelihood.documents import (
     CheckpointConfig,
     Loaded,
     as_json,
@@ -32,9 +33,8 @@ from scripts.engine.evaluation import (
     evaluate_replies,
     flags_of_models,
 )
-from scripts.engine.files import require_output, write_json
+from scripts.engine.likelihood.windows import DataEvalConfig, tell_skipped
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.windows import DataEvalConfig, tell_skipped
 
 
 @dataclass(frozen=True)

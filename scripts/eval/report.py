@@ -22,16 +22,16 @@ from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.answers import note_on_template
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.evaluation import Loaded, circumstances, flags_of_models, load_kind
+from scripts.engine.decoding.answers import note_on_template
+from scripts.engine.decoding.generation import PromptConfig
 from scripts.engine.files import require_output, write_json
-from scripts.engine.generation import PromptConfig
-from scripts.engine.report_flags import Request, check_flags, require_folder
-from scripts.engine.report_frontier import FrontierConfig, choose, measure_frontier
-from scripts.engine.report_items import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
-from scripts.engine.report_page import FORMAT, PICTURES, draw, read_report
-from scripts.engine.report_results import AR, DIFFUSION, summary_of
+from scripts.engine.likelihood.documents import Loaded, circumstances, flags_of_models, load_kind
+from scripts.engine.report.flags import Request, check_flags, require_folder
+from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
+from scripts.engine.report.measure import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
+from scripts.engine.report.page import FORMAT, PICTURES, draw, read_report
+from scripts.engine.report.results import AR, DIFFUSION, summary_of
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 NAMES = {"autoregressive": AR, "diffusion": DIFFUSION}

@@ -19,10 +19,10 @@ from model.forward_process import MASK_SCHEDULES, StepNoise
 from model.objective import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
-from scripts.engine.evaluation import CheckpointConfig, circumstances
 from scripts.engine.files import require_output, write_json
-from scripts.engine.loader import to_device
+from scripts.engine.likelihood.documents import CheckpointConfig, circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
+from scripts.engine.training.loader import to_device
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,12 @@ from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.generation import generate, idle_sampling_flags, prompt_tokens
-from scripts.engine.optim import OptimConfig
-from scripts.engine.run import RunConfig, continues
+from scripts.engine.decoding.generation import generate, idle_sampling_flags, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.stage import StageConfigs, train_stage
-from scripts.engine.trainer_config import TrainerConfig
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.run import RunConfig, continues
+from scripts.engine.training.stage import StageConfigs, train_stage
+from scripts.engine.training.trainer_config import TrainerConfig
 
 
 @dataclass(frozen=True)

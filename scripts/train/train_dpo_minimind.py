@@ -13,12 +13,12 @@ from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.preference import ExactDPO
 from scripts.engine.cli import parse_args, run
-from scripts.engine.optim import OptimConfig
-from scripts.engine.reference import weights_digest, with_reference
-from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.stage import StageConfigs, require_start, train_stage
-from scripts.engine.trainer_config import TrainerConfig
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.reference import weights_digest, with_reference
+from scripts.engine.training.run import RunConfig
+from scripts.engine.training.stage import StageConfigs, require_start, train_stage
+from scripts.engine.training.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:

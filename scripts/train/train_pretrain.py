@@ -11,11 +11,11 @@ from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.objective import NextToken
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.optim import OptimConfig
-from scripts.engine.run import RunConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.stage import StageConfigs, train_stage
-from scripts.engine.trainer_config import TrainerConfig
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.run import RunConfig
+from scripts.engine.training.stage import StageConfigs, train_stage
+from scripts.engine.training.trainer_config import TrainerConfig
 
 
 def main(argv: list[str] | None = None) -> None:

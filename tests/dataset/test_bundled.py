@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from dataset import bundled
-from dataset.bundled_facts import HELD_OUT_SUMS, facts, one_way_capitals
-from dataset.bundled_tables import CAPITALS_ONE_WAY
+from dataset.corpus import bundled
+from dataset.corpus.facts import HELD_OUT_SUMS, facts, one_way_capitals
+from dataset.corpus.tables import CAPITALS_ONE_WAY
 from dataset.jsonl import language_of
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import SFTData, SFTDataset, messages_of

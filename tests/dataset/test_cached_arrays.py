@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import disk_cache, packing, preferences, sft
-from dataset.disk_cache import cached_arrays
+from dataset import cache as disk_cache
+from dataset import packing, preferences, sft
+from dataset.cache import cached_arrays
 from dataset.jsonl import chunked, content_hash
 from dataset.preferences import PreferenceData, PreferenceDataset, pair_of
 from dataset.pretrain import PretrainData, PretrainDataset
@@ -197,7 +198,7 @@ def test_an_interrupted_build_leaves_no_cache(kind, tmp_path, tokenizer, monkeyp
 def test_arrays_of_a_killed_build_are_no_cache(tmp_path):
     """The child ends without any cleaning up, as after kill -9, when the first entries are on disk."""
     child = (
-        "import os, sys, numpy; from pathlib import Path; from dataset.disk_cache import cached_arrays\n"
+        "import os, sys, numpy; from pathlib import Path; from dataset.cache import cached_arrays\n"
         "def fill(files):\n"
         "    files.append('a', numpy.arange(10**6))\n"
         "    os._exit(9)\n"

@@ -11,10 +11,10 @@ from typing import Annotated
 
 import pytest
 
-from dataset import check
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
 from dataset.tokenizer import encode, encode_chat, save_tokenizer
+from scripts import check_data as check
 from scripts.engine import cli
 
 

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.disk_cache import cached_directory
+from dataset.cache import cached_directory
 from dataset.jsonl import BadRows, is_validation, read_documents, read_rows
 
 ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
@@ -269,7 +269,7 @@ def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
 def test_a_killed_build_is_no_cache_and_is_cleaned_up_by_the_next(tmp_path):
     """The child ends without any cleaning up, as after kill -9; its process id then belongs to nobody."""
     child = (
-        "import os, sys; from pathlib import Path; from dataset.disk_cache import cached_directory\n"
+        "import os, sys; from pathlib import Path; from dataset.cache import cached_directory\n"
         "cached_directory(Path(sys.argv[1]), 'key', lambda folder: os._exit(9), None)"
     )
     root = Path(__file__).parents[2]

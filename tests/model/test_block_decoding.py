@@ -8,10 +8,10 @@ import torch
 
 from model.attention_mask import block_causal_mask
 from model.block_diffusion import predict
-from model.cache import KVCache
 from model.decode import Canvas, DenoisingConfig, decode
 from model.denoiser import Denoiser
-from model.denoising_forward import BlockCached, Span
+from model.denoiser_cache import BlockCached, Span
+from model.kv_cache import KVCache
 from model.remasking import transfer_schedule
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
 

@@ -5,10 +5,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.cache import ColumnCache, KVCache
 from model.config import ModelConfig
+from model.kv_cache import ColumnCache, KVCache
 from model.transformer import Transformer
-from scripts.engine.compiling import CXX_COMPILERS, compile_layers
+from scripts.engine.training.compiling import CXX_COMPILERS, compile_layers
 
 CASES = {
     "plain": {},

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
-from scripts.engine import cli, trainer
+from scripts.engine import cli
+from scripts.engine.training import trainer
 from scripts.train import diffusion, train_pretrain
 
 NOUNS = ("the cat", "a small dog", "my old friend", "the river", "一只小猫", "老朋友", "那条河", "春天的风")

@@ -7,12 +7,12 @@ from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine import cli
-from scripts.engine.evaluation import CheckpointConfig
-from scripts.engine.optim import OptimConfig
-from scripts.engine.run import RunConfig
+from scripts.engine.likelihood.documents import CheckpointConfig
+from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trainer_config import TrainerConfig
-from scripts.engine.windows import DataEvalConfig
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.run import RunConfig
+from scripts.engine.training.trainer_config import TrainerConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS, TRAINS

@@ -1,6 +1,5 @@
 """The command line as an interface: flags, aliases, help, and commands that run as they are written."""
 
-import importlib
 import json
 import os
 import pkgutil
@@ -21,9 +20,10 @@ from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
 from model.objective import MaskedDiffusion
 from scripts.engine import cli
-from scripts.engine.run import SILENT, TOLD, RunConfig
+from scripts.engine.training.run import SILENT, TOLD, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
+from tests.scripts.commands import module_of
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
@@ -161,14 +161,14 @@ def test_our_own_faults_are_not_dressed_as_the_users():
 
 def documented(module: str) -> list[list[str]]:
     """The arguments of every command for `module` in its own docstring."""
-    text = importlib.import_module(module).__doc__.replace("\\\n", " ")
+    text = module_of(module).__doc__.replace("\\\n", " ")
     found = re.findall(rf"^ *(?:uv run )?python -m {re.escape(module)}\b(.*)$", text, re.MULTILINE)
     return [shlex.split(arguments) for arguments in found]
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_help_works_and_contains_the_command_itself(module, command):
-    result = command(importlib.import_module(module), ["--help"])
+    result = command(module_of(module), ["--help"])
     assert (result.code, result.err) == (0, "")
     assert f"python -m {module}" in result.out
 
@@ -181,7 +181,7 @@ def test_the_commands_in_a_docstring_parse_and_fail_for_want_of_their_files_only
     commands = documented(module)
     assert commands, f"{module}: no command in its docstring"
     for argv in commands:
-        result = command(importlib.import_module(module), argv)
+        result = command(module_of(module), argv)
         assert result.code == 2 and "--help lists the flags" not in result.err, result.err
         assert re.search(r"does not exist|there is no|holds no", result.err), result.err
 
@@ -221,7 +221,7 @@ def test_the_published_commands_run_one_after_the_other(command, workspace, toke
             smaller = [*tiny, "--dtype", "float32"]
         elif module == "scripts.train.diffusion":
             smaller = ["--max-iters", "2", "--batch-size", "4", "--dtype", "float32"]
-        result = command(importlib.import_module(module), argv + smaller)
+        result = command(module_of(module), argv + smaller)
         assert result.code == 0, (module, result.err)
 
 
@@ -248,7 +248,7 @@ def test_settings_that_may_change_are_settings():
     from dataset.pretrain import PretrainData
     from model.preference import Preference
     from scripts.engine.runtime import RuntimeConfig
-    from scripts.engine.trainer_config import TrainerConfig
+    from scripts.engine.training.trainer_config import TrainerConfig
 
     known = {
         f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint, write_archive
-from scripts.engine.metrics import RunLog
+from scripts.engine.training.metrics import RunLog
 from scripts.eval import likelihood
 from scripts.train import diffusion, train_pretrain, train_tokenizer
 

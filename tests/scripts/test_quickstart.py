@@ -10,12 +10,12 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dataset.bundled import is_correct
+from dataset.corpus.bundled import is_correct
 from model.checkpoint import load_checkpoint
 from scripts import quickstart
-from scripts.engine import run as run_module
-from scripts.engine.report_results import summary_of
+from scripts.engine.report.results import summary_of
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training import run as run_module
 from tests.scripts.conftest import Result, run_command
 
 CHEAP = ["--scale", "0.001", "--dtype", "float32"]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from dataset import bundled
-from dataset.bundled_facts import facts
+from dataset.corpus import bundled
+from dataset.corpus.facts import facts
 from scripts import quickstart
-from scripts.engine.report_results import rows_of
+from scripts.engine.report.results import rows_of
 from tests.scripts.conftest import run_command
 
 KINDS = ("capital", "country")

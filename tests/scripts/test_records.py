@@ -17,10 +17,11 @@ import pytest
 from dataset.tokenizer import fingerprint
 from model.checkpoint import load_checkpoint
 from scripts import chat
-from scripts.engine import benchmark_peak, files, runtime
-from scripts.engine.metrics import read_log
+from scripts.engine import files, runtime
+from scripts.engine.bench import peak as benchmark_peak
+from scripts.engine.decoding.trace import load_traces
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.trace import load_traces
+from scripts.engine.training.metrics import read_log
 from scripts.eval import (
     benchmark,
     eval_diffusion,

@@ -23,8 +23,8 @@ from scripts.eval import (
     schedule_variance,
 )
 from scripts.train import train_dpo_minimind, train_pretrain, train_sft_minimind
+from tests.scripts.decoding.test_prompts_are_data import FILES, rows
 from tests.scripts.models import untrained
-from tests.scripts.test_prompts_are_data import FILES, rows
 
 KINDS = {"ar": "causal", "full": "full", "blocks": "block 3"}
 STAGES = {

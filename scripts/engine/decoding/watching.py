@@ -1,0 +1,82 @@
+"""Watching a decoder at work: what --trace asks for, and the live view of a chat."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+from dataset.tokenizer import PreTrainedTokenizerFast
+from model.canvas import Canvas, DecodingStep
+from scripts.engine.decoding.generation import Observe, Watch
+from scripts.engine.decoding.trace import REPLACEMENT, Trace, assemble, check_trace_path, write_trace
+from scripts.engine.decoding.trace_terminal import NEWLINE, LiveView, printable
+
+
+@dataclass(frozen=True)
+class TraceConfig:
+    """Watching the text come to be."""
+
+    trace: Annotated[
+        str | None, "record every step in this file, .html, .gif or .json; or, with the word terminal, show it live"
+    ] = None
+
+    def __post_init__(self):
+        if self.trace is not None:
+            check_trace_path(self.trace)
+
+    @property
+    def file(self) -> Path | None:
+        return None if self.trace in (None, "terminal") else Path(self.trace)
+
+
+class Recorder:
+    """Traces of several decodings, for one file."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, target: str | None):
+        self.tokenizer, self.target, self.traces = tokenizer, target, list[Trace]()
+
+    def observer(self, **info: Any) -> Observe | None:
+        """What records the first row of the next decoding, `info` being its circumstances; None if nobody watches."""
+        if self.target is None:
+            return None
+
+        def observe(canvas: Canvas) -> Watch:
+            length = int(canvas.lengths[0])
+            trace = Trace(self.tokenizer, canvas.ids[0, :length], canvas.open[0, :length], info)
+            self.traces.append(trace)
+            if self.target != "terminal":
+                return trace.add
+            if "title" in info:
+                print(info["title"], file=sys.stderr)
+            return LiveView(trace)
+
+        return observe
+
+    def write(self) -> list[str]:
+        """Write the file, if there is one; lines that say so."""
+        if self.target in (None, "terminal"):
+            return []
+        write_trace(Path(self.target), self.traces)
+        return [f"saved {self.target}"]
+
+
+class Typing:
+    """A `watch` callback that adds every step to `trace` and types the text from position `start` on as it grows."""
+
+    def __init__(self, trace: Trace, start: int, stream: TextIO):
+        self.trace, self.start, self.stream, self.typed = trace, start, stream, ""
+
+    def __call__(self, step: DecodingStep) -> None:
+        self.trace.add(step)
+        tokens = [self.trace.tokens[i] for i in self.trace.ids[self.start :]]
+        text = "".join(assemble(tokens))
+        # A character may still lack bytes; what is typed cannot be taken back.
+        text = text.rstrip(REPLACEMENT) if len(text.rstrip(REPLACEMENT)) >= len(self.typed) else self.typed
+        self.stream.write(on_screen(text[len(self.typed) :]))
+        self.stream.flush()
+        self.typed = text
+
+
+def on_screen(text: str) -> str:
+    """A text with its line breaks, but without anything else that would steer a terminal."""
+    return printable(text).replace(NEWLINE + "\n", "\n")

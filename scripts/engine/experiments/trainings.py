@@ -1,0 +1,234 @@
+"""The experiments that train: mask schedules, initialisation, repetition. Each returns its runs, one record for each
+training and seed, with what was measured on it; all likelihoods are of the same held-out documents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from dataset.corpus.bundled import bundled_file
+from dataset.jsonl import read_documents, text_format
+from dataset.tokenizer import encode, load_tokenizer
+from model.decode import ContinuationConfig, DenoisingConfig
+from scripts.engine.decoding.answers import distinct
+from scripts.engine.decoding.generation import generate_batch
+from scripts.engine.experiments.data import held_out_parts, small_corpus, write_documents
+from scripts.engine.experiments.runs import Bench, Lab, Recipe, Run
+from scripts.engine.files import sha256_of
+from scripts.engine.likelihood.documents import window_nats
+from scripts.engine.likelihood.windows import DataEvalConfig, Window
+from scripts.engine.runtime import RuntimeConfig
+
+Records = list[dict[str, Any]]
+JUDGE_SEED = 10_000  # no training's
+SECOND_STAGE = 5_000  # added to the seed, so that a second stage does not see the rows of the first one again
+ROWS_AT_A_TIME = 128
+
+
+def numbers(text: str, flag: str, kind: type = int) -> list[Any]:
+    """ "1,4" -> [1, 4]; ValueError unless they are different and rise."""
+    try:
+        found = [kind(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or found != sorted(set(found)):
+        raise ValueError(f"{flag} {text!r}: expected rising numbers separated by commas")
+    return found
+
+
+@dataclass(frozen=True)
+class TrainingsConfig:
+    """All trainings."""
+
+    seeds: Annotated[str, "of the trainings; --seed is that of the masks they are measured with"] = "1,2,3"
+    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
+    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    tokenizer_dir: Annotated[Path | None, "directory of a tokenizer (none: one is trained on --data)"] = None
+    target_vocab_size: Annotated[int, "entries of the tokenizer trained"] = 2048
+    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+    val_fraction: Annotated[float, "share of documents held out, by content hash"] = 0.02
+    heldout_tokens: Annotated[int, "tokens, at most, of the held-out documents that runs are measured on"] = 40_000
+    num_samples: Annotated[int, "masks drawn per row for a diffusion bound", "--nmc"] = 8
+
+    def __post_init__(self):
+        numbers(self.seeds, "--seeds")
+        for name in ("heldout_tokens", "num_samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.data is not None:
+            text_format(self.data)
+
+
+@dataclass(frozen=True)
+class SchedulesConfig:
+    """schedules: mask schedules compared."""
+
+    schedules_start_tokens: Annotated[int, "tokens of the AR training from which all start"] = 800_000
+    schedules_tokens: Annotated[int, "tokens of each diffusion training"] = 1_600_000
+    schedules_band: Annotated[str, "least and largest mask rate of the banded training"] = "0.3,0.8"
+    schedules_judge_tokens: Annotated[int, "tokens of the AR training that judges generated texts"] = 3_000_000
+    schedules_generations: Annotated[int, "texts generated from a fully masked row and judged"] = 128
+
+    def __post_init__(self):
+        if self.schedules_generations < 1:
+            raise ValueError(f"--schedules-generations must be at least 1, not {self.schedules_generations}")
+        if len(numbers(self.schedules_band, "--schedules-band", float)) != 2:
+            raise ValueError(f"--schedules-band {self.schedules_band!r}: expected two rates")
+
+
+@dataclass(frozen=True)
+class InitialisationConfig:
+    """initialisation: AR weights or none at equal tokens."""
+
+    initialisation_tokens: Annotated[str, "total tokens, AR and diffusion together, of each point"] = (
+        "500000,1000000,2000000"
+    )
+    initialisation_shares: Annotated[str, "shares of them spent on the AR training (0 = from scratch)"] = "0,0.5"
+
+    def __post_init__(self):
+        numbers(self.initialisation_tokens, "--initialisation-tokens")
+        shares = numbers(self.initialisation_shares, "--initialisation-shares", float)
+        if not 0 <= shares[0] <= shares[-1] < 1:
+            raise ValueError(f"--initialisation-shares {self.initialisation_shares!r}: expected shares below 1")
+
+
+@dataclass(frozen=True)
+class RepetitionConfig:
+    """repetition: one small corpus seen again and again."""
+
+    repetition_tokens: Annotated[int, "tokens of the small corpus, rounded down to full steps"] = 65_536
+    repetition_counts: Annotated[str, "how often it is seen"] = "1,4,16,64"
+    repetition_batch_size: Annotated[int, "rows per step"] = 32
+
+    def __post_init__(self):
+        if numbers(self.repetition_counts, "--repetition-counts")[0] < 1 or self.repetition_batch_size < 1:
+            raise ValueError("--repetition-counts and --repetition-batch-size must be at least 1")
+
+
+def prepare(config: TrainingsConfig, recipe: Recipe, runtime: RuntimeConfig, folder: Path) -> Bench:
+    """The corpus, the tokenizer, trained if need be, and the held-out documents; `folder` is that of the runs."""
+    source, field, share = config.data, config.jsonl_field, config.val_fraction
+    source = source or bundled_file("pretrain", config.cache_dir)
+    lab = Lab(folder, source, field, share, config.cache_dir, recipe, runtime)
+    directory = config.tokenizer_dir or lab.tokenizer(config.target_vocab_size)
+    tokenizer = load_tokenizer(directory)
+    selection, test = held_out_parts(source, field, share, tokenizer, config.heldout_tokens)
+    heldout = write_documents(folder / "heldout.jsonl", test)
+    return Bench(lab, directory, tokenizer, heldout, selection, config.num_samples)
+
+
+def schedules(bench: Bench, config: SchedulesConfig, seeds: Sequence[int]) -> dict[str, Any]:
+    """Four ways to mask, from one AR start per seed: the bound, and what a judge thinks of texts from nothing.
+
+    Texts are drawn by any-order ancestral sampling from a canvas that is all masks but for BOS: one token per step, at
+    a random place, temperature 1, nothing cut off: a sample of the model itself. judge_nats: nats per token, EOS
+    included, under an AR model that was trained longer; low nats at low distinct_2 mean loops.
+    """
+    recipe = bench.lab.recipe
+    least, most = config.schedules_band.split(",")
+    band = "--mask-schedule", "fixed_count", "--mask-rate-min", least, "--mask-rate-max", most
+    ways = {
+        "1/t": ("--mask-schedule", "iid_t"),
+        "fixed count": ("--mask-schedule", "fixed_count"),
+        "uniform": ("--mask-schedule", "random"),
+        f"band {least}-{most}": band,
+    }
+    steps = recipe.steps(config.schedules_tokens, "--schedules-tokens")
+    first_steps = recipe.steps(config.schedules_start_tokens, "--schedules-start-tokens")
+    judge_steps = recipe.steps(config.schedules_judge_tokens, "--schedules-judge-tokens")
+    judge = bench.train("schedules_judge", "ar", judge_steps, JUDGE_SEED)
+    runs: Records = []
+    for seed in seeds:
+        start = bench.train(f"schedules_start_{seed}", "ar", first_steps, seed)
+        for number, (way, flags) in enumerate(ways.items()):
+            name = f"schedules_{number}_{seed}"
+            made = bench.train(name, "diffusion", steps, seed + SECOND_STAGE, *flags, start=start)
+            record = {"schedule": way, "seed": seed, "tokens": start.tokens + made.tokens}
+            runs.append(record | bench.likelihood(made.weights) | judged(bench, made, judge, config))
+    return {"runs": runs, "judge": bench.likelihood(judge.weights), "real_text": judged(bench, None, judge, config)}
+
+
+def judged(bench: Bench, run: Run | None, judge: Run, config: SchedulesConfig) -> dict[str, Any]:
+    """judge_nats and distinct_2 of texts that the run's model generates; without a run, of held-out documents, cut to
+    the same length."""
+    count, room = config.schedules_generations, bench.lab.recipe.max_seq_len - 1
+
+    def measure() -> dict[str, Any]:
+        if run:
+            ends = generated(bench, run, count, room)
+        else:
+            found = [encode(bench.tokenizer, text) for text in read_documents(bench.heldout)][:count]
+            ends = [(ids[:room], len(ids) < room) for ids in found]
+        eos = [bench.tokenizer.eos_token_id]
+        rows = [[bench.tokenizer.bos_token_id, *ids, *(eos if ended else [])] for ids, ended in ends]
+        windows = [Window(i, ids[: room + 1], i) for i, ids in enumerate(rows) if len(ids) > 1]
+        nats, _ = window_nats(bench.load(judge.weights), bench.tokenizer, windows, DataEvalConfig(), bench.lab.runtime)
+        tokens = sum(len(window.ids) - 1 for window in windows)
+        return {
+            "judge_nats": float(nats.sum()) / tokens,
+            "distinct_2": distinct([ids for ids, _ in ends], 2),
+            "tokens_per_text": tokens / len(windows),
+        }
+
+    settings = {"generations": count, "length": room, "judge_sha256": sha256_of(judge.weights)}
+    return bench.remember(run.weights if run else judge.weights, "judged", settings, measure)
+
+
+def generated(bench: Bench, run: Run, count: int, room: int) -> list[tuple[list[int], bool]]:
+    """(ids as the tokenizer spells the text, whether it ended) of `count` texts; text i has the seed i."""
+    sampler = DenoisingConfig(
+        gen_steps=room, gen_block_size=0, gen_remasking="random", gen_temp=1.0, gen_top_k=0, gen_repeat_penalty=0.0
+    )
+    model, made = bench.load(run.weights), []
+    for first in range(0, count, ROWS_AT_A_TIME):
+        prompts, length = [""] * min(ROWS_AT_A_TIME, count - first), ContinuationConfig(room, gen_seed=first)
+        made += generate_batch(model, bench.tokenizer, prompts, length, sampler, bench.lab.runtime, room + 1)
+    return [(encode(bench.tokenizer, one.text), one.ended) for one in made]
+
+
+def initialisation(bench: Bench, config: InitialisationConfig, seeds: Sequence[int]) -> dict[str, Any]:
+    """A share of the tokens for AR training and the rest for diffusion, each with its own learning-rate schedule."""
+    runs: Records = []
+    for seed in seeds:
+        for tokens in numbers(config.initialisation_tokens, "--initialisation-tokens"):
+            steps = bench.lab.recipe.steps(tokens, "--initialisation-tokens")
+            for share in numbers(config.initialisation_shares, "--initialisation-shares", float):
+                first_steps, name, start = round(steps * share), f"initialisation_{tokens}_{share:g}_{seed}", None
+                if share:
+                    if not first_steps:
+                        raise ValueError(f"--initialisation-shares {share:g} of {steps} steps is none; raise it")
+                    start = bench.train(f"{name}_ar", "ar", first_steps, seed)
+                made = bench.train(name, "diffusion", steps - first_steps, seed + SECOND_STAGE, start=start)
+                spent = made.tokens + (start.tokens if start else 0)
+                record = {"ar_share": share, "budget": tokens, "seed": seed, "tokens": spent}
+                runs.append(record | bench.likelihood(made.weights))
+    return {"runs": runs}
+
+
+def repetition(bench: Bench, config: RepetitionConfig, seeds: Sequence[int]) -> dict[str, Any]:
+    """A small corpus seen R times by each kind, every run with a learning-rate schedule of its own: the `final`
+    weights, and the `best` by other held-out documents. The corpus makes full steps, so that R passes are R times as
+    many steps."""
+    lab = replace(bench.lab, recipe=replace(bench.lab.recipe, batch_size=config.repetition_batch_size))
+    bench, recipe = replace(bench, lab=lab), lab.recipe
+    steps = recipe.steps(config.repetition_tokens, "--repetition-tokens")
+    rows = steps * recipe.batch_size
+    texts = small_corpus(lab.source, lab.jsonl_field, lab.val_fraction, bench.tokenizer, rows, recipe.max_seq_len)
+    small = write_documents(lab.folder / "small.jsonl", [*texts, *bench.selection])
+    runs: Records = []
+    for seed in seeds:
+        for count in numbers(config.repetition_counts, "--repetition-counts"):
+            every = "--eval-interval", str(max(count * steps // 10, 1))
+            for kind in ("ar", "diffusion"):
+                made = bench.train(f"repetition_{kind}_{count}_{seed}", kind, count * steps, seed, *every, data=small)
+                for weights, path in (("final", made.weights), ("best", made.best)):
+                    record = {"kind": kind, "repetitions": count, "weights": weights, "seed": seed}
+                    runs.append(record | {"tokens": made.tokens} | bench.likelihood(path))
+    return {"runs": runs, "small_corpus": {"documents": len(texts), "rows": rows}}
+
+
+TRAININGS: dict[str, Callable[[Bench, Any, Sequence[int]], dict[str, Any]]] = {
+    "schedules": schedules,
+    "initialisation": initialisation,
+    "repetition": repetition,
+}

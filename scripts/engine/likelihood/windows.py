@@ -1,0 +1,252 @@
+"""From the rows of a file to batches that are scored: which rows, cut where, and which masks they meet."""
+
+import heapq
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import torch
+from tqdm import tqdm
+
+from dataset.jsonl import (
+    BadRows,
+    Check,
+    OnBadRow,
+    content_hash,
+    is_validation,
+    language_of,
+    read_documents,
+    text_format,
+    told_skipped,
+)
+from dataset.sft import read_conversations
+from dataset.spelling import spelling_check
+from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
+from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.loader import to_device
+
+DOCUMENTS_AT_A_TIME = 512
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True)
+class DataEvalConfig:
+    """Evaluation of a file."""
+
+    eval_data: Annotated[Path | None, "what to evaluate: .jsonl or .txt, either may be .gz"] = None
+    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    eval_split: Annotated[Literal["all", "validation"], "validation: the rows that training held out"] = "all"
+    val_fraction: Annotated[float, "their share, as in training"] = 0.005
+    eval_batch_size: Annotated[int, "rows per forward pass"] = 32
+    eval_max_batches: Annotated[int | None, "evaluate a random sample that fills about so many batches (none: all)"] = (
+        None
+    )
+    num_samples: Annotated[
+        int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
+    ] = 16
+    on_bad_row: OnBadRow = "error"
+    control_tokens: bool = False  # documents that spell control tokens hold them, as in the training of the model
+
+    def __post_init__(self):
+        for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.eval_data is not None and text_format(self.eval_data) == ".txt" and self.jsonl_field != "text":
+            raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.eval_data} has no fields; leave the flag out")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
+
+
+class Window(NamedTuple):
+    """Tokens that fit the context: those before `begin` are given, all others are scored."""
+
+    document: int
+    ids: list[int]
+    seed: int  # of its masks
+    begin: int = 1
+    fill: int = 0  # scored tokens at the end that count as none
+
+
+@dataclass
+class Document:
+    """A document, or the replies of a conversation."""
+
+    language: str
+    bytes: int
+    nats: float = 0.0
+    variance: float = 0.0
+    tokens: int = 0
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, bad: BadRows | None = None
+) -> tuple[list[Document], list[Window]]:
+    """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches.
+
+    A diffusion model is told where a window ends, a block model within its last block, which may be short.
+    """
+    control = config.control_tokens
+    texts = chosen_texts(config, spelling_check(tokenizer, control), bad)
+    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
+    documents, windows = [], []
+    for first in range(0, len(texts), DOCUMENTS_AT_A_TIME):
+        some = texts[first : first + DOCUMENTS_AT_A_TIME]
+        for text, ids in zip(some, encode_batch(tokenizer, some, control), strict=True):
+            if len(windows) >= enough:
+                return documents, windows
+            ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            for start in range(0, len(ids) - 1, max_length - 1):
+                # Masks follow the text, not its place in the file.
+                seed = (content_hash(text) + start) % 2**63
+                windows.append(Window(len(documents), ids[start : start + max_length], seed))
+            documents.append(Document(language_of(text), len(text.encode("utf-8"))))
+    return documents, windows
+
+
+def chosen_texts(config: DataEvalConfig, check: Check = str, bad: BadRows | None = None) -> list[str]:
+    """The documents of the split, in order; with eval_max_batches, a random sample of enough of them. Those of which
+    check(text) raises ValueError are bad rows."""
+    texts = read_documents(config.eval_data, config.jsonl_field, bad or BadRows(config.on_bad_row), check)
+    chosen = chosen_rows((text for text in texts if text), config, str)
+    if not chosen:
+        raise ValueError(f"{config.eval_data} has nothing to evaluate: all its documents are empty")
+    return chosen
+
+
+def tell_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
+    """The rows of `path` that were left out, for the file of the result; they are told on stderr."""
+    if bad.count:
+        print(f"{path}: {told_skipped(bad.meta)}", file=sys.stderr)
+    return bad.meta
+
+
+def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[Row], str]) -> list[Row]:
+    """The rows of the split, in order; with eval_max_batches, a random sample of at most as many as fill the batches.
+    `content` is what the rows are told apart by."""
+    if config.eval_split == "validation":
+        rows = _held_out(rows, config.val_fraction, content)
+    if config.eval_max_batches is None:
+        chosen = list(rows)
+    else:
+        # Smallest scrambled hash: the hash itself would prefer the documents that training held out.
+        count = config.eval_max_batches * config.eval_batch_size
+        chosen = heapq.nsmallest(count, rows, key=lambda row: content_hash(content(row)) * 0x9E3779B97F4A7C15 % 2**64)
+    if not chosen and config.eval_split == "validation":
+        raise ValueError(
+            f"{config.eval_data} has nothing to evaluate: with --val-fraction {config.val_fraction} "
+            "training holds out none of its rows"
+        )
+    return chosen
+
+
+def _held_out(rows: Iterable[Row], fraction: float, content: Callable[[Row], str]) -> Iterator[Row]:
+    """The rows that training with this --val-fraction holds out: by hash, else those of the smallest hash, where
+    others remain; none at 0."""
+    smallest, least, found, others = [], 2**64, False, False
+    for row in rows:
+        text = content(row)
+        if is_validation(text, fraction):
+            found = True
+            yield row
+        elif not found:
+            value = content_hash(text)
+            others = others or (bool(smallest) and value != least)
+            if value < least:
+                smallest, least = [], value
+            if value == least:
+                smallest.append(row)
+    if fraction > 0 and not found and others:
+        yield from smallest
+
+
+class ReplyWindows(NamedTuple):
+    """The replies of a file's conversations, one to a window, each given all before it."""
+
+    conversations: list[Document]
+    windows: list[Window]
+    too_long: int  # replies left out because they end behind the context
+    empty: int  # replies left out because they have no text
+    unfilled: int  # replies scored on a canvas without room for more, so that where they end is given away
+
+
+def reply_windows(
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    max_length: int,
+    canvas: int = 0,
+    block_size: int = 0,
+    bad: BadRows | None = None,
+) -> ReplyWindows:
+    """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens; block_size > 0: on one that ends with
+    the block of so many tokens, counted from the beginning of the conversation, in which the reply ends, for what lies
+    behind it is never seen. Where the context ends before it, the canvas is what is left. The rest of the canvas is
+    EOS, too, scored and not counted. ValueError: nothing can be scored."""
+    conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
+    read = read_conversations(config.eval_data, None, bad or BadRows(config.on_bad_row), spelling_check(tokenizer))
+    chosen = chosen_rows((chat for _, chat in read), config, lambda messages: render_chat(messages, False))
+    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
+    for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
+        some = chosen[first : first + DOCUMENTS_AT_A_TIME]
+        for messages, (ids, spans) in zip(some, encode_conversations(tokenizer, some), strict=True):
+            if len(windows) >= enough:
+                break
+            texts = [message["content"] for message in messages if message["role"] == "assistant"]
+            empty += texts.count("")
+            too_long += sum(end > max_length for text, (_, end) in zip(texts, spans, strict=True) if text)
+            scored = [(t, span) for t, span in zip(texts, spans, strict=True) if t and span[1] <= max_length]
+            for _, (begin, end) in scored:
+                wanted = -end % block_size if block_size else canvas - (end - begin)
+                fill = max(min(wanted, max_length - end), 0)
+                unfilled += not fill and (wanted > 0 or not block_size)
+                canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
+                windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
+            if scored:
+                joined = "\n".join(text for text, _ in scored)
+                conversations.append(Document(language_of(joined), sum(len(t.encode("utf-8")) for t, _ in scored)))
+    if not windows:
+        raise ValueError(
+            f"{config.eval_data} has nothing to evaluate: of its replies {empty} are empty and {too_long} do not fit "
+            f"--max-seq-len {max_length}"
+        )
+    return ReplyWindows(conversations, windows, too_long, empty, unfilled)
+
+
+def seed_of(ids: list[int]) -> int:
+    """A window's masks follow its content, not its place in the file nor its fill."""
+    return content_hash(" ".join(map(str, ids))) % 2**63
+
+
+def batches(
+    windows: list[Window],
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    runtime: RuntimeConfig,
+) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
+    """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding,
+    and those that score a single token apart: one mask does for them."""
+    order = sorted(range(len(windows)), key=lambda i: (len(windows[i].ids) - windows[i].begin > 1, len(windows[i].ids)))
+    for first in tqdm(range(0, len(order), config.eval_batch_size), unit="batch", disable=not sys.stderr.isatty()):
+        chosen = order[first : first + config.eval_batch_size]
+        yield (
+            to_device(collate([windows[i] for i in chosen], tokenizer.pad_token_id), runtime.torch_device),
+            chosen,
+        )
+
+
+def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
+    """A batch in which each row is scored from its `begin` on; `row_ids` (B,) seed the rows' masks."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    place = torch.arange(int(lengths.max()))
+    real = place < lengths[:, None]
+    input_ids = torch.full(real.shape, pad_id)
+    for number, row in enumerate(rows):
+        input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
+    return {
+        "input_ids": input_ids,
+        "loss_mask": real & (place >= torch.tensor([row.begin for row in rows])[:, None]),
+        "document_ids": real.long() - 1,
+        "row_ids": torch.tensor([row.seed for row in rows]),
+    }

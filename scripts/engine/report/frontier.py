@@ -1,0 +1,128 @@
+"""Quality against cost: every way of decoding on the same questions, for the report's frontier."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, NamedTuple
+
+from tqdm import tqdm
+
+from model.decode import DenoisingConfig, SamplingConfig
+from model.remasking import POLICIES
+from scripts.engine.decoding.answers import Answer, warm_up
+from scripts.engine.decoding.generation import generate_batch, in_effect
+from scripts.engine.report.measure import ANSWERED, Section, Setup, recorded
+
+FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Quality against cost, of the first model of each kind and block size."""
+
+    frontier_questions: Annotated[
+        int,
+        "answered with every policy and setting: the first of the first file with right and wrong answers (questions, "
+        "poems), else of the first one of open questions; 0 = none",
+    ] = 200
+    frontier_steps: Annotated[
+        str | None, "comma-separated step counts (none: an eighth, a quarter, half and all of --max-new-tokens)"
+    ] = None
+    frontier_thresholds: Annotated[str, "comma-separated, of the policy threshold"] = "0.5,0.7,0.9"
+    frontier_factors: Annotated[str, "comma-separated, of the policy factor"] = "0.5,1,2"
+
+    def __post_init__(self):
+        if self.frontier_questions < 0:
+            raise ValueError(f"--frontier-questions must not be negative, not {self.frontier_questions}")
+        self.settings("low_confidence", 1)
+        for config in (DenoisingConfig(), SamplingConfig()):
+            list(samplers(self, config, 1))
+
+    def settings(self, policy: str, max_new_tokens: int) -> list[float]:
+        """The values that a policy is tried with. ValueError for what are no positive numbers."""
+        name = {"threshold": "frontier_thresholds", "factor": "frontier_factors"}.get(policy, "frontier_steps")
+        values = getattr(self, name)
+        if values is None:
+            return sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)})
+        try:
+            return [int(part) if name == "frontier_steps" else float(part) for part in values.split(",")]
+        except ValueError:
+            kind = "whole numbers" if name == "frontier_steps" else "numbers"
+            raise ValueError(f"--{name.replace('_', '-')} {values}: expected {kind}, separated by commas") from None
+
+
+class Sampler(NamedTuple):
+    """A way of decoding."""
+
+    policy: str
+    setting: str
+    config: SamplingConfig | DenoisingConfig
+
+
+def samplers(
+    frontier: FrontierConfig, config: SamplingConfig | DenoisingConfig, max_new_tokens: int
+) -> Iterator[Sampler]:
+    """AR: as it is set, and greedy; diffusion: every policy with every setting. ValueError for an impossible one."""
+    if isinstance(config, SamplingConfig):
+        greedy = replace(config, ar_temperature=0.0)
+        drawn = f"temperature {config.ar_temperature:g}"
+        yield from [Sampler("AR", drawn, config)] if config.ar_temperature else []
+        yield Sampler("AR", "greedy", greedy)
+        return
+    for policy in POLICIES:
+        field = FIELDS.get(policy, "gen_steps")
+        for value in frontier.settings(policy, max_new_tokens):
+            setting = f"{value:g} {'step' if value == 1 else 'steps'}" if field == "gen_steps" else f"{value:g}"
+            yield Sampler(policy, setting, replace(config, gen_remasking=policy, **{field: value}))
+
+
+def choose(sections: list[Section]) -> Section | None:
+    """The first file with right and wrong answers, else the first that is answered at all."""
+    answered = [section for section in sections if section["format"] in ANSWERED]
+    return next((section for section in answered if section["format"] != "open"), next(iter(answered), None))
+
+
+def measure_frontier(setup: Setup, config: FrontierConfig, section: Section) -> dict[str, Any]:
+    """Every sampler's answers to the first items of the section, a random sample of it. A question is answered by all
+    samplers before the next one is, so that what else the machine does slows down all of them alike."""
+    items, models = section["items"][: config.frontier_questions], {}
+    batch_size = setup.config.batch_size or 1
+    for name, loaded in setup.models.items():
+        models.setdefault(loaded.described, name)
+    tried = {
+        name: list(samplers(config, setup.sampler(name), setup.continuation.max_new_tokens)) for name in models.values()
+    }
+    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in some] for name, some in tried.items()}
+    for first in tqdm(range(0, len(items), batch_size), desc="frontier", disable=not sys.stderr.isatty()):
+        for name in tried:
+            for all_of_them, made in zip(answers[name], _round(setup, name, items, first, tried[name]), strict=True):
+                all_of_them += made
+    points = [
+        {
+            "model": name,
+            "policy": sampler.policy,
+            "setting": sampler.setting,
+            "config": in_effect(sampler.config),
+            "results": recorded(setup, made),
+        }
+        for name, some in tried.items()
+        for sampler, made in zip(some, answers[name], strict=True)
+    ]
+    return {"source": section["name"], "items": len(items), "batch_size": batch_size, "points": points}
+
+
+def _round(
+    setup: Setup, name: str, items: list[dict[str, Any]], first: int, tried: list[Sampler]
+) -> Iterator[list[Answer]]:
+    """Every sampler's answers to the batch that begins at item `first`; item i is sampled with the seed plus i."""
+    loaded, limit = setup.models[name], setup.config.max_seq_len
+    batch = items[first : first + (setup.config.batch_size or 1)]
+    prompts = [setup.prompting.put(item["question"], loaded) for item in batch]
+    seed = setup.runtime.seed if setup.continuation.gen_seed is None else setup.continuation.gen_seed
+    continuation = replace(setup.continuation, gen_seed=seed % (2**32 - len(items)) + first)
+    warm_up(loaded, prompts, continuation, tried[0].config, setup.runtime, limit)
+    for sampler in tried:
+        made = generate_batch(
+            loaded.model, loaded.tokenizer, prompts, continuation, sampler.config, setup.runtime, limit
+        )
+        yield [Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made]

@@ -1,0 +1,56 @@
+"""How long a training is, and what of it is done at a time."""
+
+import math
+from dataclasses import dataclass
+from typing import Annotated
+
+from scripts.engine.training.compiling import require_compiler
+from scripts.engine.training.distributed import launched, num_processes
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Duration and batch."""
+
+    batch_size: Annotated[int, "rows per forward pass, of all processes together"] = 96
+    accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
+    epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
+    max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
+    early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
+    early_stop_min_delta: Annotated[
+        float, "decrease of the validation loss that counts as improvement, nats per token"
+    ] = 0.0
+    compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
+    max_skipped_steps: Annotated[
+        int,
+        "stop after so many steps in a row whose loss or gradient was not finite; each of them is skipped (looked at "
+        "with every step on a CPU, elsewhere with every log line)",
+    ] = 8
+    fsdp: Annotated[bool, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2)"] = False
+
+    def __post_init__(self):
+        for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"--max-skipped-steps must be at least 1, not {self.max_skipped_steps}")
+        if self.batch_size % num_processes():
+            raise ValueError(
+                f"--batch-size {self.batch_size} does not divide among {num_processes()} processes; "
+                "give a multiple of their number"
+            )
+        if self.fsdp and not launched():
+            raise ValueError("--fsdp needs the processes that torchrun starts; start with it, or leave out --fsdp")
+        if self.epochs is not None and self.max_iters is not None:
+            raise ValueError("give --epochs or --max-iters, not both")
+        if self.compile:
+            require_compiler("leave it out")
+        if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
+            raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation_steps
+
+    def total_steps(self, num_rows: int) -> int:
+        return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))

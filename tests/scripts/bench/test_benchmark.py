@@ -1,0 +1,192 @@
+"""A benchmark must measure what it says: the plain step computes our loss, and the operations are counted right."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.forward_process import StepNoise
+from model.objective import MaskedDiffusion, NextToken
+from scripts.engine.bench import peak as benchmark_peak
+from scripts.engine.bench import training as benchmark_training
+from scripts.engine.bench.flops import step_flops
+from scripts.engine.bench.scaling import shape_of
+from scripts.engine.bench.timing import interleave
+from scripts.engine.bench.training import OURS, PLAIN, Case, Setting, TrainingBenchmarkConfig, plain_nats
+from scripts.engine.cli import run
+from scripts.engine.memory import keep_freed_memory, most_resident, peak_of
+from scripts.engine.runtime import RuntimeConfig
+from scripts.eval import benchmark
+from tests.conftest import TINY
+
+KINDS = {
+    "ar": NextToken(),
+    "full": MaskedDiffusion(variable_length_prob=0.0),
+    "block": MaskedDiffusion(variable_length_prob=0.0, block_size=3),
+}
+
+
+def prepared(kind, ids, documents=None):
+    batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool)}
+    if documents is not None:
+        batch |= {"document_ids": documents, "loss_mask": documents >= 0}
+    return KINDS[kind].prepare(batch, TINY, StepNoise(0, 1, len(ids), progress=0.5))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_step_computes_the_loss_and_the_gradient_of_the_fast_one(kind, tiny_model):
+    model = tiny_model()
+    documents = torch.tensor([[0] * 4 + [1] * 6, [0] * 7 + [-1] * 3])
+    batch = prepared(kind, torch.randint(4, 24, (2, 10)), documents)
+    plain, ours = plain_nats(model, batch), KINDS[kind].loss(model, batch).nats.sum()
+    torch.testing.assert_close(plain, ours)
+    parameters = list(model.parameters())
+    for a, b in zip(*(torch.autograd.grad(x, parameters) for x in (plain, ours)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_those_that_a_counter_sees_where_nothing_is_masked_or_left_out(kind, tiny_model):
+    """A counter sees what is computed: all pairs of positions, and the last layer's queries everywhere. Where every
+    pair counts and every position is scored, the two agree; else ours is the smaller one."""
+    model = tiny_model()
+    if kind == "full":
+        batch = prepared(kind, torch.randint(4, 24, (3, 8)))
+        everywhere = torch.arange(24)
+        batch |= {"positions": everywhere, "targets": batch["input_ids"].flatten(), "weight": torch.ones(24)}
+    else:
+        batch = prepared(kind, torch.randint(4, 24, (3, 8)))
+    # Of the CPU's other kernels the counter knows nothing.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        KINDS[kind].loss(model, batch).nats.sum().backward()
+    found, counted = step_flops(model.config, batch), counter.get_total_flops()
+    if kind == "full":
+        assert found == counted
+    else:
+        assert 0.5 * counted < found < counted
+
+
+def test_padding_and_unseen_positions_are_no_work(tiny_model):
+    ids, alone = torch.randint(4, 24, (1, 6)), torch.zeros(1, 6, dtype=torch.long)
+    padded = torch.nn.functional.pad(ids, (0, 4))
+    for kind in KINDS:
+        documents = torch.nn.functional.pad(alone, (0, 4), value=-1)
+        of_padded, of_alone = prepared(kind, padded, documents), prepared(kind, ids, alone)
+        of_padded["positions"] = of_alone["positions"]  # of the only row, so the same in either
+        assert step_flops(TINY, of_padded) == step_flops(TINY, of_alone)
+
+
+def test_cases_take_turns_and_warming_up_is_not_timed():
+    calls = []
+    timings = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, warm_up=1)
+    assert calls == list("ab" * 3) and all(len(t.seconds) == 2 for t in timings.values())
+
+
+def test_a_peak_is_what_the_work_takes_and_not_what_the_process_had():
+    ballast = torch.ones(40_000_000)  # of this process
+    taken = peak_of(torch.ones, torch.device("cpu"), 30_000_000)
+    assert 0.9 * 120e6 < taken < 1.5 * 120e6 and most_resident() > ballast.nbytes
+
+
+def test_the_allocator_can_be_told_to_keep_memory_where_it_is_glibcs(monkeypatch):
+    import platform
+
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+    assert keep_freed_memory(False) == (platform.libc_ver()[0] == "glibc")
+
+
+@pytest.mark.parametrize("millions", [1, 10, 300])
+def test_shapes_of_a_size_are_about_that_size(millions):
+    with torch.device("meta"):
+        from model.transformer import Transformer
+
+        found = Transformer(shape_of(millions, replace(TINY, vocab_size=6400))).num_parameters() / 1e6
+    assert 0.7 < found / millions < 1.4
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(benchmark_peak, "SHAPES", {"cpu": ((64, 64, 64),)})
+    monkeypatch.setattr(benchmark_training, "peak_of", lambda *args: 1 << 30)
+
+
+def flags(corpus, tmp_path):
+    shape = {"hidden-size": 32, "num-hidden-layers": 2, "num-attention-heads": 4, "max-seq-len": 32, "batch-size": 4}
+    shape = [part for name, value in shape.items() for part in (f"--{name}", str(value))]
+    return [*shape, "--rounds", "1", "--no-compile", "--data", str(corpus), "--cache-dir", str(tmp_path / "cache")]
+
+
+def test_the_command_measures_and_writes_what_it_says(quick, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"text": "document {i} {"word " * (i % 9)}"}}\n' for i in range(60)))
+    out = tmp_path / "made" / "benchmark.json"
+    more = ["--scaling-lengths", "16", "--scaling-batches", "2", "--scaling-millions", "0.9", "--json", str(out)]
+    benchmark.main([*flags(corpus, tmp_path), "--parts", "scaling,training,ablation", *more])
+    found, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert set(found["results"]) == {"peak", "training", "ablation", "scaling"} and found["commit"]
+    training = found["results"]["training"]
+    assert [(row["kind"], row["case"]) for row in training] == [
+        (kind, case) for kind in KINDS for case in ("ours", "plain", "plain, usual memory")
+    ]
+    for row in training:
+        parts = sum(row[f"{name}_seconds"] for name in benchmark_training.PARTS)
+        assert row["seconds_per_step"] == pytest.approx(parts) and row["mfu"] > 0
+        assert row["real_tokens_per_second"] <= row["padded_tokens_per_second"]
+    ours, plain = training[:2]
+    assert ours["real_tokens_per_second"] > 0.95 * ours["padded_tokens_per_second"]  # packed
+    assert plain["real_tokens_per_second"] < 0.8 * plain["padded_tokens_per_second"]  # padded
+    assert {row["case"] for row in found["results"]["ablation"] if row["kind"] == "ar"} == {"ours"} | {
+        f"without {name}"
+        for name in ("bfloat16", "packing", "scored logits", "explicit attention", "fused optimizer", "kept memory")
+    }
+    assert [row["along"] for row in found["results"]["scaling"]] == ["length", "batch", "parameters"] * 3
+    assert shown.count("| kind | case |") == 2 and "| along |" in shown
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--parts", "speed"],
+        ["--kinds", "gpt"],
+        ["--rounds", "0"],
+        ["--scaling-lengths", "0"],
+        ["--decoding-dtypes", "bf16"],
+        ["--no-packing"],
+        ["--data-megabytes", "1,2", "--parts", "peak"],
+        ["--compile", "--parts", "peak"],
+        ["--rounds", "9", "--parts", "decoding"],
+        ["--batch-size", "9", "--parts", "data"],
+    ],
+)
+def test_what_cannot_be_measured_is_refused(wrong, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run(benchmark.main, wrong)
+    assert exit.value.code == 2 and wrong[0] in capsys.readouterr().err
+
+
+def test_other_ways_of_making_a_step_move_the_weights_the_same_way(tmp_path):
+    """The plain one in float32, and ours; the same rows, packed, and the same noise."""
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(f'{{"text": "document {i} {"word " * (i % 9)}"}}\n' for i in range(60)))
+    from dataset.pretrain import PretrainData
+
+    bench = TrainingBenchmarkConfig(batch_size=4, rounds=1, compile=False)
+    data = PretrainData(data=corpus, max_seq_len=32, cache_dir=tmp_path / "cache")
+    setting = Setting(TINY, data, bench, RuntimeConfig(device="cpu", dtype="bfloat16"))
+    eager = replace(OURS, compiled=False)
+    made = {"ours": eager, "plain": replace(PLAIN, packing=True), "dense": replace(eager, scored_logits=False)}
+    cases = setting.cases("full", made)
+    weights = []
+    for case in cases.values():
+        assert isinstance(case, Case)
+        case.turn()
+        weights.append(torch.cat([p.detach().flatten() for p in case.network.parameters()]))
+    start = setting.cases("full", {"": eager})[""]
+    start = torch.cat([p.detach().flatten() for p in start.network.parameters()])
+    moved = [w - start for w in weights]
+    assert moved[0].norm() > 0
+    for other in moved[1:]:  # Adam's first step is the sign of the gradient: what is near zero may go either way
+        assert torch.nn.functional.cosine_similarity(moved[0], other, dim=0) > 0.8

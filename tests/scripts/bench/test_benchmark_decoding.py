@@ -1,0 +1,136 @@
+"""The benchmark of decoding: its baseline, and what its rows say of one another."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dataset.corpus.bundled import is_correct
+from dataset.tokenizer import fingerprint
+from model.checkpoint import save_checkpoint
+from model.decode import Canvas, decode
+from model.remasking import POLICIES
+from scripts.engine.bench import decoding as benchmark
+from scripts.engine.bench.decoding import UNCAPPED, DecodingBenchmarkConfig, measure, naive, table
+from scripts.engine.runtime import RuntimeConfig
+from tests.conftest import TINY
+from tests.scripts.models import untrained
+
+RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
+SMALL = {"decoding_questions": 3, "decoding_batch_sizes": (1, 2), "decoding_new_tokens": 5, "decoding_rounds": 1}
+
+
+@pytest.fixture(autouse=True)
+def _no_collection(monkeypatch):
+    """Of garbage between the cases: it takes longer than they do."""
+    monkeypatch.setattr("scripts.engine.bench.timing.gc.collect", lambda: None)
+
+
+def by_sampler(rows):
+    """{(kind, policy): [row of each batch size]}"""
+    found = {}
+    for row in rows:
+        found.setdefault((row["kind"], row["policy"]), []).append(row)
+    return found
+
+
+@pytest.fixture
+def checkpoints(tmp_path, tokenizer, tokenizer_dir):
+    """Flags for a checkpoint of each kind."""
+    flags = {"decoding_tokenizer_dir": Path(tokenizer_dir)}
+    for name, kind in (("ar", "causal"), ("diffusion", "full"), ("blocks", "block 4")):
+        model = untrained(tokenizer, kind)
+        flags[f"decoding_{name}"] = tmp_path / f"{name}.pt"
+        save_checkpoint(tmp_path / f"{name}.pt", model.config, model.state_dict(), fingerprint(tokenizer), "sft")
+    return flags
+
+
+@pytest.mark.parametrize("new_tokens, steps", [(6, 3), (6, 6), (5, 64)])
+def test_full_passes_write_what_the_sampler_does_one_row_or_many(new_tokens, steps, tiny_model):
+    """The most confident of a whole canvas, the same number in each step; idle steps write nothing."""
+    model = tiny_model(attention="full")
+    config = replace(UNCAPPED, gen_remasking="low_confidence", gen_steps=steps, gen_block_size=0)
+    for prompts in ([[1, 7, 8]], [[1, 7, 8], [1], [1, 9, 10, 11]]):
+        canvas = Canvas.continuing(prompts, new_tokens, model.config)
+        expected, found = decode(model, canvas, config, range(len(prompts))), naive(model, canvas, steps)
+        assert found.new == expected.new and found.ended == expected.ended
+        assert found.row_passes == [steps] * len(prompts)
+
+
+def test_random_weights_have_a_fixed_number_of_passes_and_no_quality():
+    config = DecodingBenchmarkConfig(**SMALL, decoding_prompt_tokens=4, decoding_block_size=2)
+    rows = measure(config, TINY, RUNTIME)
+    found = by_sampler(rows)
+    for (kind, policy), one in found.items():
+        assert all(row["tokens"] == 5 and row["right"] is None for row in one)
+        blocks = 3 if kind == "blocks" else 1  # four given tokens, then 2 + 2 + 1 in blocks, whose steps are 1 each
+        assert all(row["passes"] == {"AR": 5, "blocks": blocks}.get(kind, 64 if policy[0] == "6" else 3) for row in one)
+    assert not any(policy.split()[0] in ("threshold", "factor", "hybrid") for _, policy in found)
+    assert {policy.split(",")[0] for kind, policy in found if kind == "blocks"} == POLICIES.keys() - {
+        *("threshold", "factor", "hybrid")
+    }
+    text = table(rows)
+    assert text.count("\n| ") == len(rows) + 1 and "Random weights" in text
+
+
+def test_every_sampler_answers_the_same_questions_as_it_would_alone(checkpoints, monkeypatch):
+    """Greedy answers do not depend on the batch; ratios are to the fastest of both precisions at that batch size."""
+    asked, answered = [], []
+    monkeypatch.setattr(benchmark, "is_correct", lambda text, wanted: asked.append(wanted) or is_correct(text, wanted))
+    case = benchmark._case
+    monkeypatch.setattr(benchmark, "_case", lambda *a: answered.append(a[1]) or case(*a))
+    flags = SMALL | checkpoints | {"decoding_policies": ("threshold", "left_to_right"), "decoding_thresholds": (0.5,)}
+    rows = measure(DecodingBenchmarkConfig(**flags), TINY, RUNTIME)
+    found = by_sampler(rows)
+    assert len(found) == 1 + 3 + 2 and len(rows) == 2 * len(found)
+    assert all(prompts == answered[0] for prompts in answered) and asked == asked[:3] * len(rows)
+    for alone, together in found.values():
+        assert [alone[name] for name in ("right", "passes", "tokens")] == [
+            together[name] for name in ("right", "passes", "tokens")
+        ]
+        assert 0 <= alone["right_low"] <= alone["right"] <= alone["right_high"] <= 1
+    for batch_size in (1, 2):
+        some = [row for row in rows if row["batch_size"] == batch_size]
+        ar = next(row for row in some if row["kind"] == "AR")
+        full = next(row for row in some if row["policy"].startswith("64"))
+        for row in some:
+            assert row["tokens_per_second"] == pytest.approx(3 * row["tokens"] / row["seconds"])
+            assert row["of_ar"] == pytest.approx(row["tokens_per_second"] / ar["tokens_per_second"])
+            assert row["of_naive"] == pytest.approx(row["tokens_per_second"] / full["tokens_per_second"])
+            assert row["latency_seconds"] == pytest.approx(row["seconds"] / (3 if batch_size == 1 else 2))
+    assert "Random weights" not in table(rows)
+
+
+def test_ratios_are_to_the_fastest_precision():
+    config = DecodingBenchmarkConfig(**SMALL | {"decoding_dtypes": ("float32", "bfloat16"), "decoding_policies": ()})
+    rows = [row for row in measure(config, TINY, RUNTIME) if row["kind"] == "AR" and row["batch_size"] == 1]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}
+    assert sorted(row["of_ar"] for row in rows)[1] == 1 > sorted(row["of_ar"] for row in rows)[0]
+
+
+def test_a_checkpoint_under_the_flag_of_another_kind_is_refused(checkpoints):
+    swapped = checkpoints | {"decoding_blocks": checkpoints["decoding_diffusion"]}
+    with pytest.raises(ValueError, match="given as --decoding-blocks, has full attention, not block"):
+        measure(DecodingBenchmarkConfig(**SMALL, **swapped), TINY, RUNTIME)
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"decoding_batch_sizes": (1, 0)}, "--decoding-batch-sizes must be at least 1"),
+        ({"decoding_rounds": 0}, "--decoding-rounds must be at least 1, not 0"),
+        ({"decoding_policies": ("best",)}, "--decoding-policies: 'best' is not one of"),
+        ({"decoding_thresholds": (1.5,)}, "--gen-confidence-threshold must be in"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, words):
+    with pytest.raises(ValueError, match=words):
+        DecodingBenchmarkConfig(**settings)
+
+
+def test_random_prompts_hold_no_special_token():
+    _, exam = benchmark._set_up(DecodingBenchmarkConfig(), TINY, RUNTIME)
+    ids = torch.tensor(exam.prompts)
+    special = [TINY.pad_token_id, TINY.bos_token_id, TINY.eos_token_id, TINY.mask_token_id]
+    assert not torch.isin(ids, torch.tensor(special)).any() and len(ids.unique()) > 10

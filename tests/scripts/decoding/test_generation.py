@@ -1,0 +1,246 @@
+"""Text in, text out: how a prompt reaches the model, several at once, blanks, and flags that need one another."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dataset.tokenizer import decode, encode, encode_chat
+from model.checkpoint import load_checkpoint, load_model, write_archive
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from scripts.engine.decoding import generation
+from scripts.engine.decoding.generation import generate, generate_batch, infill, prompt_tokens, text_with_blanks
+from scripts.engine.runtime import RuntimeConfig
+from scripts.eval import eval_diffusion, eval_minimind
+from scripts.train import diffusion
+from tests.scripts.commands import EVALS
+
+MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
+RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def prompting(eval_argv):
+    """prompting[name]: arguments of an evaluation command, its file of text left out."""
+    return {name: argv[: argv.index("--eval-data")] for name, argv in eval_argv.items()}
+
+
+@pytest.fixture
+def canvases(monkeypatch):
+    """Every canvas that is decoded, in order."""
+    found, fill = [], generation.fill
+    monkeypatch.setattr(
+        generation, "fill", lambda model, canvas, *more: found.append(canvas) or fill(model, canvas, *more)
+    )
+    return found
+
+
+def given(canvas, row=0):
+    """The given tokens of a row, None where it is open."""
+    length = int(canvas.lengths[row])
+    return [
+        None if blank else token
+        for token, blank in zip(canvas.ids[row, :length].tolist(), canvas.open[row, :length].tolist(), strict=True)
+    ]
+
+
+# -- flags that need one another ---------------------------------------------------------------------------------------
+
+IDLE = [
+    (["--gen-temp", "0", "--gen-top-k", "4"], "--gen-top-k has no effect without a positive --gen-temp"),
+    (["--gen-temp", "0", "--gen-top-p", "0.5"], "--gen-top-p"),
+    (["--gen-repeat-penalty", "0", "--gen-repeat-window", "9"], "--gen-repeat-window"),
+    (["--gen-confidence-threshold", "0.8"], "without --gen-remasking threshold"),
+    (["--gen-remasking", "factor", "--gen-confidence-threshold", "0.8"], "--gen-confidence-threshold"),
+    (["--gen-remasking", "threshold", "--gen-factor", "2"], "--gen-factor"),
+    (["--gen-cap-start-ratio", "0.2"], "--gen-cap-start-ratio has no effect without --gen-remasking threshold or"),
+    (["--gen-remasking", "margin", "--gen-cap-end-ratio", "0.2"], "--gen-cap-end-ratio"),
+    (["--gen-max-decode-per-step", "3"], "--gen-max-decode-per-step"),
+    (["--gen-cache", "none", "--no-gen-fuse-commit"], "--gen-fuse-commit has no effect without --gen-cache block"),
+]
+
+
+@pytest.mark.parametrize("flags, words", IDLE)
+def test_a_flag_of_diffusion_sampling_is_refused_where_another_makes_it_idle(flags, words, prompting, refused):
+    refused(eval_diffusion, [*prompting["eval_diffusion"], "--prompt", "a", *flags], words)
+    refused(diffusion, ["--run-name", "dm", "--prompt", "a", *flags], words)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--ar-temperature", "0", "--ar-top-k", "4"], "--ar-top-k"),
+        (
+            ["--ar-temperature", "0", "--ar-top-p", "0.4"],
+            "--ar-top-p has no effect without a positive --ar-temperature",
+        ),
+        (["--ar-repeat-penalty", "0", "--ar-repeat-window", "4"], "--ar-repeat-window"),
+    ],
+)
+def test_a_flag_of_autoregressive_sampling_is_refused_where_another_makes_it_idle(flags, word, prompting, refused):
+    refused(eval_minimind, [*prompting["eval_minimind"], "--prompt", "a", *flags], word)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gen-remasking", "threshold", "--gen-confidence-threshold", "0.1", "--gen-cap-start-ratio", "1"],
+        ["--gen-remasking", "factor", "--gen-factor", "3", "--gen-max-decode-per-step", "2"],
+        ["--gen-cfg-scale", "0.5", "--gen-top-p", "0.9", "--gen-eos", "confidence", "--gen-block-size", "2"],
+    ],
+)
+def test_every_diffusion_flag_works_where_it_has_an_effect(flags, prompting, command):
+    argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--max-new-tokens", "6", "--json", *flags]
+    result = command(eval_diffusion, argv)
+    assert result.code == 0, result.err
+    found = json.loads(result.out)["generation"]
+    assert 1 <= found["num_tokens"] <= 6 and found["num_forward_passes"] >= 1
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [[], ["--chat-wrap"], ["--no-chat-wrap"]])
+@pytest.mark.parametrize("stage", ["scripts.train.diffusion", "scripts.train.train_sft_diffusion"])
+@pytest.mark.parametrize("name", ["eval_minimind", "eval_diffusion"])
+def test_a_prompt_is_put_as_the_checkpoint_was_trained_unless_a_flag_says_otherwise(
+    name, stage, flags, prompting, command, canvases, tokenizer
+):
+    argv = prompting[name]
+    file = load_checkpoint(Path(argv[1]))
+    write_archive(argv[1], {**file, "stage": stage})
+    result = command(EVALS[name], [*argv, "--prompt", "the cat", "--max-new-tokens", "3", *flags])
+    assert result.code == 0 and result.out.startswith("the cat\u2502"), result.err
+    plain = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
+    chat = encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], add_generation_prompt=True)
+    wrapped = flags == ["--chat-wrap"] or (not flags and "sft" in stage)
+    assert given(canvases[0]) == [*(chat if wrapped else plain), None, None, None]
+
+
+@pytest.mark.parametrize("name, config", [("ar", SamplingConfig(ar_top_k=0)), ("dm", DenoisingConfig(gen_top_k=0))])
+def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, tokenizer):
+    """Prompt i has the seed plus i; the seconds are shared."""
+    model = load_model(Path(f"weights/{name}_state_dict.pt"))
+    prompts = ["the cat", [{"role": "user", "content": "the river sees"}], ""]
+    seen, observed = [], []
+    together = generate_batch(
+        model,
+        tokenizer,
+        prompts,
+        ContinuationConfig(6, gen_seed=5),
+        config,
+        RUNTIME,
+        64,
+        lambda canvas: observed.append(canvas) or seen.append,
+    )
+    assert [made.prompt for made in together] == ["the cat", "the river sees", ""]
+    assert len({made.seconds for made in together}) == 1 and together[0].seconds > 0
+    assert len(observed) == 1 and given(observed[0], 2) == [tokenizer.bos_token_id, *[None] * 6]
+    assert seen[0].canvas.shape == observed[0].ids.shape
+    assert seen[-1].num_forward_passes == max(made.num_forward_passes for made in together)
+    for i, (prompt, made) in enumerate(zip(prompts, together, strict=True)):
+        alone = generate(model, tokenizer, prompt, ContinuationConfig(6, gen_seed=5 + i), config, RUNTIME, 64)
+        assert (alone.text, alone.num_tokens, alone.ended) == (made.text, made.num_tokens, made.ended)
+        assert alone.num_forward_passes == made.num_forward_passes
+
+
+def test_a_prompt_is_never_cut(tokenizer):
+    for prompt in ("the cat sees", [{"role": "user", "content": "the cat sees"}]):
+        ids = prompt_tokens(tokenizer, prompt, 5, 1000)
+        assert prompt_tokens(tokenizer, prompt, 5, len(ids) + 5) == ids
+        with pytest.raises(ValueError, match=f"the prompt's {len(ids)} tokens and --max-new-tokens 5 exceed"):
+            prompt_tokens(tokenizer, prompt, 5, len(ids) + 4)
+
+
+@pytest.mark.parametrize("kind", ["ar", "dm", "blocks"])
+def test_a_prompt_of_any_length_that_fits_is_put_whole_and_one_token_more_is_refused(
+    kind, prompting, command, refused, canvases, tokenizer
+):
+    """Nothing but BOS, a whole block, one token less and more; prompt and continuation fill the context exactly."""
+    size, new = 4, 5
+    module, argv = (eval_minimind if kind == "ar" else eval_diffusion), prompting[f"eval_{MODULES[kind]}"][:4]
+    if kind == "blocks":
+        file = load_checkpoint(Path(argv[1]))
+        write_archive(argv[1], {**file, "config": file["config"] | {"attention": "block", "block_size": size}})
+    argv += ["--dtype", "float32", "--max-new-tokens", str(new), "--no-chat-wrap"]
+    for length in (1, size - 1, size, size + 1, 2 * size):
+        ids = encode(tokenizer, "the cat sees the river. my old friend likes a small dog.")[: length - 1]
+        prompt = decode(tokenizer, ids)
+        result = command(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new)])
+        assert result.code == 0, result.err
+        assert given(canvases[-1]) == [tokenizer.bos_token_id, *ids, *[None] * new] and len(ids) == length - 1
+        words = f"the prompt's {length} tokens and --max-new-tokens {new} exceed --max-seq-len {length + new - 1}"
+        refused(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new - 1)], words)
+
+
+# -- blanks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["从前有___,最后____。", "___", "a__b___c", "___the cat______ sees"])
+@pytest.mark.parametrize("asked", [None, "the river?"])
+def test_the_blanks_of_a_text_are_filled_and_the_rest_is_kept_token_for_token(
+    text, asked, prompting, command, canvases, tokenizer, monkeypatch
+):
+    decoded, timed = [], generation.decode_timed
+    monkeypatch.setattr(generation, "decode_timed", lambda *a: decoded.append(timed(*a)) or decoded[-1])
+    flags = [] if asked is None else ["--chat-wrap", "--prompt", asked]
+    argv = [*prompting["eval_diffusion"], "--infill", text, "--blank-tokens", "4", "--json", *flags]
+    result = command(eval_diffusion, argv)
+    assert result.code == 0, result.err
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    head = [bos]
+    if asked is not None:
+        head = encode_chat(tokenizer, [{"role": "user", "content": asked}], add_generation_prompt=True)
+    expected, rest = list(head), text
+    while "___" in rest:
+        before, _, rest = rest.partition("___")
+        expected += [*encode(tokenizer, before), *[None] * 4]
+        rest = rest.lstrip("_")
+    expected += [*encode(tokenizer, rest), eos]
+    assert given(canvases[0]) == expected
+    final = decoded[0][0].canvas[0].tolist()
+    assert all(token in (None, filled) for token, filled in zip(expected, final, strict=True))
+    made = json.loads(result.out)["generation"]
+    blanks = expected.count(None)
+    assert made["prompt"] == text and made["num_tokens"] == blanks and made["ended"]
+    assert made["text"] == generation.decode(tokenizer, final[len(head) : -1])
+    filled = [token for token, before in zip(final, expected, strict=True) if before is None]
+    assert not {eos, tokenizer.mask_token_id} & set(filled)
+
+
+def test_a_text_is_not_written_where_a_blank_is_short(tokenizer):
+    with pytest.raises(ValueError, match="no blank: write ___"):
+        text_with_blanks(tokenizer, "snake_case and __dunder__", 4)
+
+
+@pytest.mark.parametrize(
+    "flags, word",
+    [
+        (["--infill", "no blank"], "--infill has no blank"),
+        (["--infill", "a___", "--max-new-tokens", "9"], "--max-new-tokens has no effect without a continuation"),
+        (["--infill", "a___", "--gen-eos", "never"], "--gen-eos"),
+        (["--infill", "a___", "--prompt", "b"], "--prompt has no effect on --infill outside the chat template"),
+        (["--infill", "a___", "--chat-wrap"], "--infill in the chat template needs --prompt"),
+        (["--infill", "a___", "--prompt", "b", "--cond-ll-response", "c"], "--cond-ll-response scores"),
+        (["--infill", "a___", "--blank-tokens", "0"], "--blank-tokens must be at least 1"),
+        (["--infill", "a___", "--blank-tokens", "300"], "more than --max-seq-len 256"),
+        (["--prompt", "a", "--blank-tokens", "3"], "--blank-tokens has no effect without --infill"),
+    ],
+)
+def test_an_infilling_that_cannot_be_is_refused(flags, word, prompting, refused):
+    refused(eval_diffusion, [*prompting["eval_diffusion"], *flags], word)
+
+
+def test_a_text_with_blanks_may_fill_the_context_and_no_more(eval_argv, tokenizer):
+    model = load_model(Path("weights/dm_state_dict.pt"))
+    length = len(text_with_blanks(tokenizer, "a___b", 5)[0])
+    more = ContinuationConfig(), DenoisingConfig(gen_steps=1), RUNTIME
+    assert infill(model, tokenizer, "a___b", 5, None, *more, length).num_tokens == 5
+    with pytest.raises(ValueError, match=f"{length} tokens long, more than --max-seq-len {length - 1}"):
+        infill(model, tokenizer, "a___b", 5, None, *more, length - 1)
+
+
+def test_an_autoregressive_model_fills_no_blanks(eval_argv, tokenizer):
+    model = load_model(Path("weights/ar_state_dict.pt"))
+    with pytest.raises(ValueError, match="infilling needs one of diffusion"):
+        infill(model, tokenizer, "a___b", 2, None, ContinuationConfig(), SamplingConfig(), RUNTIME, 64)

@@ -1,0 +1,421 @@
+"""A decoding recorded, written, read back and shown."""
+
+import base64
+import hashlib
+import io
+import itertools
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dataset.tokenizer import decode, encode, token_ids, train_characters
+from model.decode import Canvas, DecodingStep, DenoisingConfig, SamplingConfig
+from model.decode import decode as fill
+from scripts.engine.decoding import trace_gif
+from scripts.engine.decoding.trace import Trace, check_trace_path, load_traces, write_trace
+from scripts.engine.decoding.trace_gif import MAX_FRAMES
+from scripts.engine.decoding.trace_page import TEMPLATE, page, page_data
+from scripts.engine.decoding.trace_terminal import LiveView, lay_out, side_by_side, width_of
+
+MASK, EOS = 3, 2
+EVIL = "</script ></script><img src=x onerror=alert(1)><!-- &lt; \u2028 -->"
+
+
+def recorded(tokenizer, prompt, new, writes, info=None):
+    """The trace of `writes` [[(offset into `new`, id, confidence), ...] per step], and the canvases it went through."""
+    canvas = torch.tensor([[*prompt, *[MASK] * len(new)]])
+    trace, seen = Trace(tokenizer, canvas[0], canvas[0] == MASK, info), [canvas[0].tolist()]
+    for number, step in enumerate(writes, start=1):
+        canvas, written = canvas.clone(), torch.zeros_like(canvas, dtype=torch.bool)
+        confidence = torch.zeros(canvas.shape)
+        for offset, token, probability in step:
+            place = 0, len(prompt) + offset
+            canvas[place], written[place], confidence[place] = token, True, probability
+        trace.add(DecodingStep(canvas, written, confidence, 2 * number))
+        seen.append(canvas[0].tolist())
+    return trace, seen
+
+
+def one_by_one(tokenizer, prompt, new, info=None, backwards=False):
+    order = list(enumerate(new))[:: -1 if backwards else 1]
+    return recorded(tokenizer, prompt, new, [[(i, token, 0.5)] for i, token in order], info)[0]
+
+
+def written_as(tokenizer, prompt, text, **more):
+    return one_by_one(tokenizer, [1, *encode(tokenizer, prompt)], encode(tokenizer, text), **more)
+
+
+tokens = st.integers(0, 379)
+decodings = st.tuples(
+    st.lists(tokens.filter(lambda i: i != MASK), min_size=1, max_size=6),
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 7), tokens, st.floats(0, 1)), max_size=3, unique_by=lambda w: w[0]),
+        max_size=9,
+    ),
+)
+
+
+def stretches(ids):
+    """Between masks."""
+    return [list(group) for masked, group in itertools.groupby(ids, MASK.__eq__) if not masked]
+
+
+# --- the record ---
+
+
+@settings(max_examples=100, deadline=None)
+@given(decodings)
+def test_frames_rebuilt_from_what_was_written_equal_the_canvases_seen(tokenizer, made):
+    """Rewriting, writing control tokens and masking again included."""
+    trace, seen = recorded(tokenizer, made[0], [0] * 8, made[1])
+    assert [[cell.id for cell in frame] for frame in trace.frames()] == seen
+    assert trace.ids == seen[-1]
+
+
+@settings(max_examples=100, deadline=None)
+@given(decodings)
+def test_the_text_of_every_frame_is_what_decode_says(tokenizer, made):
+    trace, seen = recorded(tokenizer, made[0], [0] * 8, made[1])
+    for frame, ids in zip(trace.frames(), seen, strict=True):
+        text = "".join(cell.text for cell in frame)
+        assert text == "".join(decode(tokenizer, part) for part in stretches(ids))
+    assert trace.text == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(decodings)
+def test_what_is_embedded_in_the_page_gives_every_frame(tokenizer, made):
+    trace, _ = recorded(tokenizer, made[0], [0] * 8, made[1])
+    cells = json.loads(json.dumps(page_data(trace)))["cells"]
+    for number, frame in enumerate(trace.frames()):
+        shown = [[entry for entry in history if entry[0] <= number][-1] for history in cells]
+        assert [entry[1:] for entry in shown] == [[c.text, c.id, c.confidence, c.written, c.before] for c in frame]
+
+
+@settings(max_examples=50, deadline=None)
+@given(decodings)
+def test_a_saved_trace_reads_back_as_it_was(tokenizer, tmp_path_factory, made):
+    path = tmp_path_factory.mktemp("trace") / "t.json"
+    trace, _ = recorded(tokenizer, made[0], [0] * 8, made[1], {"prompt": "你好", "path": path, "top": (1, 2.5, None)})
+    write_trace(path, [trace])
+    loaded = Trace.load(path)
+    assert loaded == trace and list(loaded.frames()) == list(trace.frames()) and loaded.edits == trace.edits
+    assert loaded.info == {"prompt": "你好", "path": str(path), "top": [1, 2.5, None]}
+    assert page([loaded]) == page([trace])
+
+
+def test_both_decoders_are_recorded_as_they_went(tokenizer, tiny_model):
+    shape = {**token_ids(tokenizer), "vocab_size": len(tokenizer)}
+    prompts = [[1, *encode(tokenizer, "the cat")], [1]]
+    for attention, config in (("causal", SamplingConfig()), ("full", DenoisingConfig(gen_steps=5))):
+        model = tiny_model(**shape, attention=attention)
+        canvas = Canvas.continuing(prompts, 12, model.config)
+        traces = [
+            Trace(tokenizer, canvas.ids[row, :length], canvas.open[row, :length])
+            for row, length in enumerate(canvas.lengths.tolist())
+        ]
+        steps = []
+
+        def watch(step, traces=traces, steps=steps):
+            steps.append(step)
+            for row, trace in enumerate(traces):
+                trace.add(step, row)
+
+        decoded = fill(model, canvas, config, [0, 1], watch)
+        for row, trace in enumerate(traces):
+            seen = [canvas.ids[row].tolist(), *(step.canvas[row].tolist() for step in steps)]
+            assert [[c.id for c in frame] for frame in trace.frames()] == [ids[: len(trace.ids)] for ids in seen]
+            new = [i for i, is_open in zip(trace.ids, trace.open, strict=True) if is_open]
+            assert new[: len(decoded.new[row])] == decoded.new[row]
+            assert trace.num_forward_passes == decoded.num_forward_passes and not trace.edits
+
+
+def test_another_token_in_the_place_of_one_is_an_edit(tokenizer):
+    a, b = encode(tokenizer, "a")[0], encode(tokenizer, "b")[0]
+    again = [[(0, a, 0.5)], [(0, a, 0.9)], [(1, a, 0.5)], [(0, b, 0.7)], [(1, MASK, 0.1)], [(1, b, 0.2), (0, b, 0.1)]]
+    trace, _ = recorded(tokenizer, [1], [0, 0], again)
+    assert trace.edits == [(4, 1, a, b), (5, 2, a, MASK)]
+    frames = list(trace.frames())
+    assert [trace.num_written(frame) for frame in frames] == [0, 1, 1, 2, 2, 1, 2]
+    assert [frame[1].before for frame in frames] == [None, None, None, None, a, a, a]
+    assert [frame[1].confidence for frame in frames[1:5]] == [0.5, 0.9, 0.9, 0.7]
+    assert [entry[5] for entry in page_data(trace)["cells"][1]] == [None, None, None, a, a]
+
+
+# --- characters in parts ---
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_character_of_several_tokens_appears_when_it_is_complete(tokenizer, backwards):
+    parts = encode(tokenizer, "龘")
+    assert len(parts) == 3
+    trace = written_as(tokenizer, "a", "龘x", backwards=backwards)
+    *_, last = trace.frames()
+    assert [cell.text for cell in last[2:]] == ["龘", "", "", "x"]
+    complete = ["龘" in "".join(cell.text for cell in frame) for frame in trace.frames()]
+    assert complete == sorted(complete) and complete.index(True) == (4 if backwards else 3)
+    assert trace.text == "a龘x"
+
+
+def test_bytes_that_form_no_character_stay_marked(tokenizer):
+    first, second, _ = encode(tokenizer, "龘")
+    trace = one_by_one(tokenizer, [1], [first, first, second, *encode(tokenizer, "a")])
+    assert trace.text == decode(tokenizer, trace.ids) == "\ufffd\ufffda"
+    assert [cell.text for cell in list(trace.frames())[-1]] == ["", "\ufffd", "\ufffd", "", "a"]
+
+
+def test_a_tokenizer_of_characters_is_shown_as_well():
+    tokenizer = train_characters(["die Größe 好\n"])
+    trace = written_as(tokenizer, "die", " Größe 好\n")
+    assert trace.text == "die Größe 好\n"
+    assert [cell.text for cell in list(trace.frames())[-1]] == ["", *"die Größe 好\n"]
+
+
+# --- files ---
+
+
+def unusable(change):
+    def write(path, tokenizer):
+        write_trace(path, [written_as(tokenizer, "a", "b")])
+        value = json.loads(path.read_text(encoding="utf-8"))
+        change(value)
+        path.write_text(json.dumps(value), encoding="utf-8")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda path, _: None, "there is no trace"),
+        (lambda path, _: path.write_bytes(b"\xff\xfe\x00"), "not JSON"),
+        (lambda path, _: path.write_text("[1"), "not JSON"),
+        (lambda path, _: path.write_text("[1]"), "does not say that its format"),
+        (unusable(lambda v: v.update(version=2)), "version 2; this code reads version 1"),
+        (unusable(lambda v: v.pop("traces")), "damaged"),
+        (unusable(lambda v: v["traces"][0]["steps"][0]["writes"][0].__setitem__(0, 99)), "damaged.* position 99"),
+        (unusable(lambda v: v["traces"][0]["steps"][0]["writes"][0].__setitem__(1, 99)), "damaged.*99"),
+        (unusable(lambda v: v["traces"][0]["steps"][0]["writes"][0].__setitem__(2, 7)), "damaged.*confidence 7"),
+        (unusable(lambda v: v["traces"][0]["open"].pop()), "damaged.*3 ids, but open has 2"),
+        (unusable(lambda v: v["traces"][0]["steps"][0].update(forward_passes=1e999)), "damaged.*infinity"),
+        (lambda path, tokenizer: path.write_text("[" * 100_000), "not JSON"),
+        (unusable(lambda v: v["traces"][0]["tokens"]["1"].update(special="king")), "damaged.*king"),
+        (unusable(lambda v: v.update(traces=[])), "holds 0 traces"),
+    ],
+)
+def test_an_unusable_file_is_refused(tokenizer, tmp_path, make, complaint):
+    make(tmp_path / "t.json", tokenizer)
+    with pytest.raises(ValueError, match=complaint):
+        Trace.load(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("t.mp4", r"\.html, \.gif, \.json or shown on the `terminal`, not as .*t\.mp4"),
+        ("html", "not as"),
+        ("missing/t.html", "there is no folder .*missing"),
+        ("folder.gif", "is a folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_refused_beforehand(tokenizer, tmp_path, name, complaint):
+    (tmp_path / "folder.gif").mkdir()
+    with pytest.raises(ValueError, match=complaint):
+        check_trace_path(tmp_path / name)
+    with pytest.raises(ValueError, match=complaint):
+        write_trace(tmp_path / name, [written_as(tokenizer, "a", "b")])
+    for good in (tmp_path / "t.html", str(tmp_path / "t.gif"), tmp_path / "t.json", "terminal"):
+        check_trace_path(good)
+
+
+# --- the page ---
+
+
+class Elements(HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.scripts = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += [(tag, name) for name, _ in attributes]
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1] == "script":
+            self.scripts.append(data)
+
+
+def test_nothing_that_a_model_or_a_prompt_says_becomes_part_of_the_page(tokenizer, tmp_path):
+    harmless = written_as(tokenizer, "a", "b", info={"prompt": "a", "x": "b"})
+    evil = written_as(tokenizer, EVIL, EVIL, info={"prompt": EVIL, "title": EVIL, EVIL: EVIL, "x": {EVIL: [EVIL]}})
+    write_trace(tmp_path / "t.html", [evil])
+    quiet, loud = Elements(page([harmless])), Elements((tmp_path / "t.html").read_text(encoding="utf-8"))
+    assert (loud.tags, loud.attributes) == (quiet.tags, quiet.attributes)
+    (data,) = (text for text in loud.scripts if text.startswith("["))
+    embedded = json.loads(data)
+    assert not set("<>&") & set(data) and data.isascii()
+    assert embedded == json.loads(json.dumps([page_data(evil)]))
+    assert "".join(history[-1][1] for history in embedded[0]["cells"]) == EVIL + EVIL
+
+
+def test_the_page_needs_nothing_else_and_runs_only_its_own_script(tokenizer):
+    made = page([written_as(tokenizer, "a", "b")])
+    assert not re.search(r"https?:|//\w|\bsrc=|url\(|@import|innerHTML", TEMPLATE.read_text(encoding="utf-8"))
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', made)[1]
+    for element in ("style", "script"):
+        content = re.search(rf"<{element}>(.*?)</{element}>", made, re.DOTALL)[1].encode()
+        digest = base64.b64encode(hashlib.sha256(content).digest()).decode()
+        assert f"{element}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy
+
+
+def test_two_traces_share_a_page_and_a_file(tokenizer, tmp_path):
+    pair = [written_as(tokenizer, "a", "the river", info={"title": t}, backwards=t == "b") for t in ("a", "b")]
+    (embedded,) = (json.loads(text) for text in Elements(page(pair)).scripts if text.startswith("["))
+    assert embedded == json.loads(json.dumps([page_data(trace) for trace in pair]))
+    write_trace(tmp_path / "t.json", pair)
+    assert load_traces(tmp_path / "t.json") == pair
+    with pytest.raises(ValueError, match="holds 2 traces, not one"):
+        Trace.load(tmp_path / "t.json")
+
+
+# --- the animation ---
+
+
+def frames_of(path):
+    with Image.open(path) as image:
+        durations = []
+        for number in range(image.n_frames):
+            image.seek(number)
+            durations.append(image.info["duration"])
+    return durations
+
+
+def test_the_animation_has_a_frame_per_step_and_holds_the_last(tokenizer, tmp_path):
+    trace = written_as(tokenizer, "the cat", " sees $x^2$\n\x1b[2J", info={"prompt": r"the $\cat$"})
+    write_trace(tmp_path / "t.gif", [trace])
+    durations = frames_of(tmp_path / "t.gif")
+    assert len(durations) == len(trace.steps) + 1
+    assert len(set(durations[:-1])) == 1 and durations[-1] > 2000
+    assert [path.name for path in tmp_path.iterdir()] == ["t.gif"]
+
+
+def test_a_long_animation_is_thinned_out(tokenizer):
+    long = one_by_one(tokenizer, [1], encode(tokenizer, "a") * (2 * MAX_FRAMES))
+    moments = trace_gif._moments([long])
+    assert len(moments) == MAX_FRAMES and (moments[0], moments[-1]) == ((0,), (2 * MAX_FRAMES,))
+
+
+def test_two_traces_move_by_forward_passes(tokenizer):
+    slow, fast = written_as(tokenizer, "a", "aa"), written_as(tokenizer, "a", "a")  # two passes per step
+    assert trace_gif._moments([slow, fast]) == [(0, 0), (0, 0), (1, 1), (1, 1), (2, 1)]
+
+
+def test_missing_glyphs_are_told_in_one_line(tokenizer, tmp_path, monkeypatch, capsys, recwarn):
+    monkeypatch.setattr(trace_gif, "CJK", ())
+    monkeypatch.setattr(trace_gif.font_manager, "findSystemFonts", lambda: [])
+    write_trace(tmp_path / "t.gif", [written_as(tokenizer, "a", "好")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "1 character " in line and "好" in line and "install Noto Sans CJK" in line
+    assert len(frames_of(tmp_path / "t.gif")) > 1
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]
+    write_trace(tmp_path / "t.gif", [written_as(tokenizer, "a", "b")])
+    assert capsys.readouterr().err == ""
+
+
+# --- the terminal ---
+
+
+def replayed(tokenizer, trace, stream, **more):
+    """Show a decoding once more, live."""
+    live = LiveView(Trace(tokenizer, trace.initial, trace.open, trace.info), stream=stream, **more)
+    for frame, step in zip(list(trace.frames())[1:], trace.steps, strict=True):
+        canvas = torch.tensor([[cell.id for cell in frame]])
+        written, confidence = torch.zeros_like(canvas, dtype=torch.bool), torch.zeros(canvas.shape)
+        for position, _, probability in step.writes:
+            written[0, position], confidence[0, position] = True, probability
+        live(DecodingStep(canvas, written, confidence, step.num_forward_passes))
+    assert live.trace == trace
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_without_a_terminal_every_kth_step_and_the_last_is_a_plain_line(tokenizer):
+    stream, trace = io.StringIO(), written_as(tokenizer, "ab", "龘\nx")
+    replayed(tokenizer, trace, stream, every=2)
+    lines = stream.getvalue().splitlines()
+    assert [re.match(r"\[step (\d+), (\d+) forward passes, (\d+) of 5", line).groups() for line in lines] == [
+        ("2", "4", "2"),
+        ("4", "8", "4"),
+        ("5", "10", "5"),
+    ]
+    assert [line.rpartition("]  ")[2] for line in lines] == ["▸ab◌···", "▸ab龘↵·", "▸ab龘↵x"]
+
+
+def test_an_end_that_leaves_blanks_behind_it_is_the_last_line(tokenizer):
+    a = encode(tokenizer, "a")[0]
+    trace, _ = recorded(tokenizer, [1], [0] * 4, [[(1, EOS, 0.5)], [(0, a, 0.5)]])
+    stream = io.StringIO()
+    replayed(tokenizer, trace, stream, every=100)
+    assert stream.getvalue().rpartition("]  ")[2] == "▸a■··\n"
+
+
+def test_a_live_view_may_leave_out_the_prompt(tokenizer):
+    stream = io.StringIO()
+    replayed(tokenizer, written_as(tokenizer, "the cat", "ab"), stream, start=len(encode(tokenizer, "the cat")) + 1)
+    assert [line.rpartition("]  ")[2] for line in stream.getvalue().splitlines()] == ["a·", "ab"]
+
+
+@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (12, 6), (3, 2)])
+def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(tokenizer, monkeypatch, columns, lines):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("LINES", str(lines))
+    stream = Terminal()
+    replayed(tokenizer, written_as(tokenizer, "老朋友", "看见了一只小猫\n\x1b[2J\x9b2J\u202e龘 the river"), stream)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
+    first, *others = re.split(r"\x1b\[(\d+)F\x1b\[0J", plain)
+    drawings, ups = [first, *others[1::2]], [int(up) for up in others[::2]]
+    assert ups == [drawing.count("\n") for drawing in drawings[:-1]] and max(ups) <= max(lines - 1, 2)
+    assert stream.getvalue().endswith("\x1b[0m\n")
+    for drawing in drawings:
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", drawing)
+        assert max(sum(map(width_of, line)) for line in drawing.split("\n")) <= max(columns - 1, 4)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.text("ab \n好e\u0301，", max_size=9), max_size=20), st.integers(4, 12))
+def test_a_layout_keeps_the_order_and_the_width(texts, columns):
+    placed = lay_out(texts, columns)
+    assert ["".join(f.text for f in fragments) for fragments in placed] == [t.replace("\n", "") for t in texts]
+    ends = {}
+    for fragment in itertools.chain(*placed):
+        assert fragment.line >= max(ends, default=0) and fragment.column == ends.get(fragment.line, 0)
+        ends[fragment.line] = fragment.column + sum(map(width_of, fragment.text))
+    assert max(ends.values(), default=0) <= columns
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.text("ab \n好，", max_size=40), min_size=1, max_size=3), st.integers(20, 60))
+def test_texts_side_by_side_keep_to_their_columns(texts, columns):
+    lines = side_by_side(["t"] * len(texts), texts, columns)
+    width = (columns - 3 * (len(texts) - 1)) // len(texts)
+    found = [""] * len(texts)
+    for line in lines[2:]:
+        at = 0
+        for character in line:
+            number, place = divmod(at, width + 3)
+            assert character == " " or place < width
+            found[number] += character.strip()
+            at += width_of(character)
+        assert at <= columns
+    assert found == ["".join(text.split()) for text in texts]

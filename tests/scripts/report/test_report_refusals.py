@@ -1,0 +1,107 @@
+"""scripts.eval.report: bad rows, impossible values and flags without effect, one sentence each."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from scripts.eval import report
+from tests.scripts.report.test_report import BOTH, ROWS, flags, write_checkpoints, write_rows
+
+
+@pytest.fixture
+def place(workspace, tokenizer):
+    """A folder with two checkpoints and a file of each format, in which the command runs."""
+    write_checkpoints(workspace, tokenizer)
+    write_rows(workspace)
+    return workspace
+
+
+BAD_ROWS = {
+    'field "reference" is a number': ("open", {"question": "a", "reference": 5}),
+    'field "answer" is missing': ("questions", {"question": "a"}),
+    'field "final" is a number': ("questions", {"question": "a", "answer": "b", "final": 18}),
+    'expected "forward" or "backward"': ("poems", {"prompt": "a", "question": "a", "answer": "b", "direction": "up"}),
+    "expected at least 2 choices": ("choices", {"question": "a", "choices": ["b"], "answer": 0}),
+    "expected the fields of a conversation": ("chat", {"question": "a"}),
+    'field "text" is missing': ("text", {"question": "a"}),
+}
+
+
+@pytest.mark.parametrize("words", BAD_ROWS)
+def test_a_bad_row_is_named_before_the_work(words, place, tokenizer_dir, refused, monkeypatch):
+    form, row = BAD_ROWS[words]
+    with Path(f"{form}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    monkeypatch.setattr(report, "load_all", lambda *a: pytest.fail("worked for nothing"))
+    files = "text.jsonl" if form == "text" else f"text.jsonl,{form}.jsonl"
+    given = ["--minimind-checkpoint", "ar_state_dict.pt", "--tokenizer-dir", tokenizer_dir]
+    refused(report, [*given, "--eval-data", files], f"{form}.jsonl, row 13: ", words)
+
+
+def test_bad_rows_of_every_format_are_left_out_counted_and_told(place, tokenizer_dir, command, monkeypatch):
+    monkeypatch.setattr(report, "draw", lambda *a: [])
+    reports, names = [], [f"{form}.jsonl" for form in ROWS]
+    for more in ((), ("--on-bad-row", "skip")):
+        argv = [*BOTH, *flags(tokenizer_dir, "--eval-data", ",".join(names), "--frontier-questions", 0), *more]
+        result = command(report, [*argv, "--out", "new"])
+        assert result.code == 0, result.err
+        reports.append(json.loads(Path("new/report.json").read_text(encoding="utf-8"))["sources"])
+        for name in names:
+            rows = Path(name).read_bytes()
+            Path(name).write_bytes(b"{\n" + rows + b'{"text": 5}\n')
+    for before, after in zip(*reports, strict=True):
+        assert before["items"] == after["items"] and before["left_out"] | {"bad": 2} == after["left_out"]
+        assert after["skipped_rows"] == 2 and after["skipped_first"][0].startswith("row 1: not valid JSON")
+        assert f"{after['path']}: 2 bad rows skipped: row 1: " in result.err
+
+
+ASKED = (*BOTH, "--eval-data", "questions.jsonl")
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ((), "give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from"),
+        (("--from", "nowhere.json"), "nowhere.json does not exist"),
+        (("--from", "text.jsonl"), "text.jsonl is no JSON, or was cut"),
+        (("--from", "odd.jsonl"), "odd.jsonl is no report of this version"),
+        (("--from", "report.json", "--seed", "3"), "--seed has no effect without measuring anew"),
+        ((*BOTH[:3], "ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
+        ((*BOTH, "--eval-data", "text.jsonl,text.jsonl"), "text.jsonl is given twice"),
+        ((*BOTH, "--eval-data", "odd.jsonl"), "odd.jsonl, row 1: fields a, b are of no known format"),
+        ((*BOTH, "--eval-data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
+        (("--diffusion-checkpoint", "ar_state_dict.pt", "--eval-data", "text.jsonl"), "is autoregressive"),
+        ((*BOTH, "--eval-data", "text.jsonl", "--questions", "3"), "--questions has no effect without"),
+        ((*BOTH, "--eval-data", "text.jsonl", "--gen-temp", "1"), "--gen-temp has no effect without"),
+        ((*BOTH, "--eval-data", "text.jsonl", "--canvas", "9"), "--canvas has no effect without"),
+        ((*BOTH, "--eval-data", "text.jsonl", "--val-fraction", "0.1"), "--val-fraction has no effect without"),
+        ((*BOTH, "--eval-data", "questions.jsonl", "--nmc", "9"), "--num-samples has no effect without"),
+        ((*BOTH, "--eval-data", "questions.jsonl", "--eval-split", "validation"), "--eval-split has no effect"),
+        ((*BOTH[:2], "--eval-data", "questions.jsonl", "--gen-temp", "1"), "--gen-temp has no effect without"),
+        ((*BOTH[:2], "--eval-data", "questions.jsonl", "--frontier-steps", "1"), "--frontier-steps has no effect"),
+        ((*ASKED, "--frontier-questions", "0", "--frontier-steps", "1"), "--frontier-steps has no effect without"),
+        ((*ASKED, "--frontier-questions", "0", "--gen-factor", "2"), "--gen-factor has no effect without"),
+        ((*BOTH, "--frontier-steps", "4,x"), "--frontier-steps 4,x: expected whole numbers"),
+        ((*BOTH, "--frontier-steps", "0"), "--gen-steps must be at least 1"),
+        ((*BOTH, "--frontier-thresholds", "2"), "--gen-confidence-threshold must be in (0, 1]"),
+        ((*BOTH, "--frontier-questions", "-1"), "--frontier-questions must not be negative"),
+        ((*BOTH, "--questions", "0"), "--questions must be at least 1"),
+        ((*BOTH, "--show", "-1"), "--show must not be negative"),
+        ((*BOTH, "--eval-data", "questions.jsonl", "--seq-len", "65"), "no question fits --max-seq-len 65"),
+        ((*BOTH, "--out", "text.jsonl"), "--out: "),
+        ((*BOTH, "--out", "text.jsonl/new"), "--out: "),
+        ((*BOTH, "--out", "new/" + 300 * "x"), "--out: new/xxx"),
+        ((*BOTH, "--eval-data", ""), "--eval-data '' names no file in one place"),
+        ((*BOTH, "--eval-data", "text.jsonl,"), "--eval-data 'text.jsonl,' names no file in one place"),
+        ((*BOTH, "--eval-data", "text.jsonl,./text.jsonl"), "text.jsonl is given twice"),
+        (("--minimind-checkpoint", "ar_state_dict.pt,"), "--minimind-checkpoint 'ar_state_dict.pt,' names no file"),
+        (("--diffusion-checkpoint", ""), "--diffusion-checkpoint '' names no file"),
+        (("--minimind-checkpoint", "ar_state_dict.pt,./a/../ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
+        (("--from", "."), ". cannot be read"),
+    ],
+)
+def test_what_cannot_be_or_has_no_effect_is_refused(more, words, place, tokenizer_dir, refused):
+    Path("odd.jsonl").write_text('{"a": 1, "b": 2}\n')
+    given = [] if "--from" in more else ["--tokenizer-dir", tokenizer_dir]
+    refused(report, [*more, *given], words)

@@ -1,0 +1,101 @@
+"""scripts/engine/report_statistics.py: the bootstrap against enumeration and theory, chrF against values by hand."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from scripts.engine.statistics import chrf, interval_of, paired_interval, resampled_sums
+
+
+def means(values: np.ndarray) -> np.ndarray:
+    """(N,) -> (N, 2), the columns of a mean."""
+    return np.stack([values, np.ones(len(values))], axis=1).astype(float)
+
+
+def test_resamples_of_three_items_are_the_27_there_are_each_as_often_as_chance_has_it():
+    values = np.array([[1.0, 5.0], [2.0, 50.0], [10.0, 500.0]])
+    found = [tuple(row) for row in resampled_sums(values).tolist()]
+    expected: dict[tuple, int] = {}
+    for drawn in itertools.product(range(3), repeat=3):
+        total = tuple(values[list(drawn)].sum(axis=0).tolist())
+        expected[total] = expected.get(total, 0) + 1
+    assert set(found) == expected.keys() and len(found) == 10_000
+    for total, ways in expected.items():
+        share = ways / 27
+        assert found.count(total) / 10_000 == pytest.approx(share, abs=4.5 * math.sqrt(share * (1 - share) / 10_000))
+
+
+def test_the_interval_of_three_items_is_that_of_all_27_resamples():
+    first, second = np.array([[1.0, 2], [8, 3], [3, 9]]), np.array([[4.0, 2], [1, 3], [7, 9]])
+    all_of_them = []
+    for drawn in itertools.product(range(3), repeat=3):
+        (a, b), (c, d) = first[list(drawn)].sum(axis=0), second[list(drawn)].sum(axis=0)
+        all_of_them.append(a / b - c / d)
+    assert paired_interval(first, second) == pytest.approx(np.percentile(all_of_them * 400, [2.5, 97.5]), abs=1e-9)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        shared = draw.normal(size=60)
+        first, second = shared + draw.normal(0.3, 0.5, 60), shared + draw.normal(0, 0.5, 60)
+        sums = resampled_sums(np.hstack([means(first), means(second)]), 400)
+        low, high = paired_interval(means(first), means(second), sums)
+        covered += low <= 0.3 <= high
+    assert 0.90 <= covered / 400 <= 0.98
+
+
+def test_pairing_makes_the_interval_of_items_that_are_hard_for_both_narrow():
+    draw = np.random.default_rng(1)
+    hard = draw.normal(0, 1, 200)
+    first, second = hard + draw.normal(0, 0.1, 200), hard + draw.normal(0, 0.1, 200)
+    paired = paired_interval(means(first), means(second))
+    strangers = paired_interval(means(first), means(draw.permutation(second)))
+    assert (paired[1] - paired[0]) < 0.2 * (strangers[1] - strangers[0])
+
+
+def test_numerator_and_denominator_are_drawn_together():
+    """Models of 3 and of 2 nats in every token differ by 1 whatever documents are drawn."""
+    tokens = np.array([1.0, 100, 7, 30])
+    first, second = np.stack([3 * tokens, tokens], axis=1), np.stack([2 * tokens, tokens], axis=1)
+    assert paired_interval(first, second) == pytest.approx((1, 1))
+    sums = resampled_sums(np.hstack([first, second]))
+    assert interval_of(sums, np.exp) == pytest.approx((math.e**3 - math.e**2,) * 2)
+
+
+def test_an_item_that_was_not_measured_counts_in_neither_sum():
+    first, second = means(np.array([1.0, 5, 2])), means(np.array([0.0, 2, 2]))
+    missing = np.vstack([first, np.zeros((30, 2))]), np.vstack([second, np.zeros((30, 2))])
+    low, high = paired_interval(*missing)
+    assert 0 <= low < high <= 3 and not math.isnan(low)
+
+
+def test_a_difference_of_nothing_is_surely_nothing_and_an_interval_is_the_same_every_time():
+    values = means(np.random.default_rng(2).normal(size=50))
+    assert paired_interval(values, values) == (0, 0)
+    other = means(np.random.default_rng(3).normal(size=50))
+    assert paired_interval(values, other) == paired_interval(values, other)
+
+
+@pytest.mark.parametrize(
+    "reply, reference, precision, recall",
+    [
+        ("the cat", "the cat", 1, 1),
+        ("the\ncat ", "thecat", 1, 1),  # white space does not count
+        ("ab", "abc", 1, (2 / 3 + 1 / 2) / 2),  # no trigram in the reply: two orders count
+        ("aaa", "a", 1 / 3, 1),  # an n-gram is found as often as it is there
+        ("一只小猫", "一只猫", (3 / 4 + 1 / 3 + 0) / 3, (1 + 1 / 2 + 0) / 3),
+        ("xyz", "abc", 0, 0),
+    ],
+)
+def test_chrf_is_the_f_score_by_hand(reply, reference, precision, recall):
+    expected = 100 * 5 * precision * recall / (4 * precision + recall) if precision else 0
+    assert chrf(reply, reference) == pytest.approx(expected)
+
+
+def test_chrf_of_no_reply_is_nothing_and_it_counts_recall_twice():
+    assert chrf("", "abc") == chrf(" ", "abc") == 0
+    assert chrf("abcdef", "abc") > chrf("abc", "abcdef")

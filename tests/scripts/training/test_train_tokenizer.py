@@ -1,0 +1,54 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from dataset.corpus.bundled import words
+from dataset.tokenizer import fingerprint, load_tokenizer, train_bpe
+from scripts.train.train_tokenizer import main
+from tests.dataset.sentences import CHINESE, ENGLISH
+
+
+def rows_file(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_the_command_trains_on_the_kept_sources_as_often_as_told(tmp_path, capsys):
+    data = rows_file(tmp_path / "rows.jsonl", [*ENGLISH, *CHINESE])
+    labels = tmp_path / "labels.txt"
+    labels.write_text("novels/en\n" * len(ENGLISH) + "books/zh\n" * len(CHINESE), encoding="utf-8")
+    keep = ["--sources", str(labels), "--keep-sources", "novels=3"]
+    arguments = ["--data", str(data), *keep, "--target-vocab-size", "330", "--eval-data", str(data)]
+    main([*arguments, "--out", str(tmp_path / "out")])
+    assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(train_bpe(ENGLISH * 3, 330))
+    printed = capsys.readouterr().out
+    assert re.search(r"zh +6 rows +0\.3\d+ characters/token +1\.0\d+ bytes/token", printed), printed
+    with pytest.raises(ValueError, match="already holds a tokenizer; choose another --out, or add --overwrite"):
+        main([*arguments, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("labels", "keep", "complaint"),
+    [
+        ("a\nb\n", "c", "has no row of c"),
+        ("a\n", "a", "has 1 lines, but .* has 2 rows"),
+        ("a\n" * 3, "a", "has 3 lines"),
+    ],
+)
+def test_labels_that_do_not_fit_the_data_are_refused(tmp_path, labels, keep, complaint):
+    data = rows_file(tmp_path / "rows.jsonl", ["one", "two"])
+    (tmp_path / "labels.txt").write_text(labels, encoding="utf-8")
+    arguments = ["--data", str(data), "--sources", str(tmp_path / "labels.txt"), "--keep-sources", keep]
+    with pytest.raises(ValueError, match=complaint):
+        main([*arguments, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_data_the_words_of_the_bundled_corpus_are_used(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["--target-vocab-size", "300", "--out", "out"])
+    assert "no --data, so the bundled corpus is used" in capsys.readouterr().out
+    texts = [row["text"] for row in words()]
+    assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(train_bpe(texts, 300))

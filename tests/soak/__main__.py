@@ -1,0 +1,107 @@
+"""The long crash test: a training that is killed, cut off from its disk or handed damaged files loses nothing.
+
+    uv run python -m scripts.eval.soak
+    uv run python -m scripts.eval.soak --kills 1000 --parts training --json weights/soak.json
+
+Small trainings (AR pretraining, diffusion pretraining, diffusion fine-tuning) run undisturbed once, then again under
+every fault, on the CPU. After each the files are whole, --resume must goes on, and in the end weights, optimizer and
+log are those of the undisturbed run to the last bit. Exit code 1 where one is not.
+
+Parts: training (SIGKILL, --kills times, of which some hit processes started as users start them), distributed (SIGKILL
+to one of two processes), disk (full at a random moment), read-only, bytes (files cut off and changed), clock.
+"""
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.files import require_output, write_json
+from scripts.engine.likelihood.documents import circumstances
+from scripts.engine.runtime import RuntimeConfig, command_line
+from tests.soak.distributed import distributed
+from tests.soak.faults import Outcome, Workplace, clock, training
+from tests.soak.places import damaged_bytes, disk, read_only
+
+PARTS: dict[str, Callable[[Workplace, int], Iterator[Outcome]]] = {
+    "training": training,
+    "distributed": distributed,
+    "disk": disk,
+    "read-only": read_only,
+    "bytes": damaged_bytes,
+    "clock": clock,
+}
+# Of the kills, how often the other faults are tried.
+SHARE = {"training": 1.0, "distributed": 0.2, "disk": 0.5, "read-only": 0.2, "clock": 0.2}
+
+
+@dataclass(frozen=True)
+class SoakConfig:
+    """What is tried, and how often."""
+
+    kills: Annotated[int, "kills of trainings; other faults are tried in proportion"] = 100
+    changes: Annotated[int, "changed bytes and zeroed blocks"] = 1000
+    parts: Annotated[tuple[str, ...], "which parts, with commas"] = tuple(PARTS)
+    seed: Annotated[int, "seed of the moments, the sizes and the bytes"] = 1337
+    work_dir: Annotated[Path | None, "an empty folder to work in, which is kept (none: a temporary one)"] = None
+    json: Annotated[Path | None, "also write the result to this file"] = None
+
+    def __post_init__(self):
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown:
+            raise ValueError(f"--parts: there is no {unknown[0]}; there are {', '.join(PARTS)}")
+        if self.kills < 1 or self.changes < 1:
+            raise ValueError("--kills and --changes must be positive")
+
+    def tries(self, part: str) -> int:
+        return self.changes if part == "bytes" else max(2, math.ceil(self.kills * SHARE[part]))
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, given = parse_args(__doc__, SoakConfig, argv=argv)
+    refuse_idle(
+        given,
+        kills=(config.parts != ("bytes",), "a part other than bytes"),
+        changes=("bytes" in config.parts, "the part bytes"),
+    )
+    require_output(config.json, "--json")
+    if config.work_dir and config.work_dir.exists() and any(config.work_dir.iterdir()):
+        raise ValueError(f"--work-dir {config.work_dir} is not empty; give a new folder")
+    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
+        if config.work_dir:
+            config.work_dir.mkdir(parents=True, exist_ok=True)
+        place = Workplace((config.work_dir or Path(temporary)).resolve(), config.seed)
+        outcomes = soak(place, config)
+        if config.json:
+            command = command_line(__spec__.name, argv)
+            runtime = RuntimeConfig(device="cpu", dtype="float32", seed=config.seed)
+            record = circumstances(command, runtime, place.tokenizer, place.folder / "corpus.jsonl", (), config)
+            write_json(config.json, {"outcomes": [asdict(outcome) for outcome in outcomes], **record})
+    if any(outcome.failures for outcome in outcomes):
+        sys.exit(1)
+
+
+def soak(place: Workplace, config: SoakConfig) -> list[Outcome]:
+    """All parts, each printed when it is done."""
+    outcomes = []
+    print(f"{'part':<12} {'fault':<40} {'tries':>6} {'survived':>9}  where", flush=True)
+    for part in config.parts:
+        began = time.monotonic()
+        for outcome in PARTS[part](place, config.tries(part)):
+            where = sorted(outcome.where.items(), key=lambda item: -item[1])
+            where = ", ".join(f"{name} {count}" for name, count in where) or outcome.note
+            print(f"{part:<12} {outcome.fault:<40} {outcome.tries:>6} {outcome.survived:>9}  {where}", flush=True)
+            for failure in outcome.failures[:5]:
+                print(f"  failed: {failure}", flush=True)
+            outcomes.append(outcome)
+        print(f"{part}: {time.monotonic() - began:.0f} s", flush=True)
+    return outcomes
+
+
+if __name__ == "__main__":
+    run(main)
