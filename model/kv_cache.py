@@ -1,4 +1,9 @@
-"""Key/value caches: of a committed prefix that grows at its end, and of columns that are written anywhere."""
+"""Key/value caches: of a prefix that grows at its end, and of columns that are written anywhere.
+
+Shapes: B rows, H_kv key/value heads, D head size, L positions of the current pass, C columns of a cache.
+"""
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -6,9 +11,25 @@ from torch import Tensor
 from model.config import ModelConfig
 
 
-class _Layers:
-    """Keys and values of every layer, each (B, H_kv, columns, D) and contiguous; made by the first write, since device
-    and dtype are those of the first keys, which autocast decides."""
+class Cache(Protocol):
+    """Keys and values from outside the current pass, as Transformer uses them.
+
+    Each layer hands over the keys and values of the current tokens and attends to what comes back.
+    """
+
+    length: int  # positions before the current tokens: without position_ids, these count up from here
+    max_length: int  # longest sequence that the cache serves, in tokens
+
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Take keys and values (B, H_kv, L, D) of this pass; return all that its queries attend to, in the order of
+        the attention mask's key columns, each (B, H_kv, L_key, D)."""
+
+
+class _Storage:
+    """Keys and values of every layer, each (B, H_kv, C, D) and contiguous.
+
+    Allocated by the first write: device and dtype are those of the first keys, and autocast decides these.
+    """
 
     def __init__(self, config: ModelConfig, num_rows: int, num_columns: int):
         self.shape = num_rows, config.num_key_value_heads, num_columns, config.head_dim
@@ -17,21 +38,23 @@ class _Layers:
         self.values: list[Tensor] = []
 
     def keep(self, rows: Tensor) -> None:
-        """Forget all rows but these (R,), which become 0 to R - 1."""
+        """Forget all rows except these (R,), which become rows 0 to R - 1."""
         self.shape = len(rows), *self.shape[1:]
-        self.keys, self.values = ([one.index_select(0, rows) for one in all_] for all_ in (self.keys, self.values))
+        self.keys = [key.index_select(0, rows) for key in self.keys]
+        self.values = [value.index_select(0, rows) for value in self.values]
 
-    def _stored(self, layer: int, key: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.keys:  # zeros: what is masked counts for nothing, but for a NaN in it
-            self.keys, self.values = ([key.new_zeros(self.shape) for _ in range(self.num_layers)] for _ in range(2))
-        return self.keys[layer], self.values[layer]
+    def _allocate(self, like: Tensor) -> None:
+        # Zeros, not empty memory: a masked column has weight 0, and 0 times a NaN is a NaN.
+        if not self.keys:
+            self.keys = [like.new_zeros(self.shape) for _ in range(self.num_layers)]
+            self.values = [like.new_zeros(self.shape) for _ in range(self.num_layers)]
 
 
-class KVCache(_Layers):
-    """Keys and values of the committed prefix of B rows, preallocated for `max_length` columns.
+class KVCache(_Storage):
+    """Keys and values of a prefix of B rows, preallocated for `max_length` columns.
 
     `update` writes the current tokens after the prefix and returns prefix + current; calling it again overwrites the
-    same slots. Only `advance` makes them part of the prefix, so a block can be denoised for many steps against one
+    same columns. Only `advance` makes them part of the prefix, so a block can be denoised for many steps against one
     cache.
     """
 
@@ -45,24 +68,26 @@ class KVCache(_Layers):
         end = self.length + size
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} positions, {end} were requested")
-        keys, values = self._stored(layer, key)
+        self._allocate(key)
+        keys, values = self.keys[layer], self.values[layer]
         keys.narrow(2, self.length, size).copy_(key)
         values.narrow(2, self.length, size).copy_(value)
         return keys.narrow(2, 0, end), values.narrow(2, 0, end)
 
     def advance(self, num_positions: int) -> None:
+        """Make the tokens of the last pass part of the prefix."""
         self.length += num_positions
 
 
-class ColumnCache(_Layers):
-    """Keys and values of every column of B rows, for rows that are at different places.
+class ColumnCache(_Storage):
+    """Keys and values of every column of B rows, for rows that are at different places of their texts.
 
-    `aim` says where the tokens of the next pass stand; `update` writes them there and returns all columns up to a
-    `stop`. Whether a column holds anything worth seeing is the caller's to know. Behind the last column L there is one
-    that is nobody's: rows that feed fewer tokens than the widest write their padding there.
+    `aim` says where the tokens of the next pass stand; `update` writes them there and returns all columns before
+    `stop`. Which columns hold something worth attending to, the caller knows and says by the attention mask. Past the
+    last column there is a scratch column: rows that feed fewer tokens than the widest write their padding there.
     """
 
-    length = 0  # what Transformer asks of a cache; positions are always given
+    length = 0  # the caller gives every position
 
     def __init__(self, config: ModelConfig, batch_size: int, num_columns: int):
         super().__init__(config, batch_size, num_columns + 1)
@@ -71,19 +96,35 @@ class ColumnCache(_Layers):
     def aim(self, rows: Tensor | None, columns: Tensor | slice, stop: int) -> None:
         """rows (R,) int64, None = all; columns (R, W) int64, or one slice for all rows, which then are all."""
         self.rows, self.stop, self.target = rows, stop, columns
-        if not isinstance(columns, slice):
-            _, heads, width, _ = self.shape  # the place of (row, head, column) among all vectors of a layer
+        if isinstance(columns, Tensor):
             everyone = torch.arange(len(columns), device=columns.device) if rows is None else rows
-            first = everyone[:, None] * heads + torch.arange(heads, device=columns.device)
-            self.target = (first[:, :, None] * width + columns[:, None]).flatten()
+            self.target = self._vectors(everyone, columns)
+
+    def _vectors(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Places (R * H_kv * W,) of columns (R, W) of rows (R,) among all vectors of a layer's storage.
+
+        The storage (B, H_kv, C, D) is B * H_kv * C vectors of D numbers in a row. With H_kv = 2 and C = 4:
+
+            row                 0                   1
+            head            0       1           0         1
+            column       0 1 2 3 0 1 2 3     0 1  2  3  0  1  2  3
+            place        0 1 2 3 4 5 6 7     8 9 10 11 12 13 14 15     = (row * H_kv + head) * C + column
+
+        So columns 1 and 3 of row 1 are the places 9, 11 and 13, 15.
+        """
+        _, num_heads, num_columns, _ = self.shape
+        heads = rows[:, None] * num_heads + torch.arange(num_heads, device=columns.device)  # (R, H_kv)
+        return (heads[:, :, None] * num_columns + columns[:, None]).flatten()  # (R, H_kv, W), flat
 
     def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """key, value (R, H_kv, W, D) -> both (R, H_kv, stop, D)."""
-        return tuple(self._write(*pair) for pair in zip(self._stored(layer, key), (key, value), strict=True))
+        self._allocate(key)
+        return self._write(self.keys[layer], key), self._write(self.values[layer], value)
 
     def _write(self, stored: Tensor, new: Tensor) -> Tensor:
         if isinstance(self.target, slice):
             stored.narrow(2, self.target.start, new.shape[2]).copy_(new)
         else:
             stored.view(-1, stored.shape[-1]).index_copy_(0, self.target, new.reshape(-1, new.shape[-1]))
+        # (R, H_kv, C, D) -> (R, H_kv, stop, D): a view if all rows are wanted
         return (stored if self.rows is None else stored.index_select(0, self.rows)).narrow(2, 0, self.stop)

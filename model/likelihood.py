@@ -104,21 +104,22 @@ def masked_nats(model: Transformer, batch: Batch, ratio: float, seed: int = 0) -
 
 
 class _CleanKeys:
-    """In the place of a KVCache: the keys and values of x_0, computed once, before those of any number of x_t."""
+    """A Cache of the keys and values of x_0: computed once, they precede those of any number of x_t."""
 
-    length = 0
+    length = 0  # every position is given
 
-    def __init__(self):
+    def __init__(self, max_length: int):
+        self.max_length = max_length
         self.layers: list[tuple[Tensor, Tensor]] = []
         self.filled = False
 
-    def update(self, layer: int, *new: Tensor) -> list[Tensor]:
-        """Keys and values (R, H_kv, L, D): kept, or once all are, behind the kept ones of as many copies, 2L."""
+    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """key, value (R, H_kv, L, D): stored; once every layer is, after the stored ones of as many copies, 2L."""
         if not self.filled:
-            self.layers.append(new)
-            return list(new)
-        kept = self.layers[layer]
-        return [torch.cat([a.repeat(len(b) // len(a), 1, 1, 1), b], dim=2) for a, b in zip(kept, new, strict=True)]
+            self.layers.append((key, value))
+            return key, value
+        clean_key, clean_value = (clean.repeat(len(key) // len(clean), 1, 1, 1) for clean in self.layers[layer])
+        return torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
 
 
 class _Denoising:
@@ -132,7 +133,7 @@ class _Denoising:
         if 0 < model.config.block_size < length:
             documents = torch.zeros_like(self.input_ids[:1]) if documents is None else documents
             rule = block_diffusion_mask(documents, model.config.block_size)
-            self.clean = _CleanKeys()
+            self.clean = _CleanKeys(length)
             self._hidden(self.input_ids, rule[:, :, length:, length:], self.position_ids[0, :0])
             self.clean.filled, self.attn_mask = True, rule[:, :, :length].roll(length, dims=-1)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from model.attention import attend, mask_of_pass
 from model.attention_mask import AttentionMask, block_causal_mask
 from model.config import ModelConfig
-from model.kv_cache import ColumnCache, KVCache
+from model.kv_cache import Cache
 from model.rotary import apply_rotary, inverse_frequencies, rotary_tables, yarn_frequencies
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor],
         attn_mask: AttentionMask | None,
         is_causal: bool,
-        cache: KVCache | ColumnCache | None,
+        cache: Cache | None,
         select: Tensor | None,
     ) -> Tensor:
         q, k, v = (
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
         attn_mask: AttentionMask | None = None,
         is_causal: bool = False,
         position_ids: Tensor | None = None,
-        cache: KVCache | ColumnCache | None = None,
+        cache: Cache | None = None,
         select: Tensor | None = None,
         canvas: int | None = None,
         perturbation: Tensor | None = None,
