@@ -66,12 +66,6 @@ NUMBERS = re.compile(
 )
 
 
-def is_correct(reply: str, answer: str) -> bool:
-    """Whether the answer stands in the reply, as words or numbers of its own, whatever its case."""
-    pattern = r"(?<![a-z0-9])" + re.escape(answer.lower()) + r"(?![a-z0-9])"
-    return re.search(pattern, reply.lower(), re.ASCII) is not None
-
-
 def numbers_in(text: str) -> list[int]:
     """The numbers of a text up to twenty, and all written in digits, in order."""
     found = []
@@ -276,7 +270,7 @@ def _family(fact: Fact) -> tuple[str, ...]:
 
 
 def questions() -> list[Row]:
-    """{"question", "answer", "lang", "kind", "split"}, split being seen, unseen_sums or reversed; see `is_correct`."""
+    """{"question", "answer", "lang", "kind", "split"}, split being seen, unseen_sums or reversed."""
     return [
         {"question": _put(fact, place), "answer": fact.answer, "lang": fact.lang, "kind": fact.kind, "split": split}
         for split, fact, place in _examined()

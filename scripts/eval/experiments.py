@@ -25,15 +25,17 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.experiments.figures import draw
 from scripts.engine.experiments.readings import READINGS, origin, read_reports
 from scripts.engine.experiments.runs import Recipe
-from scripts.engine.experiments.statistics import COMPARISONS, lines, summarise
 from scripts.engine.experiments.trainings import (
+    COMPARISONS,
     TRAININGS,
     InitialisationConfig,
     RepetitionConfig,
     SchedulesConfig,
     TrainingsConfig,
+    lines,
     numbers,
     prepare,
+    summarise,
 )
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import circumstances

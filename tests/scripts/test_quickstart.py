@@ -10,11 +10,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from dataset.corpus.bundled import is_correct
 from model.checkpoint import load_checkpoint
 from scripts import quickstart
 from scripts.engine.report.results import summary_of
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import is_correct
 from scripts.engine.training import run as run_module
 from tests.scripts.conftest import Result, run_command
 

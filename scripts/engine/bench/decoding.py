@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.corpus.bundled import bundled_file, is_correct
+from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import content_hash
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode_chat, load_tokenizer
 from model.config import ModelConfig
@@ -24,10 +24,10 @@ from model.remasking import POLICIES, transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import interleave
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED
-from scripts.engine.likelihood.choices import wilson
 from scripts.engine.likelihood.documents import load_for_use
 from scripts.engine.report.measure import read_asked
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import is_correct, wilson
 
 NAIVE_STEPS = 64
 KINDS = {"AR": "causal", "diffusion": "full", "blocks": "block"}  # and the attention each was trained with

@@ -1,13 +1,10 @@
 """Answers to prompts, and what can be said of them without a judge: variety, loops, endings, cost."""
 
 import itertools
-import math
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -20,9 +17,10 @@ from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, rend
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from scripts.engine.decoding.generation import Prompt, generate_batch, prompt_tokens
 from scripts.engine.decoding.watching import on_screen
-from scripts.engine.likelihood.documents import Loaded, ratio_error, window_nats
+from scripts.engine.likelihood.documents import Loaded, window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import distinct, longest_repeat, mean_and_error, ratio_error
 
 COLUMNS = (  # of the table
     "tokens",
@@ -226,30 +224,6 @@ def _judged(answers: Sequence[Answer]) -> tuple[float, float] | None:
 
 def is_premature(answer: Answer, reference: Answer) -> bool:
     return answer.ended and answer.num_tokens < PREMATURE * reference.num_tokens
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and its standard error where there are two values or more."""
-    return fmean(values), stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-
-
-def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:
-    """Distinct n-grams / all n-grams; None where no text has n tokens."""
-    counts = Counter(tuple(ids[i : i + n]) for ids in texts for i in range(len(ids) - n + 1))
-    return len(counts) / counts.total() if counts else None
-
-
-def longest_repeat(ids: Sequence[int]) -> int:
-    """Length of the longest sequence that occurs twice; the two may overlap."""
-    best, above = 0, [0] * (len(ids) + 1)
-    for i in range(len(ids)):
-        row = [0] * (len(ids) + 1)  # row[j + 1]: length of the match that ends at i and at j
-        for j in range(i):
-            if ids[i] == ids[j]:
-                row[j + 1] = above[j] + 1
-                best = max(best, row[j + 1])
-        above = row
-    return best
 
 
 def table(figures: dict[str, dict[str, dict[str, Any]]]) -> list[str]:

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from scripts.engine.experiments.statistics import Record
 from scripts.engine.files import write_bytes
 
+Record = dict[str, Any]
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
 NAMES = {"ar": "AR (exact)", "diffusion": "diffusion (upper bound)"}
 BOUND = "held-out documents\n(nats per token, upper bound)"

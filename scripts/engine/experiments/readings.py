@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from scripts.engine.experiments.statistics import Record
 from scripts.engine.files import sha256_of
-from scripts.engine.likelihood.choices import wilson
 from scripts.engine.report.page import read_report
 from scripts.engine.report.results import AR, DIFFUSION, quality_of
-from scripts.engine.statistics import paired_interval, resampled_sums
+from scripts.engine.statistics import paired_interval, resampled_sums, wilson
 
+Record = dict[str, Any]
 Clusters = dict[Any, np.ndarray]  # fact or question -> (2,) right answers and answers
 MEASURES = {"exact match": "questions", "multiple choice": "choices"}
 SPLITS = ("seen", "reversed")

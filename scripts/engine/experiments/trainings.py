@@ -4,13 +4,13 @@ training and seed, with what was measured on it; all likelihoods are of the same
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import fmean
+from typing import Annotated, Any, NamedTuple
 
 from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import read_documents, text_format
 from dataset.tokenizer import encode, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig
-from scripts.engine.decoding.answers import distinct
 from scripts.engine.decoding.generation import generate_batch
 from scripts.engine.experiments.data import held_out_parts, small_corpus, write_documents
 from scripts.engine.experiments.runs import Bench, Lab, Recipe, Run
@@ -18,11 +18,14 @@ from scripts.engine.files import sha256_of
 from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import distinct, t_interval
 
-Records = list[dict[str, Any]]
+Record = dict[str, Any]
+Records = list[Record]
 JUDGE_SEED = 10_000  # no training's
 SECOND_STAGE = 5_000  # added to the seed, so that a second stage does not see the rows of the first one again
 ROWS_AT_A_TIME = 128
+UNNAMED = {"value", "minus", "mean", "low", "high", "n", "unit"}  # fields of a summary that identify no cell
 
 
 def numbers(text: str, flag: str, kind: type = int) -> list[Any]:
@@ -232,3 +235,59 @@ TRAININGS: dict[str, Callable[[Bench, Any, Sequence[int]], dict[str, Any]]] = {
     "initialisation": initialisation,
     "repetition": repetition,
 }
+
+
+# -- means and differences over seeds ----------------------------------------------------------------------------------
+
+
+class Comparison(NamedTuple):
+    """How the runs of an experiment are compared."""
+
+    by: tuple[str, ...]  # fields that identify a cell; within a cell only the seed differs
+    values: tuple[str, ...]  # measured
+    contrast: str  # one of `by`: the other levels of this field are compared with its first, all else equal
+
+
+COMPARISONS = {
+    "schedules": Comparison(("schedule",), ("nats_per_token", "judge_nats", "distinct_2"), "schedule"),
+    "initialisation": Comparison(("budget", "ar_share"), ("nats_per_token",), "ar_share"),
+    "repetition": Comparison(("weights", "repetitions", "kind"), ("nats_per_token",), "kind"),
+}
+
+
+def summarise(runs: Sequence[Record], comparison: Comparison) -> Records:
+    """For every value and cell the mean over the seeds, and in a second record, with `minus`, the mean difference from
+    the first level of the contrast, seed by seed."""
+    cells: dict[tuple, Records] = {}
+    for run in runs:
+        cells.setdefault(tuple(run[name] for name in comparison.by), []).append(run)
+    place = comparison.by.index(comparison.contrast)
+    first = next(iter(cells))[place]
+    summary = []
+    for value in comparison.values:
+        for key, members in cells.items():
+            cell = {"value": value, **dict(zip(comparison.by, key, strict=True))}
+            summary.append(cell | over_seeds([run[value] for run in members]))
+            if key[place] != first:
+                base = {run["seed"]: run[value] for run in cells[(*key[:place], first, *key[place + 1 :])]}
+                differences = [run[value] - base[run["seed"]] for run in members]
+                summary.append(cell | {"minus": first} | over_seeds(differences))
+    return summary
+
+
+def over_seeds(values: Sequence[float]) -> Record:
+    """Mean and 95 % t interval of one value per seed."""
+    low, high = t_interval(values)
+    return {"mean": fmean(values), "low": low, "high": high, "n": len(values), "unit": "seeds"}
+
+
+def lines(summary: Sequence[Record]) -> list[str]:
+    """The summary of an experiment, one sentence per record."""
+    sentences = []
+    for row in summary:
+        cell = {key: f"{v:.4g}" if isinstance(v, float) else v for key, v in row.items() if key not in UNNAMED}
+        name = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in cell.items())
+        minus = f", minus that of {row['minus']}" if "minus" in row else ""
+        spread = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
+        sentences.append(f"{row['value']}, {name}{minus}: {row['mean']:.4f}{spread}, {row['n']} {row['unit']}")
+    return sentences

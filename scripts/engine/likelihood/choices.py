@@ -22,10 +22,10 @@ from model.transformer import Transformer
 from scripts.engine.likelihood.documents import by_language, condition_and_responses, kind_of, window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window, chosen_rows, seed_of
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import wilson
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Han, kana and their punctuation
-Z = 1.959964  # two-sided 95 %
 
 
 class Question(NamedTuple):
@@ -218,11 +218,3 @@ def _accuracy(kind: str, outcomes: list[tuple[int, bool, bool]]) -> Accuracy:
         acc_norm_error=math.sqrt(acc_norm * (1 - acc_norm) / count),
         acc_norm_interval=wilson(acc_norm, count),
     )
-
-
-def wilson(share: float, count: int) -> tuple[float, float]:
-    """Wilson's score interval of a binomial share (Wilson 1927)."""
-    centre = share + Z**2 / (2 * count)
-    reach = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
-    scale = 1 + Z**2 / count
-    return (centre - reach) / scale, (centre + reach) / scale

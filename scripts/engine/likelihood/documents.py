@@ -29,6 +29,7 @@ from scripts.engine.likelihood.windows import (
     windows_of,
 )
 from scripts.engine.runtime import RuntimeConfig, provenance
+from scripts.engine.statistics import ratio_error
 from scripts.engine.training.loader import to_device
 from scripts.engine.training.metrics import or_none
 from scripts.engine.training.run import settings_of
@@ -408,14 +409,6 @@ def summarise(kind: str, documents: list[Document]) -> Likelihood:
         bits_per_byte=bits.sum() / size.sum(),
         bits_per_byte_error=ratio_error(bits, size),
     )
-
-
-def ratio_error(totals: np.ndarray, counts: np.ndarray) -> float:
-    """Standard error of totals.sum() / counts.sum() when documents are drawn independently (delta method)."""
-    if len(totals) < 2:
-        return math.nan
-    residuals = totals - counts * (totals.sum() / counts.sum())
-    return float(np.sqrt((residuals**2).sum() * len(totals) / (len(totals) - 1)) / counts.sum())
 
 
 def as_json(result: dict[str, Likelihood]) -> dict[str, Any]:

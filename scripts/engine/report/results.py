@@ -7,12 +7,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.corpus.bundled import is_correct
-from scripts.engine.decoding.answers import Answer, distinct, is_premature, longest_repeat
-from scripts.engine.likelihood.choices import Question, outcome, wilson
-from scripts.engine.likelihood.documents import ratio_error
+from scripts.engine.decoding.answers import Answer, is_premature
+from scripts.engine.likelihood.choices import Question, outcome
 from scripts.engine.report.measure import ANSWERED, Section, answer_in
-from scripts.engine.statistics import chrf, interval_of, resampled_sums
+from scripts.engine.statistics import (
+    chrf,
+    difference_interval,
+    distinct,
+    is_correct,
+    longest_repeat,
+    ratio_error,
+    resampled_sums,
+    wilson,
+)
 
 Item = dict[str, Any]
 Columns = np.ndarray  # (N, 2): numerator and denominator of each item, 0 and 0 where it was not measured
@@ -319,7 +326,9 @@ def difference(metric: Metric, first: Columns, second: Columns, sums: np.ndarray
     values = [estimate(metric, columns).value for columns in (first, second)]
     interval = (None, None)
     if sums is not None:
-        interval = interval_of(sums, lambda ratio: np.exp(np.minimum(ratio, 700)) if metric.exponential else ratio)
+        interval = difference_interval(
+            sums, lambda ratio: np.exp(np.minimum(ratio, 700)) if metric.exponential else ratio
+        )
         interval = (None, None) if math.isclose(*interval, rel_tol=1e-9, abs_tol=1e-12) else interval
     return Estimate(values[0] - values[1], None, *interval)
 

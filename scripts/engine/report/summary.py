@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from dataset.corpus.bundled import is_correct
 from scripts.engine.decoding.trace_terminal import width_of
 from scripts.engine.decoding.watching import on_screen
 from scripts.engine.report.page import read_report
 from scripts.engine.report.results import Estimate, Row, rows_of
+from scripts.engine.statistics import is_correct
 
 SHOWN = ("capital", "colour", "sum", "opposite", "reading", "identity")  # kinds of question, one of each per language
 SPLITS = {  # of the bundled questions, and what they ask

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.corpus.bundled import is_correct
 from dataset.tokenizer import fingerprint
 from model.checkpoint import save_checkpoint
 from model.decode import Canvas, decode
@@ -14,6 +13,7 @@ from model.remasking import POLICIES
 from scripts.engine.bench import decoding as benchmark
 from scripts.engine.bench.decoding import UNCAPPED, DecodingBenchmarkConfig, measure, naive, table
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import is_correct
 from tests.conftest import TINY
 from tests.scripts.models import untrained
 

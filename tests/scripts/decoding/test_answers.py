@@ -21,9 +21,7 @@ from scripts.engine.decoding.answers import (
     Question,
     answer_all,
     describe,
-    distinct,
     judge,
-    longest_repeat,
     questions_of,
     samples,
     table,
@@ -32,6 +30,7 @@ from scripts.engine.decoding.generation import generate
 from scripts.engine.decoding.samplers import SamplerGrid
 from scripts.engine.likelihood.documents import Loaded
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.statistics import distinct, longest_repeat
 from scripts.eval import eval_sft
 from tests.scripts.conftest import conversations
 from tests.scripts.models import untrained
@@ -49,21 +48,6 @@ def exchange(*contents):
 
 
 # -- figures -----------------------------------------------------------------------------------------------------------
-
-ids = st.lists(st.integers(0, 2), max_size=14)
-
-
-@given(ids)
-def test_the_longest_repeat_is_that_of_trying_every_sequence(tokens):
-    spans = [tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, len(tokens) + 1)]
-    assert longest_repeat(tokens) == max((len(s) for s in spans if spans.count(s) > 1), default=0)
-
-
-@given(st.lists(ids, min_size=1, max_size=4), st.integers(1, 3))
-def test_distinct_n_is_the_share_of_different_n_grams_of_all_texts(texts, n):
-    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text)) if i + n <= len(text)]
-    assert distinct(texts, n) == (len(set(grams)) / len(grams) if grams else None)
-
 
 made = st.lists(
     st.tuples(

@@ -5,7 +5,6 @@ import math
 from dataclasses import fields, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,6 @@ from scripts.engine.likelihood.documents import (
     Likelihood,
     evaluate_file,
     masked_cross_entropy,
-    ratio_error,
     response_likelihood,
 )
 from scripts.engine.likelihood.windows import DataEvalConfig, windows_of
@@ -186,22 +184,6 @@ def test_scripts():
     assert [language_of(t) for t in ("你好", "hello", "", "123", "hello 你好", "a long sentence 你")] == [
         *("zh", "other", "other", "other", "zh", "other")
     ]
-
-
-def test_the_ratio_error_is_what_a_bootstrap_finds():
-    draw = np.random.default_rng(0)
-    counts = draw.integers(5, 200, 400).astype(float)
-    totals = counts * draw.normal(3, 0.5, 400) + draw.normal(0, 20, 400)
-    samples = draw.integers(0, 400, (4000, 400))
-    ratios = totals[samples].sum(axis=1) / counts[samples].sum(axis=1)
-    assert ratio_error(totals, counts) == pytest.approx(ratios.std(), rel=0.05)
-
-
-def test_the_ratio_error_of_equal_counts_is_the_textbook_one_and_of_one_document_unknown():
-    totals = np.array([1.0, 4.0, 2.5, 7.0])
-    expected = (totals / 3).std(ddof=1) / math.sqrt(4)
-    assert ratio_error(totals, np.full(4, 3.0)) == pytest.approx(expected)
-    assert math.isnan(ratio_error(np.array([1.0]), np.array([2.0])))
 
 
 def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenizer, runtime):

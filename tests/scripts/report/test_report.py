@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.corpus.bundled import choices, is_correct, questions
+from dataset.corpus.bundled import choices, questions
 from dataset.jsonl import is_validation
 from dataset.sft import read_conversations
 from dataset.tokenizer import encode, encode_chat, fingerprint, render_chat
@@ -23,7 +23,7 @@ from scripts.engine.report import page as report_page
 from scripts.engine.report.measure import form_of
 from scripts.engine.report.results import DIFFUSION, METRICS, Estimate, groups_of, points_of, rows_of, summary_of
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.statistics import chrf
+from scripts.engine.statistics import chrf, is_correct
 from scripts.eval import likelihood, report
 from tests.scripts.conftest import conversations, run_command, sentences
 from tests.scripts.models import untrained

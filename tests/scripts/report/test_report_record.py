@@ -10,7 +10,6 @@ from dataset.tokenizer import encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
 from scripts.engine.decoding.generation import PromptConfig
-from scripts.engine.likelihood.choices import wilson
 from scripts.engine.likelihood.documents import load_for_use
 from scripts.engine.report import figures as report_figures
 from scripts.engine.report import frontier as report_frontier
@@ -20,7 +19,7 @@ from scripts.engine.report.measure import MeasureConfig, Setup, answers_of
 from scripts.engine.report.results import EXACT, difference, groups_of, is_right, points_of, rows_of
 from scripts.engine.report.sampling import sampling_of
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.statistics import resampled_sums
+from scripts.engine.statistics import resampled_sums, wilson
 from scripts.eval import report
 from tests.scripts.report.test_report import AR, DM, RUNTIME, made  # noqa: F401 (a fixture)
 

@@ -1,12 +1,27 @@
-"""scripts/engine/report_statistics.py: the bootstrap against enumeration and theory, chrF against values by hand."""
+"""scripts/engine/statistics.py: intervals against enumeration and theory, measures of texts against values by hand."""
 
 import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from scripts.engine.statistics import chrf, interval_of, paired_interval, resampled_sums
+from scripts.engine.statistics import (
+    STUDENT,
+    chrf,
+    difference_interval,
+    distinct,
+    is_correct,
+    longest_repeat,
+    paired_interval,
+    ratio_error,
+    resampled_sums,
+    t_interval,
+)
+
+ids = st.lists(st.integers(0, 2), max_size=14)
 
 
 def means(values: np.ndarray) -> np.ndarray:
@@ -43,7 +58,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         shared = draw.normal(size=60)
         first, second = shared + draw.normal(0.3, 0.5, 60), shared + draw.normal(0, 0.5, 60)
         sums = resampled_sums(np.hstack([means(first), means(second)]), 400)
-        low, high = paired_interval(means(first), means(second), sums)
+        low, high = difference_interval(sums)
         covered += low <= 0.3 <= high
     assert 0.90 <= covered / 400 <= 0.98
 
@@ -63,7 +78,7 @@ def test_numerator_and_denominator_are_drawn_together():
     first, second = np.stack([3 * tokens, tokens], axis=1), np.stack([2 * tokens, tokens], axis=1)
     assert paired_interval(first, second) == pytest.approx((1, 1))
     sums = resampled_sums(np.hstack([first, second]))
-    assert interval_of(sums, np.exp) == pytest.approx((math.e**3 - math.e**2,) * 2)
+    assert difference_interval(sums, np.exp) == pytest.approx((math.e**3 - math.e**2,) * 2)
 
 
 def test_an_item_that_was_not_measured_counts_in_neither_sum():
@@ -99,3 +114,59 @@ def test_chrf_is_the_f_score_by_hand(reply, reference, precision, recall):
 def test_chrf_of_no_reply_is_nothing_and_it_counts_recall_twice():
     assert chrf("", "abc") == chrf(" ", "abc") == 0
     assert chrf("abcdef", "abc") > chrf("abc", "abcdef")
+
+
+@pytest.mark.parametrize(
+    ("reply", "answer", "expected"),
+    [
+        ("7 + 5 = 12.", "12", True),
+        ("7 + 5 = 112.", "12", False),
+        ("7 + 5 = 12。", "12", True),
+        ("The opposite is COLD!", "cold", True),
+        ("scold", "cold", False),
+        ("巴黎是法国的首都。", "法国", True),
+        ("法兰西", "法国", False),
+    ],
+)
+def test_an_answer_counts_if_it_stands_as_a_word(reply, answer, expected):
+    assert is_correct(reply, answer) is expected
+
+
+@given(ids)
+def test_the_longest_repeat_is_that_of_trying_every_sequence(tokens):
+    spans = [tuple(tokens[i:j]) for i in range(len(tokens)) for j in range(i + 1, len(tokens) + 1)]
+    assert longest_repeat(tokens) == max((len(s) for s in spans if spans.count(s) > 1), default=0)
+
+
+@given(st.lists(ids, min_size=1, max_size=4), st.integers(1, 3))
+def test_distinct_n_is_the_share_of_different_n_grams_of_all_texts(texts, n):
+    grams = [tuple(text[i : i + n]) for text in texts for i in range(len(text)) if i + n <= len(text)]
+    assert distinct(texts, n) == (len(set(grams)) / len(grams) if grams else None)
+
+
+def test_the_ratio_error_is_what_a_bootstrap_finds():
+    draw = np.random.default_rng(0)
+    counts = draw.integers(5, 200, 400).astype(float)
+    totals = counts * draw.normal(3, 0.5, 400) + draw.normal(0, 20, 400)
+    samples = draw.integers(0, 400, (4000, 400))
+    ratios = totals[samples].sum(axis=1) / counts[samples].sum(axis=1)
+    assert ratio_error(totals, counts) == pytest.approx(ratios.std(), rel=0.05)
+
+
+def test_the_ratio_error_of_equal_counts_is_the_textbook_one_and_of_one_document_unknown():
+    totals = np.array([1.0, 4.0, 2.5, 7.0])
+    expected = (totals / 3).std(ddof=1) / math.sqrt(4)
+    assert ratio_error(totals, np.full(4, 3.0)) == pytest.approx(expected)
+    assert math.isnan(ratio_error(np.array([1.0]), np.array([2.0])))
+
+
+def test_the_quantiles_are_those_of_student_s_distribution():
+    for freedom, quantile in enumerate(STUDENT, start=1):
+        x = np.linspace(0, quantile, 200_001)
+        scale = math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(freedom * math.pi)
+        density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        assert np.trapezoid(density, x) == pytest.approx(0.475, abs=3e-5)
+
+
+def test_a_mean_of_one_value_has_no_interval():
+    assert t_interval([2.0]) == (None, None)
