@@ -235,6 +235,23 @@ def weight_faults(weights: Any) -> list[str]:
     ]
 
 
+def require_tokenizer(payload: dict[str, Any], path: Path, fingerprint: str) -> None:
+    """Raise ValueError if the weights in `path` were trained with another tokenizer than the one of `fingerprint`."""
+    if payload["tokenizer"] != fingerprint:
+        raise ValueError(
+            f"{path} was trained with another tokenizer (fingerprint {payload['tokenizer']}, the one in use has "
+            f"{fingerprint}); give its directory with --tokenizer-dir"
+        )
+
+
+def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str) -> Transformer:
+    """Return a model of this config with these weights, on the host."""
+    with torch.random.fork_rng(devices=[]):  # the initial weights, soon replaced, cost no random number of the caller
+        model = Transformer(config)
+    load_weights(model, weights, source)
+    return model
+
+
 def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None) -> Transformer:
     """Rebuild the model from the config in the file, in eval mode; names and shapes must match exactly.
 
@@ -247,15 +264,9 @@ def model_of(
     payload: dict[str, Any], path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None
 ) -> Transformer:
     """`load_model` from what `load_checkpoint` read from `path`."""
-    if tokenizer is not None and payload["tokenizer"] != tokenizer:
-        raise ValueError(
-            f"{path} was trained with another tokenizer (fingerprint {payload['tokenizer']}, the one in use has "
-            f"{tokenizer}); give its directory with --tokenizer-dir"
-        )
-    with torch.random.fork_rng(devices=[]):  # the initial weights, soon replaced, cost no random number of the caller
-        model = Transformer(ModelConfig(**payload["config"])).to(device)
-    load_weights(model, final_weights(payload), str(path))
-    return model.eval()
+    if tokenizer is not None:
+        require_tokenizer(payload, path, tokenizer)
+    return build_model(ModelConfig(**payload["config"]), final_weights(payload), str(path)).to(device).eval()
 
 
 def final_weights(payload: dict[str, Any]) -> dict[str, Tensor]:

@@ -6,8 +6,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from model.checkpoint import FORMAT, load_model, load_weights, read_archive, unusable, weight_faults
+from model.checkpoint import (
+    FORMAT,
+    build_model,
+    final_weights,
+    load_checkpoint,
+    read_archive,
+    require_tokenizer,
+    unusable,
+    weight_faults,
+)
 from model.config import ModelConfig
 from model.transformer import Transformer
 
@@ -18,7 +28,13 @@ TOLD_BESIDE = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_
 
 
 def import_foreign(path: Path, config: ModelConfig) -> Transformer:
-    """A model of shape `config` from weights named as MiniMind or Hugging Face's Llama and Qwen3 name them.
+    """Return a model of shape `config` with `foreign_weights`."""
+    return build_model(config, foreign_weights(path, config), str(path))
+
+
+def foreign_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of a model of shape `config` from weights with the names of MiniMind or of Hugging Face's
+    Llama and Qwen3.
 
     Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary
     that is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or
@@ -53,9 +69,7 @@ def import_foreign(path: Path, config: ModelConfig) -> Transformer:
     for name in ("embed_tokens.weight", "lm_head.weight"):
         if len(weights[name]) == config.vocab_size - 1 == config.mask_token_id:
             weights[name] = torch.cat([weights[name], weights[name].mean(dim=0, keepdim=True)])
-    model = Transformer(config)
-    load_weights(model, weights, str(path))
-    return model
+    return weights
 
 
 def _require_as_told(beside: Path, config: ModelConfig) -> None:
@@ -75,8 +89,11 @@ def _require_as_told(beside: Path, config: ModelConfig) -> None:
         raise ValueError(f"{beside}, beside the weights, tells of another model than the flags; give {flags}")
 
 
-def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str) -> Transformer:
-    """The model that a stage starts from: weights of `path` (ours or foreign), with the settings a stage may change.
+def starting_weights(
+    path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return what a stage starts from: the config, with the settings that a stage may change, and the weights in
+    `path`, ours or foreign. `build_model` makes the network, once the objective has settled the config.
 
     config: from the flags, `given` being those that were typed. For our own checkpoints the architecture comes from the
     file; ValueError names the typed flags that contradict it.
@@ -90,19 +107,17 @@ def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tok
                 f"{path} does not say how many heads its model has; give --num-attention-heads with it, and "
                 f"--rope-theta and --rms-norm-eps where they are not {config.rope_theta:g} and {config.rms_norm_eps:g}"
             )
-        return import_foreign(path, config)
-    model = load_model(path, tokenizer=tokenizer)
+        return config, foreign_weights(path, config)
+    payload = load_checkpoint(path)
+    require_tokenizer(payload, path, tokenizer)
+    saved = ModelConfig(**payload["config"])
     # The last two are the stage's to set; one of its flags has the name of the second.
     names = ({f.name for f in fields(ModelConfig)} - {"attention", "block_size"}) & given
-    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(model.config, name)]
+    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(saved, name)]
     if wrong:
         told = ", ".join(
-            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(model.config, n)})" for n in wrong
+            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(saved, n)})" for n in wrong
         )
         raise ValueError(f"{path} was trained with another shape than {told}; leave these flags out")
     changed = {name: getattr(config, name) for name in ADJUSTABLE if name in given}
-    if not changed:
-        return model
-    adjusted = Transformer(replace(model.config, **changed))
-    adjusted.load_state_dict(model.state_dict())
-    return adjusted
+    return replace(saved, **changed), final_weights(payload)

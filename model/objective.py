@@ -9,7 +9,7 @@ and plain numbers. `loss` is a function of the weights and of that dict alone, a
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,17 +39,56 @@ class RowLoss:
         return RowLoss(self.nats / self.count.clamp(min=1), (self.count > 0).float(), self.averages)
 
 
+@dataclass(frozen=True)
+class BatchView:
+    """What an objective does with a batch, for people to look at."""
+
+    scored: Tensor  # (B, L) bool, tokens that the loss asks for or, if `masked` has any, may ask for
+    masked: Tensor  # (B, L) bool, tokens that the network sees as [MASK]
+
+
 class Objective:
+    """All that a training stage needs to know of what it trains for."""
+
+    unit: ClassVar[str]  # of the validation loss
+    autoregressive: ClassVar[bool]  # it predicts the next token, so diffusion weights are no start for it
+
+    def settle(self, config: ModelConfig) -> tuple["Objective", ModelConfig]:
+        """Settle what is open in either, before the network is built, for starting weights of this config.
+
+        Returns the objective and the config to build by, whose `attention` and `block_size` say how the trained weights
+        are decoded. Raises ValueError if the two do not go together.
+        """
+        raise NotImplementedError
+
+    def schedules_done(self, progress: float) -> bool:
+        """Return whether all schedules are in their last phase when a share `progress` of the run is done: before, a
+        validation loss that rises is no reason to stop."""
+        return True
+
+    def for_validation(self) -> "Objective":
+        """Return the objective that validation measures: one quantity, whatever is trained on, at any step."""
+        raise NotImplementedError
+
+    @property
+    def keeps_logits(self) -> bool:
+        """Whether the loss keeps all logits in float32 for its gradient, and does not go through them in chunks."""
+        return False
+
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
-        """What a step needs of a batch on the host, for a model of this config."""
+        """Return what a step of a model of this config needs of a batch; all on the host."""
         raise NotImplementedError
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
-        """prepared: on the model's device."""
+        """Return the loss of what `prepare` returned, once that is on the model's device."""
+        raise NotImplementedError
+
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        """Return what a step with this noise scores and masks of a batch of whole rows."""
         raise NotImplementedError
 
     def __call__(self, model: Transformer, batch: Batch, noise: StepNoise) -> RowLoss:
-        """Both, for a model on the host."""
+        """Return the loss of a batch, for a model on the host."""
         return self.loss(model, self.prepare(batch, model.config, noise))
 
 
@@ -57,25 +96,20 @@ class Objective:
 class NextToken(Objective):
     """Autoregressive cross-entropy. The first token of each document piece has nothing to be predicted from."""
 
-    decoding = {"attention": "causal", "block_size": 0}  # what its weights are decoded by
     unit = "nats per token"
+    autoregressive = True
 
     sequence_mean: bool = False  # every row counts the same, however many tokens it learns
 
-    def for_weights(self, config: ModelConfig) -> "NextToken":
-        return self
-
-    def settled(self, progress: float) -> bool:
-        return True
+    def settle(self, config: ModelConfig) -> tuple["NextToken", ModelConfig]:
+        return self, replace(config, attention="causal", block_size=0)
 
     def for_validation(self) -> "NextToken":
         return replace(self, sequence_mean=False)
 
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise | None = None) -> Prepared:
         input_ids, documents = batch["input_ids"], batch.get("document_ids")
-        scored = batch["loss_mask"][:, 1:]
-        if documents is not None:
-            scored = scored & (documents[:, 1:] == documents[:, :-1])
+        scored = predictable(batch)[:, 1:]
         positions = torch.nn.functional.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
         prepared = {
             "input_ids": input_ids,
@@ -93,6 +127,9 @@ class NextToken(Objective):
         loss = RowLoss(nats, prepared["count"], {"eos_share": share_of(targets, model.config.eos_token_id)})
         return loss.by_sequence() if self.sequence_mean else loss
 
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        return BatchView(predictable(batch), torch.zeros_like(batch["loss_mask"]))
+
 
 @dataclass(frozen=True)
 class MaskedDiffusion(Objective, MaskSettings):
@@ -107,6 +144,7 @@ class MaskedDiffusion(Objective, MaskSettings):
     """
 
     unit = "nats per token"
+    autoregressive = False
 
     block_size: Annotated[
         int | None,
@@ -182,22 +220,18 @@ class MaskedDiffusion(Objective, MaskSettings):
         if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down) or min(sizes) < 1:
             raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
 
-    def for_weights(self, config: ModelConfig) -> "MaskedDiffusion":
-        """Where --block-size was left out, that of the weights that training starts from."""
-        if self.block_size is None and not self.use_block_curriculum:
-            return replace(self, block_size=config.block_size)
-        return self
+    def settle(self, config: ModelConfig) -> tuple["MaskedDiffusion", ModelConfig]:
+        """Take --block-size, if it was left out, from the starting weights, and write the last one of the run into the
+        config."""
+        open_ = self.block_size is None and not self.use_block_curriculum
+        objective = replace(self, block_size=config.block_size) if open_ else self
+        size = objective.last_block_size
+        return objective, replace(config, attention="block" if size else "full", block_size=size)
 
     @property
     def last_block_size(self) -> int:
         """That at which a run ends."""
         return self.wsd_block_sizes_down[-1] if self.use_block_curriculum else self.block_size or 0
-
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """Settings of the model that say how its weights are decoded."""
-        size = self.last_block_size
-        return {"attention": "block" if size else "full", "block_size": size}
 
     def block_size_at(self, progress: float) -> int:
         """Block size when a share `progress` of the run is done; 0: the whole row."""
@@ -210,8 +244,7 @@ class MaskedDiffusion(Objective, MaskSettings):
             return 0
         return _part(self.wsd_block_sizes_down, (progress - up - stable) / down)
 
-    def settled(self, progress: float) -> bool:
-        """Whether the schedules have come to their last phase, so that a validation loss tells how the run will end."""
+    def schedules_done(self, progress: float) -> bool:
         if self.use_block_curriculum and self.block_size_at(progress) != self.last_block_size:
             return False
         decay = self.wsd_warmup_ratio + self.wsd_stable_ratio
@@ -221,6 +254,15 @@ class MaskedDiffusion(Objective, MaskSettings):
         """The full-range bound that every schedule is judged by, at the block size of the run's end, so that all
         validation losses of a run are one quantity."""
         return MaskedDiffusion(block_size=self.last_block_size, variable_length_prob=0.0)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.cap_weight > 0 or self.repeat_penalty_weight > 0
+
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        """The first half of complementary masks alone."""
+        noised = self.corrupt(batch, config.mask_token_id, noise)
+        return BatchView(batch["loss_mask"], noised.scored[: len(batch["loss_mask"])])
 
     def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise) -> Noised:
         """The batch masked; with complementary masks twice as many rows, the second half the other way round."""
@@ -343,6 +385,15 @@ class MaskedDiffusion(Objective, MaskSettings):
         run[:, 0] = 0
         wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
         return unlikelihood(logits, previous) * wrong
+
+
+def predictable(batch: Batch) -> Tensor:
+    """bool (B, L): the positions of loss_mask that have a token before them in their document."""
+    maskable = batch["loss_mask"]
+    documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
+    first = torch.ones_like(maskable)
+    first[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return maskable & ~first
 
 
 def _part(sizes: tuple[int, ...], progress: float) -> int:

@@ -6,7 +6,7 @@ loss_mask True on a reply and its EOS alone. Log-likelihoods are sums over a rep
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from model.forward_process import Noised, StepNoise, lowest
 from model.import_weights import ADJUSTABLE
 from model.likelihood import GOLDEN
 from model.losses import linear_nats, sum_by_row
-from model.objective import Batch, NextToken, Objective, Prepared, RowLoss
+from model.objective import Batch, BatchView, NextToken, Objective, Prepared, RowLoss
 from model.transformer import Transformer
 
 VALIDATION_MASKS = 8
@@ -42,22 +42,14 @@ class Preference(Objective):
         if self.dpo_sft_weight < 0:
             raise ValueError(f"--dpo-sft-weight must not be negative, not {self.dpo_sft_weight}")
 
-    @property
-    def decoding(self) -> dict[str, Any]:
-        """Settings of the model that say how its weights are decoded: those of the reference."""
-        return {"attention": self.reference.config.attention, "block_size": self.reference.config.block_size}
-
-    def for_weights(self, config: ModelConfig) -> "Preference":
-        """ValueError if the weights that training starts from are of another shape or kind than the reference."""
+    def settle(self, config: ModelConfig) -> tuple["Preference", ModelConfig]:
+        """Leave both as they are. Raises ValueError if the reference is of another shape or kind than the weights."""
         found, expected = asdict(self.reference.config), asdict(config)
         wrong = [name for name in expected if name not in ADJUSTABLE and found[name] != expected[name]]
         if wrong:
             told = ", ".join(f"{name} {found[name]} (the weights to tune have {expected[name]})" for name in wrong)
             raise ValueError(f"--reference-from {self.reference_from} has {told}; give the checkpoint they come from")
-        return self
-
-    def settled(self, progress: float) -> bool:
-        return True
+        return self, config
 
     def for_validation(self) -> "Preference":
         """The preference loss alone."""
@@ -88,6 +80,8 @@ class Preference(Objective):
 class ExactDPO(Preference):
     """Preferences."""
 
+    autoregressive = True
+
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
         return NextToken().prepare(batch, config) | {"loss_mask": batch["loss_mask"]}
 
@@ -96,6 +90,9 @@ class ExactDPO(Preference):
         with torch.no_grad():
             reference = NextToken().loss(self.reference, prepared).nats
         return self.compare(policy, reference, prepared["loss_mask"])
+
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        return NextToken().view(batch, config, noise)
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,8 @@ class DiffusionDPO(Preference):
     masks, each with a count of its own, and the same ones for policy and reference. The two replies of a pair draw
     theirs independently.
     """
+
+    autoregressive = False
 
     dpo_num_masks: Annotated[int, "masks drawn for each reply; time grows with it, memory does not"] = 4
     shared_masks: bool = True  # False is for measuring what sharing is worth
@@ -139,6 +138,10 @@ class DiffusionDPO(Preference):
             with torch.no_grad():
                 reference = reference + bound(self.reference, prepared, other)
         return self.compare(policy / self.dpo_num_masks, reference / self.dpo_num_masks, prepared["loss_mask"])
+
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        """The first mask of each reply."""
+        return BatchView(batch["loss_mask"], self.corrupt(batch, config.mask_token_id, noise).scored)
 
     def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise, sample: int = 0, purpose: str = "policy") -> Noised:
         """The batch with mask number `sample`: k_b of the n_b maskable tokens of block b masked, weight n_b / k_b.

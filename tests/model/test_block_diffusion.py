@@ -17,6 +17,7 @@ from model.attention_mask import (
     number_blocks,
 )
 from model.block_diffusion import predict
+from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens
 from model.objective import MaskedDiffusion
 
@@ -334,12 +335,13 @@ def test_the_block_curriculum_goes_up_stays_and_comes_down():
     steps = [objective.block_size_at(step / 100) for step in range(100)]
     assert steps == [1] * 10 + [4] * 10 + [16] * 10 + [0] * 50 + [64] * 10 + [32] * 10
     assert objective.block_size_at(1.0) == objective.last_block_size == 32
-    assert objective.decoding == {"attention": "block", "block_size": 32}
+    _, config = objective.settle(ModelConfig())
+    assert (config.attention, config.block_size) == ("block", 32)
     assert objective.for_validation().block_size_at(0.0) == 32
-    settled = [objective.settled(step / 100) for step in range(101)]
+    settled = [objective.schedules_done(step / 100) for step in range(101)]
     assert settled == [False] * 90 + [True] * 11  # before, a validation at blocks of 32 says little of the run
-    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.79) is False
-    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").settled(0.81) is True
+    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").schedules_done(0.79) is False
+    assert replace(objective, use_block_curriculum=False, mask_schedule="wsd").schedules_done(0.81) is True
     for edge in (0.3, 0.8, 1.0):  # a hair before a phase ends is still its last size
         before = objective.block_size_at(math.nextafter(edge, 0.0))
         assert before == {0.3: 16, 0.8: 0, 1.0: 32}[edge]

@@ -3,13 +3,14 @@
 import copy
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
+from model.config import ModelConfig
 from model.forward_process import StepNoise
+from model.objective import Objective
 from model.transformer import Transformer
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.loader import Rows, to_device
@@ -23,7 +24,12 @@ TIMED_STEPS, SAMPLED_STEPS = 5, 50
 
 
 def dry_run(
-    model: Transformer, objective: Any, rows: Rows, trainer: TrainerConfig, runtime: RuntimeConfig, total_steps: int
+    model: Transformer,
+    objective: Objective,
+    rows: Rows,
+    trainer: TrainerConfig,
+    runtime: RuntimeConfig,
+    total_steps: int,
 ) -> None:
     """Print shapes, parameters, memory and hours; a copy of the model is timed forward and backward."""
     widest, typical = _widest_and_typical(rows, trainer, runtime.seed, total_steps)
@@ -53,8 +59,7 @@ def dry_run(
     per_layer = (
         tokens * (10 * width + 3 * model.config.intermediate_size) * element + 2 * tokens * heads * length * element
     )
-    # Of the logits their gradient is kept; objectives that need themselves, CAP and the repetition penalty, keep more.
-    logits = 3 * 4 if getattr(objective, "cap_weight", 0) or getattr(objective, "repeat_penalty_weight", 0) else element
+    logits = 3 * 4 if objective.keeps_logits else element  # bytes of each: themselves, or their gradient alone
     activations = model.config.num_hidden_layers * per_layer + scored * model.config.vocab_size * logits
     print(
         f"parameters {parameters:,}; weights, gradients and optimizer {16 * parameters / 2**30:.2f} GiB; "
@@ -84,10 +89,10 @@ def _widest_and_typical(
 
 def show_batch(
     tokenizer: PreTrainedTokenizerFast,
-    objective: Any,
+    objective: Objective,
     rows: Rows,
     rows_per_step: int,
-    mask_id: int,
+    config: ModelConfig,
     seed: int,
     step: int | None,
     total_steps: int,
@@ -97,16 +102,10 @@ def show_batch(
     before, shown = ((step or 1) - 1), rows_per_step if step else min(rows_per_step, 4)
     indices = rows.order(seed, rows_per_step)(before * rows_per_step, shown)
     batch = rows.batch(indices)
-    scored = batch["loss_mask"]
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
-    masked = torch.zeros_like(scored)
-    if hasattr(objective, "corrupt"):
-        noise = StepNoise(seed, before, rows_per_step, width=rows.seq_len, progress=before / total_steps)
-        masked = objective.corrupt(batch, mask_id, noise).scored[: len(scored)]
-    else:  # the first token of a piece has nothing to be predicted from
-        first = torch.ones_like(scored)
-        first[:, 1:] = documents[:, 1:] != documents[:, :-1]
-        scored = scored & ~first
+    noise = StepNoise(seed, before, rows_per_step, width=rows.seq_len, progress=before / total_steps)
+    view = objective.view(batch, config, noise)
+    scored, masked = view.scored, view.masked
     marks = {kind: (colour, RESET) for kind, colour in COLOURS.items()} if sys.stdout.isatty() else MARKS
     print("  ".join(f"{before}{kind}{after}" for kind, (before, after) in marks.items()) + "  | document boundary")
     for row in range(len(scored)):

@@ -5,8 +5,9 @@ import shlex
 from dataclasses import replace
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
+from model.checkpoint import build_model
 from model.import_weights import starting_weights
-from model.preference import ExactDPO, Preference
+from model.preference import Preference
 from model.transformer import Transformer
 from scripts.engine.training.stage import StageConfigs
 
@@ -25,9 +26,10 @@ def with_reference(
     if run.writes(path):
         raise ValueError(f"{path}, the reference, is a file that the run itself writes; choose another --run-name")
     shape = replace(configs.shape, **token_ids(tokenizer))
-    model = starting_weights(path, shape, configs.given, fingerprint(tokenizer))
-    if model.config.autoregressive != isinstance(objective, ExactDPO):
-        kind, command = AUTOREGRESSIVE if model.config.autoregressive else DIFFUSION
+    config, weights = starting_weights(path, shape, configs.given, fingerprint(tokenizer))
+    model = build_model(config, weights, str(path))
+    if config.autoregressive != objective.autoregressive:
+        kind, command = AUTOREGRESSIVE if config.autoregressive else DIFFUSION
         there = shlex.join(["uv", "run", "python", "-m", command, "--load-from", str(path)])
         raise ValueError(f"{path} is {kind}, which {command} tunes; give another checkpoint here, or it there: {there}")
     model.set_context(max_seq_len)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import load_checkpoint, read_archive
+from model.checkpoint import build_model, load_checkpoint, read_archive
 from model.config import ModelConfig
 from model.forward_process import rate_range
 from model.import_weights import starting_weights
+from model.objective import Objective
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.files import require_output
@@ -57,7 +58,7 @@ class StageConfigs:
 def train_stage(
     stage: str,
     configs: StageConfigs,
-    objective: Any,
+    objective: Objective,
     data: Any,
     tokenizer: PreTrainedTokenizerFast,
     build: Callable[[ModelConfig], Any],
@@ -80,11 +81,9 @@ def train_stage(
         if state:  # flags that came after it was saved had their defaults
             state["settings"] = {k: v for k, v in defaults_of(*groups).items() if k in settings} | state["settings"]
         notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
-        model = _starting_model(stage, configs, objective, tokenizer, state)
+        objective, model = _starting_model(stage, configs, objective, tokenizer, state)
         moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
         model.set_context(data.max_seq_len)
-        objective = objective.for_weights(model.config)
-        model.config = replace(model.config, **objective.decoding)
         dataset = world.main_first(lambda: build(model.config))  # caches are made once
         _require_dataset(dataset, configs, state, data, objective)
         if world.is_main:
@@ -148,7 +147,7 @@ def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageCon
     rows, size, seed = dataset.train, configs.trainer.rows_per_step, configs.runtime.seed
     if configs.run.show_batch:
         total = configs.trainer.total_steps(len(rows))
-        show_batch(tokenizer, objective, rows, size, model.config.mask_token_id, seed, configs.run.show_step, total)
+        show_batch(tokenizer, objective, rows, size, model.config, seed, configs.run.show_step, total)
     if configs.run.dry_run:
         dry_run(model, objective, rows, configs.trainer, configs.runtime, configs.trainer.total_steps(len(rows)))
 
@@ -268,24 +267,32 @@ def _check_continuation(
 
 
 def _starting_model(
-    stage: str, configs: StageConfigs, objective: Any, tokenizer: PreTrainedTokenizerFast, state: dict[str, Any] | None
-) -> Transformer:
-    """The saved run's model, that of --load-from, or a new one seeded by --seed. ValueError: diffusion weights for an
-    autoregressive stage (the reverse is how diffusion starts from AR)."""
+    stage: str,
+    configs: StageConfigs,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerFast,
+    state: dict[str, Any] | None,
+) -> tuple[Objective, Transformer]:
+    """Return the settled objective, and the saved run's model, that of --load-from, or a new one seeded by --seed.
+
+    Raises ValueError for diffusion weights in an autoregressive stage (the reverse is how diffusion starts from AR).
+    """
     torch.manual_seed(configs.runtime.seed)
+    config, weights = replace(configs.shape, **token_ids(tokenizer)), None
     if state:
-        return Transformer(ModelConfig(**state["config"]))
-    shape = replace(configs.shape, **token_ids(tokenizer))
-    if configs.run.load_from:
-        model = starting_weights(configs.run.load_from, shape, configs.given, fingerprint(tokenizer))
-        if objective.decoding["attention"] == "causal" and model.config.attention != "causal":
+        config = ModelConfig(**state["config"])
+    elif configs.run.load_from:
+        config, weights = starting_weights(configs.run.load_from, config, configs.given, fingerprint(tokenizer))
+        if objective.autoregressive and not config.autoregressive:
             raise ValueError(
                 f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
                 "an autoregressive stage needs an autoregressive checkpoint; train it on by "
                 f"uv run python -m {BY_DIFFUSION[stage]} --load-from {shlex.quote(str(configs.run.load_from))}"
             )
-        return model
-    return Transformer(shape)
+    objective, config = objective.settle(config)
+    if weights is None:
+        return objective, Transformer(config)
+    return objective, build_model(config, weights, str(configs.run.load_from))
 
 
 def _starting_moments(configs: StageConfigs) -> list[dict]:

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from model.checkpoint import is_out_of_memory, load_weights, save_checkpoint
 from model.forward_process import StepNoise
-from model.objective import RowLoss
+from model.objective import Objective, RowLoss
 from model.transformer import Transformer
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.compiling import compile_layers, uncompile
@@ -49,7 +49,7 @@ class Trainer:
     def __init__(
         self,
         model: Transformer,
-        objective: Any,
+        objective: Objective,
         train_rows: Rows,
         val_rows: Rows,
         *,
@@ -346,7 +346,9 @@ class Trainer:
         spread = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
         if loss < self.stop_loss - self.trainer.early_stop_min_delta:
             self.stop_loss, self.bad_evals = loss, 0  # moves on counted improvements only, so that small ones add up
-        elif self.objective.settled(self.step / self.total_steps):  # what rises before may be the schedule's doing
+        elif self.objective.schedules_done(
+            self.step / self.total_steps
+        ):  # what rises before may be the schedule's doing
             self.bad_evals += 1
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step

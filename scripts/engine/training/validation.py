@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from model.forward_process import StepNoise
+from model.objective import Objective
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.distributed import Replica, World
 from scripts.engine.training.loader import Ahead, Rows, host_ready, in_order, move
@@ -21,7 +22,7 @@ class Validation:
     def __init__(
         self,
         replica: Replica,
-        objective: Any,
+        objective: Objective,
         rows: Rows,
         most: int,
         batch_size: int,

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dataset.tokenizer import load_tokenizer, token_ids
 from model import import_weights as foreign_weights
 from model.checkpoint import (
+    build_model,
     load_checkpoint,
     load_model,
     save_checkpoint,
@@ -221,7 +222,8 @@ def test_weights_that_transformers_wrote_give_the_logits_that_transformers_gives
     path = Path("llama/model.safetensors")
     config = ModelConfig(**shape, **ids, num_key_value_heads=2, rope_theta=500.0, rms_norm_eps=1e-3)
     given = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size"})
-    ours = starting_weights(path, config, given, "any").eval()  # config.json beside it tells the heads
+    start = starting_weights(path, config, given, "any")  # config.json beside it tells the heads
+    ours = build_model(*start, str(path)).eval()
     tokens = torch.randint(ids["vocab_size"], (2, 20))
     torch.testing.assert_close(ours(tokens, is_causal=True), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
     told = "--num-attention-heads 4 --rope-theta 500.0 --rms-norm-eps 0.001$"
