@@ -34,9 +34,9 @@ from scripts.engine.decoding.trace import RECORD, SUFFIXES, Trace, check_trace_p
 from scripts.engine.decoding.trace_terminal import LiveView
 from scripts.engine.decoding.watching import Typing, Watch, on_screen
 from scripts.engine.files import require_output
+from scripts.engine.flags import settings_of
 from scripts.engine.likelihood.documents import CheckpointConfig, Loaded, circumstances, note_on_blanks
 from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.training.run import settings_of
 
 HELP = """\
 /help             this list and the settings

@@ -2,13 +2,60 @@
 
 import argparse
 import difflib
-import math
 import os
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import MISSING, fields
-from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, replace
+from typing import Any, NamedTuple, NoReturn
+
+from model.ranges import check_ranges
+from scripts.engine.flags import Flag, Need, flags_of
+
+Needs = Mapping[type | str, str | tuple[str, ...]]
+
+
+class TypedFlags(frozenset[str]):
+    """The fields whose flags were typed; those without effect are refused."""
+
+    configs: tuple[Any, ...]  # of the whole command
+    needs: Mapping[str, tuple[Need, ...]]  # field -> what its flag needs
+    fields: Mapping[str, str]  # flag, by any of its names -> its field
+
+    def __new__(cls, names: Iterable[str], configs: tuple, needs: Mapping, fields: Mapping) -> "TypedFlags":
+        typed = super().__new__(cls, names)
+        typed.configs, typed.needs, typed.fields = configs, needs, fields
+        return typed
+
+    def refuse_idle(self, *configs: Any) -> None:
+        """ValueError for a typed flag of `configs` that has no effect beside the values of other flags.
+
+        Several of the configs may be of one group, such as those of samplers that are tried one after the other: a flag
+        has an effect if it has one in any of them.
+        """
+        for name in sorted(self):
+            unmet = [self._unmet(name, config, configs) for config in configs if name in vars(config)]
+            if unmet and all(unmet):
+                raise ValueError(unmet[0].refusal(name))
+
+    def refuse_without(self, facts: Mapping[str, bool]) -> None:
+        """ValueError for a typed flag that has no effect because one of these facts holds or does not hold."""
+        for name in sorted(self):
+            for need in self.needs[name]:
+                if need.fact in facts and facts[need.fact] != need.positive:
+                    raise ValueError(need.refusal(name))
+
+    def _unmet(self, name: str, config: Any, configs: tuple[Any, ...]) -> Need | None:
+        """The first need on other flags that does not hold for a flag of `config`."""
+
+        def values(flag: str) -> list[Any]:
+            """Its value in `config`, else those in `configs`, else that in the whole command."""
+            field, places = self.fields[flag], (config,)
+            for others in (configs, self.configs):
+                places = places if any(field in vars(place) for place in places) else others
+            return [vars(place)[field] for place in places if field in vars(place)]
+
+        return next((need for need in self.needs[name] if need.fact is None and not need.holds(values)), None)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -20,67 +67,94 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2)
 
 
-def parse_args(description: str, *groups: type, argv: list[str] | None = None, **defaults: Any) -> tuple:
-    """Parse argv into one instance of each dataclass in `groups`, in order, and last the frozenset of the fields typed.
+def parse_args(
+    description: str,
+    *groups: type,
+    argv: list[str] | None = None,
+    needs: Needs | None = None,
+    later: tuple[type, ...] = (),
+    **defaults: Any,
+) -> tuple:
+    """Parse argv into one instance of each dataclass in `groups`, in order, and last the TypedFlags.
 
-    A field `max_seq_len: Annotated[int, "help", *aliases]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag;
-    a Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without
-    default is positional; one without help text is not a flag. An alias may be a pair ("--flag", value): a switch
-    without argument that stands for the value, unless the field's own flag says another. Underscores in flags read as
-    hyphens. `defaults` override field defaults for this command. ValueError from a dataclass's own checks is reported
-    as a usage error.
+    A field `max_seq_len: Annotated[int, "help", ...]` becomes --max-seq-len INT; a bool becomes --flag/--no-flag; a
+    Literal lists its choices; `tuple[X, ...]` is a list with commas; `X | None` may be left out; a field without
+    default is positional; one without annotation is no flag. Underscores in flags read as hyphens.
+
+    needs: what all flags of a group, or the flag of a field, need in this command, besides what they declare.
+    later: groups whose needs the command checks itself, with TypedFlags.refuse_idle, since it knows more.
+    defaults: those of fields in this command. A ValueError from a dataclass is reported as a usage error.
     """
-    command = re.search(r"python -m (\S+)", description)
-    module = command[1] if command else "MODULE"
-    places = [f.name.upper() for group in groups for f in fields(group) if f.default is MISSING]
-    parser = _Parser(
-        usage=" ".join(["uv run python -m", module, *places, "[FLAGS]"]),
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    for group in groups:
-        title = (group.__doc__ or group.__name__).partition("\n")[0].partition(";")[0].rstrip(".")
-        section = parser.add_argument_group(title)
-        for name, kind, text, aliases, switches in _flags(group):
-            default = defaults.pop(name, group.__dataclass_fields__[name].default)
-            if default is MISSING:
-                section.add_argument(
-                    name, help=text.replace("%", "%%"), **_conversion(kind) | {"metavar": name.upper()}
-                )
-            else:
-                _add_flag(section, name, kind, text, aliases, switches, default)
-            parser.set_defaults(**{"default:" + name: default})
-    if defaults:
-        raise TypeError(f"no such field: {sorted(defaults)}")
+    sections = _sections(groups, needs or {}, defaults)
+    parser = _parser(description, sections)
     values = vars(parser.parse_args([_hyphens(a) for a in (sys.argv[1:] if argv is None else argv)]))
-    for name in [name for name in values if name.startswith("switch:")]:
-        values.setdefault(name.removeprefix("switch:"), values.pop(name))
-    given = frozenset(name for name in values if not name.startswith("default:"))
     try:
-        made = [group(**{n: values.get(n, values["default:" + n]) for n, *_ in _flags(group)}) for group in groups]
+        configs = tuple(section.config(values) for section in sections)
+        typed = TypedFlags(values, configs, *_rules(parser, sections))
+        typed.refuse_idle(*(config for config in configs if type(config) not in later))
     except ValueError as error:
         parser.error(str(error))
-    return (*made, given)
+    return (*configs, typed)
 
 
-def _add_flag(
-    section: Any, name: str, kind: Any, text: str, aliases: list[str], switches: list[tuple[str, Any]], default: Any
-) -> None:
-    shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = "none" if default is None else shown
-    section.add_argument(
-        *dict.fromkeys(["--" + name.replace("_", "-"), *aliases]),
-        dest=name,
-        default=argparse.SUPPRESS,
-        help=f"{text} [{shown}]".replace("%", "%%"),
-        **_conversion(kind),
+class _Section(NamedTuple):
+    """A group of flags as a command has it."""
+
+    group: type
+    flags: list[Flag]
+    needs: tuple[Need, ...]  # of all the flags
+
+    @property
+    def title(self) -> str:
+        title = getattr(self.group, "title", None) or (self.group.__doc__ or "").partition("\n")[0].rstrip(".")
+        return "; ".join([title, *(need.text for need in self.needs)])
+
+    def config(self, values: Mapping[str, Any]) -> Any:
+        settings = {flag.name: values.get(flag.name, flag.default) for flag in self.flags}
+        check_ranges(self.group, settings)
+        return self.group(**settings)
+
+
+def _sections(groups: tuple[type, ...], needs: Needs, defaults: Mapping[str, Any]) -> list[_Section]:
+    """TypeError for needs or defaults of unknown fields."""
+    added = {key: tuple(map(Need, [text] if isinstance(text, str) else text)) for key, text in needs.items()}
+    sections = []
+    for group in groups:
+        flags = [
+            replace(flag, default=defaults.get(flag.name, flag.default), needs=(*added.get(flag.name, ()), *flag.needs))
+            for flag in flags_of(group)
+        ]
+        sections.append(_Section(group, flags, added.get(group, ())))
+    known = {*groups, *(flag.name for section in sections for flag in section.flags)}
+    if unknown := {*added, *defaults} - known:
+        raise TypeError(f"no such field: {sorted(map(str, unknown))}")
+    return sections
+
+
+def _parser(description: str, sections: list[_Section]) -> _Parser:
+    command = re.search(r"python -m (\S+)", description)
+    places = [flag.name.upper() for section in sections for flag in section.flags if flag.default is MISSING]
+    parser = _Parser(
+        usage=" ".join(["uv run python -m", command[1] if command else "MODULE", *places, "[FLAGS]"]),
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
-    for flag, value in switches:
-        hint = f"as --{name.replace('_', '-')} {value}"
-        section.add_argument(
-            flag, dest="switch:" + name, action="store_const", const=value, default=argparse.SUPPRESS, help=hint
-        )
+    for section in sections:
+        arguments = parser.add_argument_group(section.title)
+        for flag in section.flags:
+            flag.add_to(arguments)
+    return parser
+
+
+def _rules(parser: _Parser, sections: list[_Section]) -> tuple[dict[str, tuple[Need, ...]], dict[str, str]]:
+    """The needs of every flag's field, and the field of every flag. TypeError if needs are on flags that are none."""
+    fields = {option: action.dest for action in parser._actions for option in action.option_strings}
+    needs = {flag.name: (*section.needs, *flag.needs) for section in sections for flag in section.flags}
+    if unknown := {flag for some in needs.values() for need in some for flag in need.conditions} - {*fields}:
+        raise TypeError(f"needs name flags that this command does not have: {sorted(unknown)}")
+    return needs, fields
 
 
 def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> NoReturn:
@@ -129,45 +203,3 @@ def refuse_idle(given: frozenset[str], **needs: tuple[bool, str]) -> None:
 def _hyphens(argument: str) -> str:
     """--some_flag and --some_flag=value with hyphens; anything else, such as a prompt, stays as it was typed."""
     return re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), argument)
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return value
-
-
-_finite.__name__ = "number"  # argparse names it to the user
-
-
-def _listed(member: type) -> Callable[[str], tuple]:
-    def convert(text: str) -> tuple:
-        return tuple((_finite if member is float else member)(part) for part in text.split(","))
-
-    convert.__name__ = "list of numbers with commas"
-    return convert
-
-
-def _conversion(kind: Any) -> dict[str, Any]:
-    kinds = [t for t in get_args(kind) if t is not type(None)] if type(None) in get_args(kind) else [kind]
-    if kinds[0] is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if get_origin(kinds[0]) is Literal:
-        return {"choices": get_args(kinds[0]), "type": type(get_args(kinds[0])[0])}
-    if get_origin(kinds[0]) is tuple:
-        member = get_args(kinds[0])[0]
-        return {"type": _listed(member), "metavar": f"{member.__name__.upper()},..."}
-    return {"type": _finite if kinds[0] is float else kinds[0], "metavar": kinds[0].__name__.upper()}
-
-
-def _flags(group: type) -> list[tuple[str, Any, str, list[str], list[tuple[str, Any]]]]:
-    """(name, type, help, aliases, switches) of each annotated field."""
-    hints = get_type_hints(group, include_extras=True)
-    found = []
-    for name, hint in hints.items():
-        if hasattr(hint, "__metadata__"):
-            text, *more = hint.__metadata__
-            aliases, switches = ([m for m in more if isinstance(m, kind)] for kind in (str, tuple))
-            found.append((name, hint.__origin__, text, aliases, switches))
-    return found

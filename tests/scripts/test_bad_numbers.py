@@ -6,7 +6,7 @@ from dataset.pretrain import PretrainData
 from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.objective import MaskedDiffusion
-from scripts.engine import cli
+from scripts.engine import flags as declarations
 from scripts.engine.likelihood.documents import CheckpointConfig
 from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.runtime import RuntimeConfig
@@ -29,10 +29,10 @@ ZERO_MEANS_SOMETHING = {
 def numeric(*groups) -> list[tuple[str, type]]:
     found = []
     for group in groups:
-        for name, kind, *_ in cli._flags(group):
-            number = {int: int, cli._finite: float}.get(cli._conversion(kind).get("type"))
+        for flag in declarations.flags_of(group):
+            number = {int: int, declarations._finite: float}.get(declarations._conversion(flag.kind).get("type"))
             if number:
-                found.append((name, number))
+                found.append((flag.name, number))
     return found
 
 
@@ -148,8 +148,8 @@ def test_an_evaluation_refuses_an_impossible_length(name, length, eval_argv, ref
         ("--wsd-phase-ratios 0.5,0.5", ["--wsd-phase-ratios", "three"]),
         ("--wsd-phase-ratios 0.5,0.5,0.5", ["--wsd-phase-ratios", "add up to 1"]),
         ("--wsd-block-sizes-up 1,0", ["--wsd-block-sizes-up"]),
-        ("--wsd-block-sizes-down 4,x", ["--wsd-block-sizes-down", "list of numbers"]),
-        ("--wsd-block-sizes-up=", ["--wsd-block-sizes-up", "list of numbers"]),
+        ("--wsd-block-sizes-down 4,x", ["--wsd-block-sizes-down", "list of whole numbers"]),
+        ("--wsd-block-sizes-up=", ["--wsd-block-sizes-up", "list of whole numbers"]),
         ("--block-size 4", ["--block-size", "--use-block-curriculum", "contradict"]),
         ("--mask-schedule wsd --wsd-min-mask-ratio 0.9 --wsd-max-mask-ratio 0.5", ["--wsd-min-mask-ratio 0.9"]),
         ("--mask-schedule wsd --wsd-warmup-ratio 0.7", ["--wsd-warmup-ratio 0.7", "together at most 1"]),

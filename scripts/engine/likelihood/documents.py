@@ -16,6 +16,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, enc
 from model.checkpoint import load_checkpoint, model_of
 from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
+from scripts.engine.flags import settings_of
 from scripts.engine.likelihood.windows import (
     DataEvalConfig,
     Document,
@@ -32,7 +33,6 @@ from scripts.engine.runtime import RuntimeConfig, provenance
 from scripts.engine.statistics import ratio_error
 from scripts.engine.training.loader import to_device
 from scripts.engine.training.metrics import or_none
-from scripts.engine.training.run import settings_of
 
 Member = TypeVar("Member")
 ROWS_PER_PASS = 32  # copies of a single response, under as many masks, in one forward pass

@@ -4,10 +4,10 @@ import math
 import os
 import signal
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 # Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
 # The first ones leave every number as it is; the others are named when they differ.
@@ -137,23 +137,6 @@ class RunConfig:
         """Whether `path` is a file of weights of this run."""
         own = (self.state_path, self.best_path, self.merged_path, self.exported_path)
         return path.resolve() in {mine.resolve() for mine in own}
-
-
-def settings_of(*groups: Any) -> dict[str, Any]:
-    """Flags and their values, in types that JSON and a checkpoint hold; fields that are no flags are left out."""
-    values = {}
-    for group in groups:
-        hints = get_type_hints(type(group), include_extras=True)
-        for name in (f.name for f in fields(group) if hasattr(hints[f.name], "__metadata__")):
-            value = getattr(group, name)
-            values[name] = str(value) if isinstance(value, Path) else value
-    return values
-
-
-def defaults_of(*groups: Any) -> dict[str, Any]:
-    """The flags of settings_of, with the values that they have where nobody gives them."""
-    values = {f.name: f.default for group in groups for f in fields(group)}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def continues(config: RunConfig) -> bool:

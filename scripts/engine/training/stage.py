@@ -17,6 +17,7 @@ from model.objective import Objective
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.files import require_output
+from scripts.engine.flags import defaults_of, settings_of
 from scripts.engine.lock import locked
 from scripts.engine.memory import keep_freed_memory
 from scripts.engine.runtime import RuntimeConfig, command_line, provenance
@@ -27,9 +28,7 @@ from scripts.engine.training.run import (
     RunConfig,
     compare_settings,
     continues,
-    defaults_of,
     require_writable,
-    settings_of,
 )
 from scripts.engine.training.trainer import Trainer
 from scripts.engine.training.trainer_config import TrainerConfig
