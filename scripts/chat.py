@@ -30,9 +30,10 @@ from scripts.engine.decoding.generation import (
     prompt_tokens,
     text_with_blanks,
 )
-from scripts.engine.decoding.trace import RECORD, SUFFIXES, Trace, check_trace_path, write_trace
-from scripts.engine.decoding.trace_terminal import LiveView
-from scripts.engine.decoding.watching import Typing, Watch, on_screen
+from scripts.engine.decoding.trace import RECORD, Trace, Vocabulary
+from scripts.engine.decoding.trace_files import SUFFIXES, check_trace_path, write_trace
+from scripts.engine.decoding.trace_terminal import LiveView, on_screen
+from scripts.engine.decoding.watching import Typing, Watch
 from scripts.engine.files import require_output
 from scripts.engine.flags import settings_of
 from scripts.engine.likelihood.documents import CheckpointConfig, Loaded, circumstances, note_on_blanks
@@ -140,7 +141,7 @@ class Chat:
         def observe(canvas: Canvas) -> Watch:
             info = {"title": f"reply {self.replies + 1}", "prompt": asked, **in_effect(self.config)}
             info["gen_seed"] = continuation.gen_seed
-            traces.append(Trace(self.loaded.tokenizer, canvas.ids[0], canvas.open[0], info))
+            traces.append(Trace(Vocabulary(self.loaded.tokenizer), canvas.ids[0], canvas.open[0], info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
         more = continuation, self.config, self.runtime, self.max_length, observe, self.control

@@ -29,8 +29,8 @@ from scripts.engine.decoding.generation import (
     prompt_tokens,
 )
 from scripts.engine.decoding.trace import RECORD
-from scripts.engine.decoding.trace_terminal import side_by_side
-from scripts.engine.decoding.watching import Recorder, TraceConfig, on_screen
+from scripts.engine.decoding.trace_terminal import on_screen, side_by_side
+from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
 from scripts.engine.likelihood.documents import KINDS, Loaded, circumstances, load_kind
 from scripts.engine.runtime import RuntimeConfig, command_line

@@ -19,7 +19,7 @@ from model.checkpoint import load_checkpoint
 from scripts import chat
 from scripts.engine import files, runtime
 from scripts.engine.bench import peak as benchmark_peak
-from scripts.engine.decoding.trace import load_traces
+from scripts.engine.decoding.trace_files import load_traces
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.metrics import read_log
 from scripts.eval import (

@@ -16,7 +16,7 @@ from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from scripts.engine.decoding.generation import Prompt, generate_batch, prompt_tokens
-from scripts.engine.decoding.watching import on_screen
+from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.likelihood.documents import Loaded, window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
 from scripts.engine.runtime import RuntimeConfig

@@ -1,48 +1,39 @@
-"""How a text came to be: the record of one row of a decoding, as deltas, and its JSON file.
+"""How a text came to be: the record of one row of a decoding, as deltas. `trace_files` writes and reads it.
 
-`write_trace` also makes a page (`trace_page`), an animation (`trace_gif`); `trace_terminal.LiveView` shows it live.
-
-The file, version 1: {"format", "version", "traces": [...]}, and each trace {
-  "info": {...},                                   circumstances, as the caller gave them; in "record" those of a
-                                                   result's file (`evaluation.circumstances`)
-  "tokens": {id: {"text"}, {"bytes"} or {"text", "special"}},   every id that occurs; bytes in hexadecimal, where
-                                                   a token is only a part of a character; special: its role
+Its JSON form: {
+  "info": {...},                                   what the caller says of the decoding; "record" holds the provenance
+  "tokens": {id: {"text"}, {"bytes"} or {"text", "special"}},   every id that occurs; bytes in hexadecimal if the
+                                                   token is only a part of a character; special: its role
   "initial": [id, ...], "open": [0 or 1, ...],     before the first step; 1 = to be filled
   "steps": [{"forward_passes", "writes": [[position, id, confidence], ...]}, ...]
-}. Forward passes are counted from the beginning; a confidence is the model's probability of what it wrote, from 0 to 1,
-to 4 decimals. What stands at a position is what was written there last.
+}. Forward passes are cumulative; a confidence is the model's probability of the token it wrote, from 0 to 1, to 4
+decimals. A position holds the token that was written there last.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import decoders, pre_tokenizers
 from torch import Tensor
 
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
-from model.decode import DecodingStep
-from scripts.engine.files import write_bytes, write_text
+from model.canvas import DecodingStep
 
-FORMAT, VERSION = "nano-llada trace", 1
 RECORD = "record"  # of `Trace.info`: kept, not shown
-SUFFIXES = (".html", ".gif", ".json")
 REPLACEMENT = "\ufffd"
-SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}
+ROLES = ("mask", "eos", "pad", "bos", "other")  # of tokens that are not text
 
 
 class Token(NamedTuple):
-    """An entry of the vocabulary: what it spells, and its role if that is not text."""
+    """An entry of the vocabulary: its UTF-8 bytes, possibly a part of a character, and its role if it is not text."""
 
-    spelling: bytes  # UTF-8; a part of a character's bytes is possible
-    special: str | None = None  # mask, eos, bos, pad or other
+    spelling: bytes
+    special: str | None = None  # one of ROLES
 
     @property
     def whole(self) -> bool:
-        """No character of it lies partly in another token."""
+        """True if no character lies partly in another token."""
         try:
             self.spelling.decode()
         except UnicodeDecodeError:
@@ -56,7 +47,7 @@ class Write(NamedTuple):
     confidence: float  # the model's probability of the token
 
 
-class Step(NamedTuple):
+class TraceStep(NamedTuple):
     num_forward_passes: int  # since the beginning
     writes: tuple[Write, ...]
 
@@ -65,42 +56,34 @@ class Cell(NamedTuple):
     """A position of the canvas after some step."""
 
     id: int
-    text: str  # the characters that begin in this token; none for [MASK] and other special tokens
-    confidence: float | None = None  # none: given
-    written: int = 0  # the step, from 1; 0 = given or still masked
-    before: int | None = None  # the id that an edit has replaced
+    text: str  # the characters that begin in this token; empty for [MASK] and other special tokens
+    confidence: float | None = None  # None: given
+    written: int = 0  # the step that wrote it, from 1; 0 = given or still masked
+    before: int | None = None  # the id that an edit replaced
 
 
 class Trace:
     """One row of a decoding: what was given, and what each step wrote.
 
-    ids (L,) and open (L,): the row as it was before the first step, without padding (`Canvas.ids[row, :length]`, ...).
-    info: circumstances; "prompt" and "title" become the headings where the trace is shown.
+    vocabulary: id -> Token, a `Vocabulary` while decoding. ids (L,) and open (L,): the row before the first step,
+    without padding (`Canvas.ids[row, :length]`, ...). info: anything to keep with it; "prompt" and "title" become the
+    headings of a page.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerFast,
+        vocabulary: Mapping[int, Token],
         ids: Sequence[int] | Tensor,
         open: Sequence[bool] | Tensor,
         info: dict[str, Any] | None = None,
     ):
-        self._begin(_Tokens(tokenizer), [int(i) for i in ids], [bool(o) for o in open], info or {})
-
-    def _begin(self, tokens: dict[int, Token], ids: list[int], open: list[bool], info: dict[str, Any]) -> None:
-        if len(ids) != len(open):
-            raise ValueError(f"{len(ids)} ids, but open has {len(open)} entries")
-        self.initial, self.open, self.steps = ids, open, list[Step]()
-        self.info = json.loads(json.dumps(info, default=str))  # as it will be read back; a Path is its name
-        self.tokens = tokens
-        self._ids = list(ids)
-        for token in ids:
-            tokens[token]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Trace) and self._as_json() == other._as_json()
-
-    __hash__ = None
+        self.initial, self.open = [int(i) for i in ids], [bool(o) for o in open]
+        if len(self.initial) != len(self.open):
+            raise ValueError(f"{len(self.initial)} ids, but open has {len(self.open)} entries")
+        self.info = json.loads(json.dumps(info or {}, default=str))  # as it will be read back; a Path is its name
+        self.tokens = {i: vocabulary[i] for i in self.initial}  # those that occur
+        self.steps: list[TraceStep] = []
+        self._vocabulary, self._ids = vocabulary, list(self.initial)
 
     def add(self, step: DecodingStep, row: int = 0) -> None:
         """Record row `row` of a step; columns beyond the trace's length are padding."""
@@ -112,13 +95,14 @@ class Trace:
             for i, token in enumerate(canvas)
             if written[i] or token != self._ids[i]
         )
-        self._append(Step(int(step.num_forward_passes), writes))
+        self.append(TraceStep(int(step.num_forward_passes), writes))
 
-    def _append(self, step: Step) -> None:
+    def append(self, step: TraceStep) -> None:
+        """ValueError if a write lies outside the row, or the forward passes decrease."""
         for position, token, confidence in step.writes:
             if not (0 <= position < len(self._ids) and 0 <= confidence <= 1):
                 raise ValueError(f"a write of confidence {confidence} at position {position} of {len(self._ids)}")
-            self.tokens[token]
+            self.tokens[token] = self._vocabulary[token]
             self._ids[position] = token
         if step.num_forward_passes < self.num_forward_passes:
             raise ValueError(f"{step.num_forward_passes} forward passes after {self.num_forward_passes}")
@@ -135,25 +119,25 @@ class Trace:
 
     @property
     def text(self) -> str:
-        """`decode` of the row after the last step; special tokens are left out."""
+        """`decode` of the row after the last step, without special tokens."""
         return "".join(assemble([self.tokens[i] for i in self._ids]))
 
     @property
     def edits(self) -> list[tuple[int, int, int, int]]:
-        """(step, position, id before, id after) wherever another token stood; [MASK] is none."""
-        found, ids = [], list(self.initial)
+        """(step, position, id before, id after) of every write over another token; [MASK] does not count as one."""
+        edits, ids = [], list(self.initial)
         for number, step in enumerate(self.steps, start=1):
             for position, token, _ in step.writes:
                 if self.is_edit(ids[position], token):
-                    found.append((number, position, ids[position], token))
+                    edits.append((number, position, ids[position], token))
                 ids[position] = token
-        return found
+        return edits
 
     def is_edit(self, before: int, after: int) -> bool:
         return self.tokens[before].special != "mask" and before != after
 
     def frames(self) -> Iterator[list[Cell]]:
-        """The row before the first step, then after each."""
+        """Yield the row before the first step, then after each."""
         cells = self.first_frame()
         yield cells
         for number in range(1, len(self.steps) + 1):
@@ -173,26 +157,18 @@ class Trace:
         return self._with_texts(cells)
 
     def num_written(self, cells: list[Cell]) -> int:
-        """Tokens of a frame that decoding has written."""
+        """Number of a frame's tokens that decoding wrote."""
         return sum(cell.written > 0 and self.tokens[cell.id].special != "mask" for cell in cells)
 
     def _with_texts(self, cells: list[Cell]) -> list[Cell]:
         texts = assemble([self.tokens[cell.id] for cell in cells])
         return [c if c.text == text else c._replace(text=text) for c, text in zip(cells, texts, strict=True)]
 
-    @classmethod
-    def load(cls, path: Path) -> "Trace":
-        """The only trace of a .json file; ValueError if it holds several or is unusable."""
-        traces = load_traces(path)
-        if len(traces) != 1:
-            raise ValueError(f"{path} holds {len(traces)} traces, not one")
-        return traces[0]
-
-    def _as_json(self) -> dict[str, Any]:
-        used = {*self.initial, *(write.id for step in self.steps for write in step.writes)}
+    def to_json(self) -> dict[str, Any]:
+        """The form described above."""
         return {
             "info": self.info,
-            "tokens": {str(i): _token_as_json(self.tokens[i]) for i in sorted(used)},
+            "tokens": {str(i): _token_to_json(self.tokens[i]) for i in sorted(self.tokens)},
             "initial": self.initial,
             "open": [int(o) for o in self.open],
             "steps": [
@@ -202,24 +178,41 @@ class Trace:
         }
 
     @classmethod
-    def _from_json(cls, value: dict[str, Any]) -> "Trace":
+    def from_json(cls, value: dict[str, Any]) -> "Trace":
         tokens = {int(i): _token_from_json(token) for i, token in value["tokens"].items()}
-        trace = cls.__new__(cls)
-        trace._begin(tokens, value["initial"], [bool(o) for o in value["open"]], dict(value["info"]))
+        trace = cls(tokens, value["initial"], value["open"], dict(value["info"]))
         for step in value["steps"]:
-            trace._append(Step(int(step["forward_passes"]), tuple(Write(*write) for write in step["writes"])))
+            trace.append(TraceStep(int(step["forward_passes"]), tuple(Write(*write) for write in step["writes"])))
         return trace
 
 
+def _token_to_json(token: Token) -> dict[str, str]:
+    if not token.whole:
+        return {"bytes": token.spelling.hex()}
+    return {"text": token.spelling.decode()} | ({"special": token.special} if token.special else {})
+
+
+def _token_from_json(value: dict[str, str]) -> Token:
+    if "bytes" in value:
+        return Token(bytes.fromhex(value["bytes"]))
+    special = value.get("special")
+    if special not in (None, *ROLES):
+        raise ValueError(f"special {special!r}")
+    return Token(value["text"].encode(), special)
+
+
+# -- from tokens to characters -----------------------------------------------------------------------------------------
+
+
 def assemble(tokens: Sequence[Token]) -> list[str]:
-    """What to show for each token, so that all of it joined is the tokens' text.
+    """Return the text to show for each token; joined, they are the tokens' text.
 
     A character whose bytes are spread over several tokens is shown at the first of them once all are there, and nothing
     at the others; bytes that form no character become U+FFFD, as in `decode`. Special tokens show nothing and separate
-    nothing, again as in `decode`; but [MASK] separates, for what will stand there is not known.
+    nothing, again as in `decode`; but [MASK] separates, because the text that will stand there is not known.
     """
     texts = ["" if token.special or not token.whole else token.spelling.decode() for token in tokens]
-    run: list[int] = []
+    run: list[int] = []  # neighbours that are parts of characters
     for i, token in enumerate(tokens):
         if token.special and token.special != "mask":
             continue
@@ -233,8 +226,8 @@ def assemble(tokens: Sequence[Token]) -> list[str]:
 
 
 def _join(tokens: Sequence[Token], run: list[int], texts: list[str]) -> None:
-    """Fill in the texts of a run of tokens that are none of them whole."""
-    owners = [i for i in run for _ in tokens[i].spelling]
+    """Fill in the texts of a run of tokens none of which is whole."""
+    owners = [i for i in run for _ in tokens[i].spelling]  # of each byte
     data, start = b"".join(tokens[i].spelling for i in run), 0
     while start < len(data):
         try:
@@ -249,66 +242,8 @@ def _join(tokens: Sequence[Token], run: list[int], texts: list[str]) -> None:
             start += bad
 
 
-def write_trace(path: Path, traces: Sequence[Trace]) -> None:
-    """Write .html, .gif or .json, as the name of `path` says; the file appears whole or not at all."""
-    check_trace_path(path)
-    path = Path(path)
-    if not traces:
-        raise ValueError(f"nothing was decoded that could be written to {path}")
-    # Imported here: they import this module.
-    if path.suffix == ".html":
-        from scripts.engine.decoding.trace_page import page
-
-        write_text(path, page(traces))
-    elif path.suffix == ".gif":
-        from scripts.engine.decoding.trace_gif import write_gif
-
-        with tempfile.TemporaryDirectory() as folder:
-            write_gif(Path(folder) / path.name, traces)
-            write_bytes(path, (Path(folder) / path.name).read_bytes())
-    else:
-        value = {"format": FORMAT, "version": VERSION, "traces": [trace._as_json() for trace in traces]}
-        write_text(path, json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False) + "\n")
-
-
-def check_trace_path(path: str | Path) -> None:
-    """ValueError, before anything is decoded, unless `write_trace` can write there or `path` is `terminal`, no file."""
-    if str(path) == "terminal":
-        return
-    path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(
-            f"a trace is written as {', '.join(SUFFIXES)} or shown on the `terminal`, not as {str(path)!r}"
-        )
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; give the trace the name of a file")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent} for the trace {path.name}; make it first")
-    if not os.access(path.parent, os.W_OK):
-        raise ValueError(f"folder {path.parent} is not writable; the trace {path.name} needs another one")
-
-
-def load_traces(path: Path) -> list[Trace]:
-    """What `write_trace` wrote to a .json file. ValueError: no such file, another format or version, or damage."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no trace {path}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a trace: it is not JSON ({error})") from None
-    if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a trace: it does not say that its format is {FORMAT!r}")
-    if value.get("version") != VERSION:
-        raise ValueError(f"{path} is a trace of version {value.get('version')}; this code reads version {VERSION}")
-    try:
-        return [Trace._from_json(trace) for trace in value["traces"]]
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"{path} is a damaged trace: {type(error).__name__} {error}") from None
-
-
-class _Tokens(dict[int, Token]):
-    """The tokens met so far; a new one is looked up."""
+class Vocabulary(dict[int, Token]):
+    """id -> Token of a tokenizer, looked up when first asked for."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast):
         self.tokenizer = tokenizer
@@ -325,17 +260,17 @@ class _Tokens(dict[int, Token]):
         if token in self.roles:
             spelling = name.encode()
         elif self.byte_level:
-            spelling = _spelled(name)
+            spelling = _byte_level_spelling(name)
         else:
             spelling = decode(self.tokenizer, [token]).encode()
         self[token] = Token(spelling, self.roles.get(token))
         return self[token]
 
 
-def _spelled(name: str) -> bytes:
+def _byte_level_spelling(name: str) -> bytes:
     """The bytes that a byte-level token stands for."""
-    if all(character in _BYTES for character in name):
-        return bytes(_BYTES[character] for character in name)
+    if all(character in BYTES for character in name):
+        return bytes(BYTES[character] for character in name)
     return name.encode()
 
 
@@ -347,19 +282,4 @@ def _byte_alphabet() -> dict[str, int]:
     return own | dict(zip(others, sorted(set(range(256)) - set(own.values())), strict=True))
 
 
-_BYTES = _byte_alphabet()
-
-
-def _token_as_json(token: Token) -> dict[str, str]:
-    if not token.whole:
-        return {"bytes": token.spelling.hex()}
-    return {"text": token.spelling.decode()} | ({"special": token.special} if token.special else {})
-
-
-def _token_from_json(value: dict[str, str]) -> Token:
-    if "bytes" in value:
-        return Token(bytes.fromhex(value["bytes"]))
-    special = value.get("special")
-    if special not in (None, "mask", *SIGNS):
-        raise ValueError(f"special {special!r}")
-    return Token(value["text"].encode(), special)
+BYTES = _byte_alphabet()

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.engine.decoding.trace import RECORD, REPLACEMENT, SIGNS, Cell, Token, Trace
+from scripts.engine.decoding.trace import RECORD, REPLACEMENT, Cell, Token, Trace
+from scripts.engine.decoding.trace_terminal import SIGNS
 
 TEMPLATE = Path(__file__).with_name("trace_page.html")
 
 
 def page(traces: Sequence[Trace]) -> str:
-    """The page. Several traces play in step by forward passes; one plays step by step."""
+    """Return the page. Several traces play in step by forward passes; one plays step by step."""
     template = TEMPLATE.read_text(encoding="utf-8")
     first = traces[0].info
     title = str(first.get("prompt") or first.get("title") or "a decoding")
@@ -23,7 +24,7 @@ def page(traces: Sequence[Trace]) -> str:
         "TITLE": html.escape(" ".join(title.split())),
         "TEXT": html.escape("\n\n".join(trace.text for trace in traces)),
         "DATA": embedded([page_data(trace) for trace in traces]),
-        # Nothing but the style and the script below may act, even if a text found a way into the page.
+        # Only this style and this script may run, even if a text found a way into the page.
         "STYLE_HASH": _hash(template, "style"),
         "SCRIPT_HASH": _hash(template, "script"),
     }
@@ -31,10 +32,10 @@ def page(traces: Sequence[Trace]) -> str:
 
 
 def page_data(trace: Trace) -> dict[str, Any]:
-    """What the page is drawn from.
+    """Return what the script draws from.
 
-    "cells": per position what it has shown, as [from step, text, id, confidence, step of writing, id before an edit];
-    a frame is the last such entry of each position, and its texts joined are its text.
+    "cells": the history of each position, as [from step, text, id, confidence, step of writing, id before an edit]. The
+    frame of a step is the last entry of each position up to it.
     """
     cells: list[list[Cell]] = [[] for _ in trace.initial]
     since: list[list[int]] = [[] for _ in trace.initial]
@@ -43,16 +44,15 @@ def page_data(trace: Trace) -> dict[str, Any]:
             if not cells[i] or cells[i][-1] != cell:
                 cells[i].append(cell)
                 since[i].append(number)
-    used = {*trace.initial, *(write.id for step in trace.steps for write in step.writes)}
     info = {name: value for name, value in trace.info.items() if name not in ("title", "prompt", RECORD)}
     return {
         "title": str(trace.info.get("title") or ""),
         "prompt": str(trace.info.get("prompt") or ""),
-        "info": [[name.replace("_", " "), _shown(value)] for name, value in info.items() if value is not None],
+        "info": [[name.replace("_", " "), _text(value)] for name, value in info.items() if value is not None],
         RECORD: trace.info.get(RECORD),
         "open": [int(o) for o in trace.open],
         "passes": [0, *(step.num_forward_passes for step in trace.steps)],
-        "tokens": {i: _label(trace.tokens[i]) for i in sorted(used)},
+        "tokens": {i: _label(trace.tokens[i]) for i in sorted(trace.tokens)},
         "signs": SIGNS,
         "cells": [
             [
@@ -65,13 +65,13 @@ def page_data(trace: Trace) -> dict[str, Any]:
 
 
 def embedded(value: Any) -> str:
-    """JSON that can stand in a <script> element: nothing in it ends the element or opens another."""
+    """JSON for a <script> element: nothing in it ends the element or opens another."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _label(token: Token) -> list[str]:
-    """What a tooltip calls a token, and its role."""
+    """A token's name in a tooltip, and its role."""
     if token.whole:
         return [token.spelling.decode(), token.special or ""]
     return [
@@ -80,7 +80,7 @@ def _label(token: Token) -> list[str]:
     ]
 
 
-def _shown(value: Any) -> str:
+def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,29 +1,35 @@
 """A decoding while it runs: the canvas redrawn in place on a terminal, plain lines elsewhere."""
 
-import itertools
-import re
+import io
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TextIO
+from collections.abc import Mapping, Sequence
+from typing import TextIO
 
-from model.decode import DecodingStep
-from scripts.engine.decoding.trace import REPLACEMENT, SIGNS, Cell, Token, Trace
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from model.canvas import DecodingStep
+from scripts.engine.decoding.trace import REPLACEMENT, Cell, Token, Trace
 
 # xterm's 256 colours, from low to high confidence, all light enough for black text.
 SHADES = (230, 229, 193, 157, 122, 117)
+INK, EDIT = "color(16)", "color(160)"
 BLANK, NEWLINE = "\u00b7", "\u21b5"
-RESET = "\033[0m"
+SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}  # of special tokens
 
 
 class LiveView:
     """A `watch` callback: adds every step to `trace` and shows the canvas.
 
-    On a terminal the canvas is redrawn in place, coloured by confidence, what is new underlined, edits in red; the
-    cursor is never hidden and every drawing ends with a reset, so that an interrupt leaves nothing behind. Elsewhere
-    each `every`-th step, and the one that finishes the row, is a line.
-    start: the first position shown. stream: standard error if none.
+    On a terminal the canvas is redrawn in place, coloured by confidence, new tokens underlined, edits in red. The
+    cursor is never hidden and every colour is reset, so that an interrupt leaves the terminal as it was. Elsewhere each
+    `every`-th step, and the one that finishes the row, is a line.
+    start: the first position shown. stream: standard error if None.
     """
 
     def __init__(self, trace: Trace, row: int = 0, every: int = 1, start: int = 0, stream: TextIO | None = None):
@@ -39,11 +45,12 @@ class LiveView:
         if self.stream.isatty():
             self._redraw()
         elif number % self.every == 0 or self._finished():
-            self.stream.write(f"{self._status()}  {self._line()}\n")
+            line = "".join(symbols(self.trace.tokens, self._cells[self.start :])).replace("\n", "")
+            self.stream.write(f"{self._status()}  {line}\n")
         self.stream.flush()
 
     def _finished(self) -> bool:
-        """Nothing is masked, or nothing but what follows an end."""
+        """True if nothing is masked, except behind an end."""
         roles = (
             self.trace.tokens[cell.id].special for cell, open in zip(self._cells, self.trace.open, strict=True) if open
         )
@@ -55,50 +62,42 @@ class LiveView:
         rate = f", {filled / passes:.2f} tokens per pass" if passes else ""
         return f"[step {len(self.trace.steps)}, {passes} forward passes, {filled} of {total} tokens{rate}]"
 
-    def _line(self) -> str:
-        return "".join(shown(self.trace.tokens, self._cells[self.start :])).replace("\n", "")
-
     def _redraw(self) -> None:
         size = shutil.get_terminal_size()
-        # The last column stays empty: terminals disagree about what follows a character written there.
+        # The last column stays empty: terminals disagree about a character written there.
         width, height = max(size.columns - 1, 4), max(size.lines - 2, 1)
+        console = Console(
+            file=self.stream, width=width, force_terminal=True, color_system="256", highlight=False, markup=False
+        )
+        text, latest = Text(), 0
         cells = self._cells[self.start :]
-        places = lay_out(shown(self.trace.tokens, cells), width)
-        lines: list[str] = []
-        latest = 0  # a line just written stays in sight of a low terminal
-        for cell, fragments in zip(cells, places, strict=True):
-            for fragment in fragments:
-                lines += [""] * (fragment.line + 1 - len(lines))
-                lines[fragment.line] += self._coloured(cell, fragment.text)
-                latest = fragment.line if cell.written == len(self.trace.steps) else latest
-        first = max(0, min(latest - height // 2, len(lines) - height))
-        drawn = [*lines[first : first + height], self._status()[:width]]
-        back = f"\033[{self._height}F\033[0J" if self._height else ""
-        self.stream.write(back + "".join(f"{line}{RESET}\n" for line in drawn))
+        for cell, symbol in zip(cells, symbols(self.trace.tokens, cells), strict=True):
+            text.append(symbol, self._style(cell))
+            latest = len(text) if cell.written == len(self.trace.steps) else latest
+        lines = text.wrap(console, width, overflow="fold")
+        # On a low terminal the window follows the token that was written last.
+        last = len(text[:latest].wrap(console, width, overflow="fold")) - 1
+        first = max(0, min(last - height // 2, len(lines) - height))
+        drawn = [*lines[first : first + height], Text(self._status()[:width])]
+        if self._height:  # up to the first line of the last drawing, and clear what follows
+            self.stream.write(f"\033[{self._height}F\033[0J")
+        for line in drawn:
+            console.print(line, no_wrap=True, crop=True)
         self._height = len(drawn)
 
-    def _coloured(self, cell: Cell, text: str) -> str:
-        special = self.trace.tokens[cell.id].special
-        if special:
-            return f"\033[2m{text}{RESET}"
+    def _style(self, cell: Cell) -> Style:
+        if self.trace.tokens[cell.id].special:
+            return Style(dim=True)
         if not cell.written:
-            return text
-        style = f"38;5;16;48;5;{SHADES[min(int(cell.confidence * len(SHADES)), len(SHADES) - 1)]}"
-        style += ";1;4" if cell.written == len(self.trace.steps) else ""
-        style = style.replace("38;5;16", "38;5;160") if cell.before is not None else style
-        return f"\033[{style}m{text}{RESET}"
+            return Style()
+        shade = SHADES[min(int(cell.confidence * len(SHADES)), len(SHADES) - 1)]
+        new = cell.written == len(self.trace.steps)
+        ink = INK if cell.before is None else EDIT
+        return Style(color=ink, bgcolor=f"color({shade})", bold=new, underline=new)
 
 
-class Fragment(NamedTuple):
-    """A part of a cell's text and where it lies."""
-
-    line: int
-    column: int
-    text: str
-
-
-def shown(tokens: dict[int, Token], cells: Sequence[Cell]) -> list[str]:
-    """Each cell as printable characters and line feeds: signs for special tokens, for controls, for half characters."""
+def symbols(tokens: Mapping[int, Token], cells: Sequence[Cell]) -> list[str]:
+    """Each cell as printable characters and line feeds; special tokens, controls and half characters become signs."""
     texts, previous = [], None
     for cell in cells:
         special = tokens[cell.id].special
@@ -113,8 +112,13 @@ def shown(tokens: dict[int, Token], cells: Sequence[Cell]) -> list[str]:
 
 
 def printable(text: str) -> str:
-    """Nothing in the result steers a terminal but line feeds, each with a sign before it."""
+    """Return `text` without anything that steers a terminal, except line feeds, each with a sign before it."""
     return "".join(map(_printable, text.replace("\r\n", "\n")))
+
+
+def on_screen(text: str) -> str:
+    """`printable` without the signs of line feeds."""
+    return printable(text).replace(NEWLINE + "\n", "\n")
 
 
 def _printable(character: str) -> str:
@@ -129,66 +133,12 @@ def _printable(character: str) -> str:
     return "\u00a4" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
 
 
-def width_of(character: str) -> int:
-    """Columns of a terminal that a character takes."""
-    if unicodedata.category(character) in ("Mn", "Me"):
-        return 0
-    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
-
-
-def lay_out(texts: Sequence[str], columns: int) -> list[list[Fragment]]:
-    """Where each text lies when all are written one after another, `columns` wide.
-
-    A text that does not fit on the rest of a line begins a new one; only a text wider than a line is cut.
-    """
-    placed, line, column = [], 0, 0
-    for text in texts:
-        fragments = []
-        width = sum(width_of(c) for c in text.partition("\n")[0])
-        if column and column + width > columns >= width:
-            line, column = line + 1, 0
-        for piece in _pieces(text, columns, column):
-            if piece == "\n":
-                line, column = line + 1, 0
-            else:
-                fragments.append(Fragment(line, column, piece))
-                column += sum(map(width_of, piece))
-        placed.append(fragments)
-    return placed
-
-
-def _pieces(text: str, columns: int, column: int) -> Iterator[str]:
-    """Stretches of one line each, with "\n" where a line ends."""
-    piece = ""
-    for character in text:
-        if character == "\n" or column + width_of(character) > columns:
-            yield from filter(None, (piece, "\n"))
-            piece, column = "", 0
-        if character != "\n":
-            piece += character
-            column += width_of(character)
-    if piece:
-        yield piece
-
-
 def side_by_side(titles: Sequence[str], texts: Sequence[str], columns: int) -> list[str]:
-    """Lines in which every text has a column of its own below its title, all of them `columns` wide at most."""
-    gap = 3
-    width = max((columns - gap * (len(texts) - 1)) // len(texts), 2)
-    blocks = [
-        [*_wrapped(title, width), "-" * width, *_wrapped(text, width)]
-        for title, text in zip(titles, texts, strict=True)
-    ]
-    rows = itertools.zip_longest(*blocks, fillvalue="")
-    padded = ([line + " " * (width - sum(map(width_of, line))) for line in row] for row in rows)
-    return [(" " * gap).join(row).rstrip() for row in padded]
-
-
-def _wrapped(text: str, columns: int) -> list[str]:
-    """Lines of `text`, broken between words where possible."""
-    words = re.findall(r"\n|\S+[^\S\n]?|[^\S\n]", printable(text).replace(NEWLINE + "\n", "\n"))
-    lines = [""]
-    for fragment in itertools.chain(*lay_out(words, columns)):
-        lines += [""] * (fragment.line + 1 - len(lines))
-        lines[-1] += fragment.text
-    return lines
+    """Lines that show every text in a column of its own below its title, all of them `columns` wide at most."""
+    table = Table(box=SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
+    for title in titles:
+        table.add_column(Text(on_screen(title)), ratio=1, overflow="fold")
+    table.add_row(*(Text(on_screen(text)) for text in texts))
+    console = Console(file=io.StringIO(), width=columns, markup=False, highlight=False)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]

@@ -1,4 +1,4 @@
-"""Watching a decoder at work: what --trace asks for, and the live view of a chat."""
+"""Watching a decoder at work: --trace, and the live view of a chat."""
 
 import sys
 from dataclasses import dataclass
@@ -8,8 +8,9 @@ from typing import Annotated, Any, TextIO
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.canvas import Canvas, DecodingStep
 from scripts.engine.decoding.generation import Observe, Watch
-from scripts.engine.decoding.trace import REPLACEMENT, Trace, assemble, check_trace_path, write_trace
-from scripts.engine.decoding.trace_terminal import NEWLINE, LiveView, printable
+from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary, assemble
+from scripts.engine.decoding.trace_files import check_trace_path, write_trace
+from scripts.engine.decoding.trace_terminal import LiveView, on_screen
 
 
 @dataclass(frozen=True)
@@ -33,16 +34,16 @@ class Recorder:
     """Traces of several decodings, for one file."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, target: str | None):
-        self.tokenizer, self.target, self.traces = tokenizer, target, list[Trace]()
+        self.vocabulary, self.target, self.traces = Vocabulary(tokenizer), target, list[Trace]()
 
     def observer(self, **info: Any) -> Observe | None:
-        """What records the first row of the next decoding, `info` being its circumstances; None if nobody watches."""
+        """Return what records the first row of the next decoding, with `info`; None if nothing is to be recorded."""
         if self.target is None:
             return None
 
         def observe(canvas: Canvas) -> Watch:
             length = int(canvas.lengths[0])
-            trace = Trace(self.tokenizer, canvas.ids[0, :length], canvas.open[0, :length], info)
+            trace = Trace(self.vocabulary, canvas.ids[0, :length], canvas.open[0, :length], info)
             self.traces.append(trace)
             if self.target != "terminal":
                 return trace.add
@@ -53,7 +54,7 @@ class Recorder:
         return observe
 
     def write(self) -> list[str]:
-        """Write the file, if there is one; lines that say so."""
+        """Write the file, if there is one; returns lines that say so."""
         if self.target in (None, "terminal"):
             return []
         write_trace(Path(self.target), self.traces)
@@ -61,7 +62,7 @@ class Recorder:
 
 
 class Typing:
-    """A `watch` callback that adds every step to `trace` and types the text from position `start` on as it grows."""
+    """A `watch` callback: adds every step to `trace` and types the text from position `start` on as it grows."""
 
     def __init__(self, trace: Trace, start: int, stream: TextIO):
         self.trace, self.start, self.stream, self.typed = trace, start, stream, ""
@@ -75,8 +76,3 @@ class Typing:
         self.stream.write(on_screen(text[len(self.typed) :]))
         self.stream.flush()
         self.typed = text
-
-
-def on_screen(text: str) -> str:
-    """A text with its line breaks, but without anything else that would steer a terminal."""
-    return printable(text).replace(NEWLINE + "\n", "\n")

@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any, NoReturn
 
 from model.likelihood import ENUMERATED
-from scripts.engine.decoding.watching import on_screen
+from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.files import write_bytes
 from scripts.engine.report.couplets import DIRECTIONS, reversals_of
 from scripts.engine.report.figures import draw_frontier, draw_likelihood, draw_quality

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from scripts.engine.decoding.trace_terminal import width_of
-from scripts.engine.decoding.watching import on_screen
+from rich.cells import cell_len
+
+from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.report.page import read_report
 from scripts.engine.report.results import Estimate, Row, rows_of
 from scripts.engine.statistics import is_correct
@@ -58,7 +59,7 @@ def answers(section: dict[str, Any], names: dict[str, str]) -> list[str]:
 
 
 def in_columns(cells: list[str]) -> str:
-    return "  ".join(cell + " " * (WIDTH - sum(map(width_of, cell))) for cell in cells).rstrip()
+    return "  ".join(cell + " " * (WIDTH - cell_len(cell)) for cell in cells).rstrip()
 
 
 def right_answers(rows: dict[tuple[str, str], Row], names: dict[str, str]) -> list[str]:

@@ -20,8 +20,10 @@ from model.decode import DenoisingConfig, SamplingConfig
 from scripts import chat
 from scripts.engine.decoding import generation
 from scripts.engine.decoding.generation import text_with_blanks
-from scripts.engine.decoding.trace import REPLACEMENT, Trace, load_traces
-from scripts.engine.decoding.watching import Typing, on_screen
+from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary
+from scripts.engine.decoding.trace_files import load_traces
+from scripts.engine.decoding.trace_terminal import on_screen
+from scripts.engine.decoding.watching import Typing
 
 KINDS = ("ar", "dm")
 SMALL = ("--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
@@ -408,7 +410,7 @@ def test_text_is_typed_as_it_grows_and_no_character_is_broken(text, prompt, toke
     """A token may be a part of a character; at every moment the typed text is a beginning of the whole."""
     head, new = [tokenizer.bos_token_id, *encode(tokenizer, prompt)], encode(tokenizer, text)
     canvas = torch.tensor([[*head, *[tokenizer.mask_token_id] * (len(new) + 1)]])
-    trace, stream = Trace(tokenizer, canvas[0], canvas[0] == tokenizer.mask_token_id), io.StringIO()
+    trace, stream = Trace(Vocabulary(tokenizer), canvas[0], canvas[0] == tokenizer.mask_token_id), io.StringIO()
     watch = Typing(trace, len(head), stream)
     for i, token in enumerate([*new, tokenizer.eos_token_id]):
         canvas, written = canvas.clone(), torch.zeros_like(canvas, dtype=torch.bool)

@@ -5,13 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from dataset.tokenizer import encode, encode_chat, save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.decoding import answers, generation
 from scripts.engine.decoding.generation import Generation
-from scripts.engine.decoding.trace import load_traces
-from scripts.engine.decoding.trace_terminal import width_of
+from scripts.engine.decoding.trace_files import load_traces
 from scripts.eval import eval_sft_one_prompt as one_prompt
 
 KINDS = {"autoregressive": "ar", "diffusion": "dm"}
@@ -187,8 +187,8 @@ def test_the_texts_stand_side_by_side_whatever_their_width(monkeypatch):
         kind: Generation("p", text, 10, True, 5, 2.0) for kind, text in (("autoregressive", left), ("diffusion", right))
     }
     lines = one_prompt.report("p", ["autoregressive (ar.pt)", "diffusion (dm.pt)"], made).split("\n")
-    assert all(sum(map(width_of, line)) <= 60 for line in lines if "猫" in line or "XXXX" in line)
-    columns = {sum(map(width_of, line[: line.index("XXXX")])) for line in lines if "XXXX" in line}
+    assert all(cell_len(line) <= 60 for line in lines if "猫" in line or "XXXX" in line)
+    columns = {cell_len(line[: line.index("XXXX")]) for line in lines if "XXXX" in line}
     assert len(columns) == 1
     shown = "".join(line[: line.find("XXXX")] if "XXXX" in line else line for line in lines)
     assert "".join(left.split()) in "".join(shown.split())
