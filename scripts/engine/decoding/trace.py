@@ -85,6 +85,9 @@ class Trace:
         self.steps: list[TraceStep] = []
         self._vocabulary, self._ids = vocabulary, list(self.initial)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Trace) and self.to_json() == other.to_json()
+
     def add(self, step: DecodingStep, row: int = 0) -> None:
         """Record row `row` of a step; columns beyond the trace's length are padding."""
         canvas = step.canvas[row, : len(self._ids)].tolist()

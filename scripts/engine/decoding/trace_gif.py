@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib import font_manager
-from matplotlib.animation import FuncAnimation, PillowWriter
+from matplotlib.animation import PillowWriter
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
@@ -59,10 +59,12 @@ def write_gif(path: Path, traces: Sequence[Trace]) -> None:
     moments = moments_of(traces)
     rate = min(max(len(moments) / SECONDS, 3), 15)  # frames per second
     held = [moments[-1]] * round(HELD_SECONDS * rate)
-    with warnings.catch_warnings():
+    writer = PillowWriter(fps=rate)
+    with warnings.catch_warnings(), writer.saving(figure, str(path), DPI):
         warnings.filterwarnings("ignore", "Glyph .* missing")  # _fonts has said so
-        animation = FuncAnimation(figure, draw, [*moments, *held], init_func=lambda: None)
-        animation.save(path, PillowWriter(fps=rate), dpi=DPI)
+        for moment in [*moments, *held]:
+            draw(moment)
+            writer.grab_frame()
 
 
 def moments_of(traces: Sequence[Trace]) -> list[tuple[int, ...]]:
