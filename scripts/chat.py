@@ -9,7 +9,7 @@ import contextlib
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
@@ -19,16 +19,12 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.answers import note_on_template
 from scripts.engine.decoding.generation import (
-    Conversation,
     Generation,
-    Prompt,
-    TypedPromptConfig,
     generate,
     idle_sampling_flags,
     in_effect,
     infill,
-    prompt_tokens,
-    text_with_blanks,
+    note_on_blanks,
 )
 from scripts.engine.decoding.trace import RECORD, Trace, Vocabulary
 from scripts.engine.decoding.trace_files import SUFFIXES, check_trace_path, write_trace
@@ -36,7 +32,8 @@ from scripts.engine.decoding.trace_terminal import LiveView, on_screen
 from scripts.engine.decoding.watching import Typing, Watch
 from scripts.engine.files import require_output
 from scripts.engine.flags import settings_of
-from scripts.engine.likelihood.documents import CheckpointConfig, Loaded, circumstances, note_on_blanks
+from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
+from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 HELP = """\
@@ -110,18 +107,18 @@ class Chat:
 
     def _reply(self, text: str) -> None:
         if not self.wraps:
-            self._show(generate, text, text)
+            self._show(Prompt(text, self.control), text)
             return
         asked = [*self.messages, {"role": "user", "content": text}]
         messages = self._within_reach(asked, self.continuation.max_new_tokens)
-        made = self._show(generate, text, messages)
+        made = self._show(Prompt(messages, self.control), text)
         self.messages = [*messages, {"role": "assistant", "content": made.text}]
 
     def _within_reach(self, messages: Conversation, room: int) -> Conversation:
         """The conversation without as many of its oldest exchanges as must go to leave room for so many tokens."""
         for dropped in range(0, len(messages), 2):
             with contextlib.suppress(ValueError):
-                prompt_tokens(self.loaded.tokenizer, messages[dropped:], room, self.max_length, self.control)
+                prompt_tokens(self.loaded.tokenizer, Prompt(messages[dropped:], self.control), room, self.max_length)
                 if dropped == 2:
                     print("(the oldest exchange no longer fits and is left out)")
                 elif dropped:
@@ -129,10 +126,8 @@ class Chat:
                 return messages[dropped:]
         return messages[-1:]  # which is refused by whoever puts it to the model
 
-    def _show(
-        self, make: Callable[..., Generation], asked: str, *what: Prompt | int | None, start: int | None = None
-    ) -> Generation:
-        """Run `make` on `what`, showing the canvas from `start` on, or from its first open position, and keeping a
+    def _show(self, request: Prompt | Blanks, asked: str, start: int | None = None) -> Generation:
+        """Write what is requested, showing the canvas from `start` on, or from its first open position, and keeping a
         trace. If it is interrupted, all is as it was before."""
         traces: list[Trace] = []
         first = self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
@@ -144,8 +139,8 @@ class Chat:
             traces.append(Trace(Vocabulary(self.loaded.tokenizer), canvas.ids[0], canvas.open[0], info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
-        more = continuation, self.config, self.runtime, self.max_length, observe, self.control
-        made = make(self.loaded.model, self.loaded.tokenizer, *what, *more)
+        write = infill if isinstance(request, Blanks) else generate
+        made = write(self.loaded, request, continuation, self.config, observe)
         self.trace, self.replies = traces[0], self.replies + 1
         if self.live:
             print("" if not self.is_diffusion else on_screen(made.text))
@@ -212,13 +207,15 @@ class Chat:
         self._require_diffusion("/infill")
         replying = None
         with _named_as("--infill", "/infill"):
-            row, _ = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, None, self.control)
+            blanks = Blanks(rest, self.chat.blank_tokens, None, self.control)
+            row, _ = blanks.encode(self.loaded.tokenizer)
         if self.wraps and self.messages:
             replying = self._within_reach(self.messages[:-1], len(row) - 1)
         if note := note_on_blanks(self.loaded):
             print(f"({note})")
-        _, start = text_with_blanks(self.loaded.tokenizer, rest, self.chat.blank_tokens, replying, self.control)
-        self._show(infill, rest, rest, self.chat.blank_tokens, replying, start=start)
+        blanks = replace(blanks, conversation=replying)
+        _, start = blanks.encode(self.loaded.tokenizer)
+        self._show(blanks, rest, start)
 
     def write_trace(self, rest: str) -> None:
         if self.trace is None:
@@ -317,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = config, continuation, prompting, chat, runtime, checkpoint.max_seq_len
     talk = Chat(loaded, *settings, command_line(__spec__.name, argv))
     print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")
-    if note := note_on_template(checkpoint.checkpoint, loaded, talk.wraps):
+    if note := note_on_template(loaded, talk.wraps):
         print(f"({note})")
     if not talk.wraps:
         print("(outside the chat template: each line is continued for itself, and none is remembered)")

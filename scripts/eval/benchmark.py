@@ -37,7 +37,7 @@ from scripts.engine.bench.scaling import ScalingBenchmarkConfig
 from scripts.engine.bench.training import Setting, TrainingBenchmarkConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import require_output, sha256_of, write_json
-from scripts.engine.likelihood.documents import circumstances
+from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
 from scripts.engine.training.compiling import require_compiler
 

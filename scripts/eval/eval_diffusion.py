@@ -15,35 +15,33 @@ The network's shape comes from the checkpoint, and so do its blocks, if it has a
 import json
 import sys
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any
+from typing import Annotated
 
 from model.decode import ContinuationConfig, DenoisingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.generation import (
     Generation,
-    TypedPromptConfig,
+    Observe,
     generate,
     idle_sampling_flags,
     in_effect,
     infill,
+    note_on_blanks,
 )
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
 from scripts.engine.likelihood.documents import (
-    CheckpointConfig,
-    Loaded,
     as_trained,
-    circumstances,
     evaluate_documents,
     flags_of_models,
     masked_cross_entropy,
-    note_on_blanks,
-    require_kind,
     response_likelihood,
     response_line,
 )
 from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances, require_kind
+from scripts.engine.prompts import TypedPromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -97,25 +95,23 @@ def main(argv: list[str] | None = None) -> None:
     result = loaded.attention | circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
     lines = [f"{checkpoint.checkpoint}: {loaded.described}"] if model.config.block_size else []
     if request.cond_ll_response is not None:
-        scored = request.prompt, request.cond_ll_response, request.cond_ll_nmc, checkpoint.max_seq_len, runtime
-        wrap, control = prompting.wraps(loaded), prompting.control_tokens
-        result["conditional"] = score = response_likelihood(model, tokenizer, *scored, wrap, control)
+        prompt = prompting.prompt(request.prompt, loaded)
+        score = response_likelihood(loaded, prompt, request.cond_ll_response, request.cond_ll_nmc)
+        result["conditional"] = score
         lines.append(response_line(model, score, request.cond_ll_nmc))
     elif request.generating:
         recorder = Recorder(tokenizer, tracing.trace)
         info = {"prompt": request.infill or request.prompt, "checkpoint": checkpoint.checkpoint}
         observe = recorder.observer(**info | in_effect(denoising) | {RECORD: result})
-        more = continuation, denoising, runtime, checkpoint.max_seq_len, observe, prompting.control_tokens
-        made = write(request, prompting, loaded, *more)
+        made = write(request, prompting, loaded, continuation, denoising, observe)
         result["generation"] = asdict(made)
         lines += [made.report(), *recorder.write()]
     if data.eval_data is not None:
-        likelihood, record = evaluate_documents(loaded, data, checkpoint.max_seq_len, runtime)
+        likelihood, record = evaluate_documents(loaded, data)
         result |= record
         lines += [f"{name}: {value.line()}" for name, value in likelihood.items()]
     if request.eval_mask_ratio is not None:
-        more = as_trained(data, loaded), checkpoint.max_seq_len, request.eval_mask_ratio, runtime
-        loss = masked_cross_entropy(model, tokenizer, *more)
+        loss = masked_cross_entropy(loaded, as_trained(data, loaded), request.eval_mask_ratio)
         result["masked_cross_entropy"] = {"mask_ratio": request.eval_mask_ratio, "nats_per_masked_token": loss}
         lines.append(f"at a mask ratio of {request.eval_mask_ratio}: {loss:.4f} nats per masked token (no likelihood)")
     print(json.dumps(result, ensure_ascii=False) if request.json else "\n".join(lines))
@@ -141,14 +137,21 @@ def refuse_unused(request: Request, data: DataEvalConfig, denoising: DenoisingCo
     )
 
 
-def write(request: Request, prompting: TypedPromptConfig, loaded: Loaded, *more: Any) -> Generation:
-    """The prompt continued, or the blanks filled."""
+def write(
+    request: Request,
+    prompting: TypedPromptConfig,
+    loaded: Loaded,
+    continuation: ContinuationConfig,
+    denoising: DenoisingConfig,
+    observe: Observe | None,
+) -> Generation:
+    """Continue the prompt, or fill the blanks."""
     if request.infill is None:
-        return generate(loaded.model, loaded.tokenizer, prompting.put(request.prompt, loaded), *more)
+        return generate(loaded, prompting.prompt(request.prompt, loaded), continuation, denoising, observe)
     if note := note_on_blanks(loaded):
         print("note:", note, file=sys.stderr)
-    blanks = request.infill, request.blank_tokens, prompting.replied_to(request.prompt, loaded)
-    return infill(loaded.model, loaded.tokenizer, *blanks, *more)
+    blanks = prompting.blanks(request.infill, request.blank_tokens, request.prompt, loaded)
+    return infill(loaded, blanks, continuation, denoising, observe)
 
 
 if __name__ == "__main__":

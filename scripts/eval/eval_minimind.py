@@ -14,12 +14,14 @@ from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.generation import TypedPromptConfig, generate, idle_sampling_flags, in_effect
+from scripts.engine.decoding.generation import generate, idle_sampling_flags, in_effect
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
-from scripts.engine.likelihood.documents import CheckpointConfig, circumstances, evaluate_documents, require_kind
+from scripts.engine.likelihood.documents import evaluate_documents
 from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.loaded import CheckpointConfig, circumstances, require_kind
+from scripts.engine.prompts import TypedPromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -61,21 +63,20 @@ def main(argv: list[str] | None = None) -> None:
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "autoregressive")
-    model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
+    tokenizer, command = loaded.tokenizer, command_line(__spec__.name, argv)
     configs = checkpoint, data, prompting, continuation, sampling
     result = circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
     if request.prompt is not None:
-        prompt = prompting.put(request.prompt, loaded)
+        prompt = prompting.prompt(request.prompt, loaded)
         recorder = Recorder(tokenizer, tracing.trace)
         info = {"prompt": request.prompt, "checkpoint": checkpoint.checkpoint, **in_effect(sampling), RECORD: result}
-        more = continuation, sampling, runtime, checkpoint.max_seq_len, recorder.observer(**info)
-        made = generate(model, tokenizer, prompt, *more, prompting.control_tokens)
+        made = generate(loaded, prompt, continuation, sampling, recorder.observer(**info))
         result["generation"] = asdict(made)
         saved = recorder.write()
         if not request.json:
             print("\n".join([made.report(), *saved]))
     if data.eval_data is not None:
-        likelihood, record = evaluate_documents(loaded, data, checkpoint.max_seq_len, runtime)
+        likelihood, record = evaluate_documents(loaded, data)
         result |= record
         if not request.json:
             print("\n".join(f"{name}: {value.line()}" for name, value in likelihood.items()))

@@ -31,8 +31,8 @@ from scripts.engine.decoding.answers import (
 from scripts.engine.decoding.generation import idle_sampling_flags
 from scripts.engine.decoding.samplers import SamplerGrid
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.documents import KINDS, circumstances, load_for_use, load_kind
 from scripts.engine.likelihood.windows import tell_skipped
+from scripts.engine.loaded import KINDS, circumstances, load_for_use, load_kind
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     for kind, one in loaded.items():
         if one.model.config.block_size:
             print(f"{paths[kind]}: {one.described}", file=sys.stderr)
-        if note := note_on_template(paths[kind], one, wraps=True):
+        if note := note_on_template(one, wraps=True):
             print(note, file=sys.stderr)
     samplers = {"AR": ("autoregressive", sampling)} if "autoregressive" in loaded else {}
     if "diffusion" in loaded:
@@ -96,11 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     skipped = tell_skipped(request.eval_data, bad)
     answers = {"reference": references(tokenizer, questions)}
     for name, (kind, config) in samplers.items():
-        answers[name] = answer_all(
-            loaded[kind], questions, name, request.batch_size, continuation, config, runtime, request.max_seq_len
-        )
+        answers[name] = answer_all(loaded[kind], questions, name, request.batch_size, continuation, config)
     if critic:
-        answers = {name: judge(critic, questions, made, runtime, request.max_seq_len) for name, made in answers.items()}
+        answers = {name: judge(critic, questions, made) for name, made in answers.items()}
     figures = figures_of(tokenizer, answers, questions)
     fitting = ", ".join(f"{count} {name}" for name, count in counts.items() if name != "rows")
     print(f"{request.eval_data}: {counts['rows']} rows, of which these fit: {fitting}")

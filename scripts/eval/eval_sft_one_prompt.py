@@ -21,18 +21,16 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.answers import note_on_template, warm_up
 from scripts.engine.decoding.generation import (
     Generation,
-    Prompt,
-    TypedPromptConfig,
     generate,
     idle_sampling_flags,
     in_effect,
-    prompt_tokens,
 )
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.trace_terminal import on_screen, side_by_side
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
-from scripts.engine.likelihood.documents import KINDS, Loaded, circumstances, load_kind
+from scripts.engine.loaded import KINDS, Loaded, circumstances, load_kind
+from scripts.engine.prompts import Prompt, TypedPromptConfig, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 RATES = ("tokens_per_second", "tokens_per_pass")
@@ -80,25 +78,22 @@ def main(argv: list[str] | None = None) -> None:
     if "diffusion" in loaded:
         configs["diffusion"] = denoising.fitted(loaded["diffusion"].model.config)
     put = same_prompt(request, prompting, loaded)
-    control = prompting.control_tokens
-    sizes = continuation.max_new_tokens, request.max_seq_len
-    ids = prompt_tokens(tokenizer, put, *sizes, control)  # refused before any work
+    ids = prompt_tokens(tokenizer, put, continuation.max_new_tokens, request.max_seq_len)  # refused before any work
     recorder, made = Recorder(tokenizer, tracing.trace), {}
     used = request, prompting, continuation, *map(configs.get, loaded)
     about = circumstances(command_line(__spec__.name, argv), runtime, tokenizer, None, loaded.values(), *used)
     for kind, one in loaded.items():
-        more = continuation, configs[kind], runtime, request.max_seq_len
-        warm_up(one, [put], *more, control)
-        made[kind] = generate(one.model, tokenizer, put, *more, None, control)
+        warm_up(one, [put], continuation, configs[kind])
+        made[kind] = generate(one, put, continuation, configs[kind])
         info = {"title": f"{one.described}: {request.checkpoints[kind]}", "prompt": request.prompt}
         info |= in_effect(configs[kind]) | {RECORD: about}
         if observe := recorder.observer(**info):
-            generate(one.model, tokenizer, put, *more, observe, control)
+            generate(one, put, continuation, configs[kind], observe)
     saved = recorder.write()
     if request.json:
         result = {
             "prompt": request.prompt,
-            "chat_wrap": not isinstance(put, str),
+            "chat_wrap": not isinstance(put.content, str),
             "prompt_tokens": len(ids),
             "answers": {
                 kind: asdict(answer) | {rate: getattr(answer, rate) for rate in RATES} | loaded[kind].attention
@@ -123,9 +118,9 @@ def same_prompt(request: Request, prompting: TypedPromptConfig, loaded: dict[str
             "so that both get the same prompt"
         )
     for kind, one in loaded.items():
-        if note := note_on_template(request.checkpoints[kind], one, wraps[kind]):
+        if note := note_on_template(one, wraps[kind]):
             print(note, file=sys.stderr)
-    return prompting.put(request.prompt, one)
+    return prompting.prompt(request.prompt, next(iter(loaded.values())))
 
 
 def report(prompt: str, titles: list[str], made: dict[str, Generation]) -> str:

@@ -38,7 +38,7 @@ from scripts.engine.experiments.trainings import (
     summarise,
 )
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.documents import circumstances
+from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line, provenance
 from scripts.engine.training.run import require_writable
 

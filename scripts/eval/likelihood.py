@@ -24,16 +24,14 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.choices import evaluate_choices
 from scripts.engine.likelihood.documents import (
-    CheckpointConfig,
-    Loaded,
     as_json,
     as_trained,
-    circumstances,
     evaluate_file,
     evaluate_replies,
     flags_of_models,
 )
 from scripts.engine.likelihood.windows import DataEvalConfig, tell_skipped
+from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -85,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_idle(given, eval_split=(form != "choices", "text or conversations"))
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
     print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
-    lines, result = EVALUATE[form](loaded, data, rows, checkpoint.max_seq_len, runtime, bad)
+    lines, result = EVALUATE[form](loaded, data, rows, bad)
     result |= tell_skipped(data.eval_data, bad)
     print("\n".join(lines))
     if output.json:
@@ -115,18 +113,18 @@ def format_of(data: DataEvalConfig, asked: str) -> str:
     return "chat" if any(first.keys() >= set(known.fields) for known in FORMATS.values()) else "text"
 
 
-def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, *more: Any) -> tuple:
+def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
     data = as_trained(data, loaded)
-    found = evaluate_file(loaded.model, loaded.tokenizer, data, *more)
+    found = evaluate_file(loaded, data, bad)
     told = {"likelihood": as_json(found), "documents_hold_control_tokens": data.control_tokens}
     return [f"{name}: {value.line()}" for name, value in found.items()], told
 
 
-def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, *more: Any) -> tuple:
-    found, replies = evaluate_replies(loaded.model, loaded.tokenizer, data, max_length, rows.canvas, *more)
+def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
+    found, replies = evaluate_replies(loaded, data, rows.canvas, bad)
     counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
     told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len"
-    told += f" {max_length}; {replies.empty:,} empty"
+    told += f" {loaded.max_length}; {replies.empty:,} empty"
     if loaded.kind == "diffusion":
         counts["unfilled"] = replies.unfilled
         told += f"; {replies.unfilled:,} scored on a canvas of just their length"
@@ -134,13 +132,13 @@ def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: 
     return [*lines, told], {"likelihood": as_json(found), "replies": counts}
 
 
-def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, max_length: int, *more: Any) -> tuple:
-    wrap = loaded.speaks_chat if rows.chat_wrap is None else rows.chat_wrap
-    found, too_long = evaluate_choices(loaded.model, loaded.tokenizer, data, max_length, wrap, *more)
+def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
+    wrap = loaded.chat if rows.chat_wrap is None else rows.chat_wrap
+    found, too_long = evaluate_choices(loaded, data, wrap, bad)
     result: dict[str, Any] = {"accuracy": {name: asdict(value) for name, value in found.items()}}
     told = f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long"
     lines = [f"{name}: {value.line()}" for name, value in found.items()]
-    return [*lines, f"{told} for --max-seq-len {max_length}"], result | {"chat_wrap": wrap, "too_long": too_long}
+    return [*lines, f"{told} for --max-seq-len {loaded.max_length}"], result | {"chat_wrap": wrap, "too_long": too_long}
 
 
 EVALUATE = {"text": of_text, "chat": of_chat, "choices": of_choices}

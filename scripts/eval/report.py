@@ -17,16 +17,16 @@ and may be told apart by "lang", "split" and "kind". Without --eval-data the bun
 """
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.answers import note_on_template
-from scripts.engine.decoding.generation import PromptConfig
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.documents import Loaded, circumstances, flags_of_models, load_kind
+from scripts.engine.likelihood.documents import flags_of_models
+from scripts.engine.loaded import Loaded, circumstances, load_kind
+from scripts.engine.prompts import PromptConfig
 from scripts.engine.report.flags import Request, check_flags, require_folder
 from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report.measure import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
@@ -68,14 +68,13 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) 
     check_flags(kinds, forms, request.eval_data is None, frontier, continuation, sampling, denoising, given)
     tokenizer = load_tokenizer(request.tokenizer_dir)
     require_readable(sources, measuring, tokenizer)
-    loaded = load_all(request, tokenizer, measuring.max_seq_len, runtime)
-    models = {name: one for name, (_, one) in loaded.items()}
+    models = load_all(request, tokenizer, measuring.max_seq_len, runtime)
     refuse_idle(given, **flags_of_models(*models.values()))
     for one in models.values():
         if one.kind == "diffusion":
             denoising.fitted(one.model.config)  # refuses what does not go with its attention, before any work
-    for path, one in loaded.values() if {form for form, _ in forms} != {"text"} else ():
-        if note := note_on_template(path, one, prompting.wraps(one)):
+    for one in models.values() if {form for form, _ in forms} != {"text"} else ():
+        if note := note_on_template(one, prompting.wraps(one)):
             print(note, file=sys.stderr)
     setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising, runtime)
     sections = [measure(setup, source) for source in sources]
@@ -96,13 +95,13 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) 
 
 def load_all(
     request: Request, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
-) -> dict[str, tuple[Path, Loaded]]:
-    """name -> file and model; the name is kind and file name, with its folder where that is not enough."""
+) -> dict[str, Loaded]:
+    """name -> model; the name is kind and file name, with its folder where that is not enough."""
     stems = [f"{NAMES[kind]} {path.stem.removesuffix('_state_dict')}" for kind, path in request.checkpoints]
     loaded = {}
     for stem, (kind, path) in zip(stems, request.checkpoints, strict=True):
         name = stem if stems.count(stem) == 1 else f"{NAMES[kind]} {path}"
-        loaded[name] = path, load_kind(path, kind, tokenizer, max_length, runtime)
+        loaded[name] = load_kind(path, kind, tokenizer, max_length, runtime)
     return loaded
 
 

@@ -30,7 +30,9 @@ from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.generation import generate, idle_sampling_flags, prompt_tokens
+from scripts.engine.decoding.generation import generate, idle_sampling_flags
+from scripts.engine.loaded import Loaded
+from scripts.engine.prompts import Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.run import RunConfig, continues
@@ -76,11 +78,12 @@ def main(argv: list[str] | None = None) -> None:
     configs = StageConfigs(*configs, argv)
     refuse_unused(what, configs, denoising)
     tokenizer, is_new = find_tokenizer(what, data, configs)
+    prompt = Prompt(what.prompt)
     if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
-        room = data.max_seq_len - len(prompt_tokens(tokenizer, what.prompt, 1, data.max_seq_len))
+        room = data.max_seq_len - len(prompt_tokens(tokenizer, prompt, 1, data.max_seq_len))
         continuation = replace(continuation, max_new_tokens=min(continuation.max_new_tokens, room))
     # Found out before the training, not after it.
-    prompt_tokens(tokenizer, what.prompt, continuation.max_new_tokens, data.max_seq_len)
+    prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
         keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
 
@@ -94,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         model = load_model(configs.run.exported_path, configs.runtime.torch_device, tokenizer=fingerprint(tokenizer))
         model.set_context(data.max_seq_len)
-    made = generate(model, tokenizer, what.prompt, continuation, denoising, configs.runtime, data.max_seq_len)
-    print(made.report())
+    loaded = Loaded(model, tokenizer, configs.runtime, data.max_seq_len)
+    print(generate(loaded, prompt, continuation, denoising).report())
 
 
 def refuse_unused(what: DiffusionRun, configs: StageConfigs, denoising: DenoisingConfig) -> None:

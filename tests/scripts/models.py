@@ -5,6 +5,10 @@ import torch
 from dataset.tokenizer import token_ids
 from model.config import ModelConfig
 from model.transformer import Transformer
+from scripts.engine.loaded import Loaded
+from scripts.engine.runtime import RuntimeConfig
+
+RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=11)
 
 
 def untrained(tokenizer, kind: str, uniform: bool = False) -> Transformer:
@@ -25,3 +29,8 @@ def untrained(tokenizer, kind: str, uniform: bool = False) -> Transformer:
             if parameter.ndim == 2:
                 parameter.mul_(0 if uniform else 8)
     return model.eval()
+
+
+def ready(model: Transformer, tokenizer, max_length: int = 256, runtime: RuntimeConfig = RUNTIME) -> Loaded:
+    """The model ready for use, as if it had been loaded from a checkpoint."""
+    return Loaded(model, tokenizer, runtime, max_length)

@@ -7,8 +7,8 @@ from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.objective import MaskedDiffusion
 from scripts.engine import flags as declarations
-from scripts.engine.likelihood.documents import CheckpointConfig
 from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.loaded import CheckpointConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.run import RunConfig

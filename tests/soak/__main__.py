@@ -22,7 +22,7 @@ from typing import Annotated
 
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.documents import circumstances
+from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
 from tests.soak.distributed import distributed
 from tests.soak.faults import Outcome, Workplace, clock, training

@@ -24,7 +24,7 @@ from model.remasking import POLICIES, transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import interleave
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED
-from scripts.engine.likelihood.documents import load_for_use
+from scripts.engine.loaded import load_for_use
 from scripts.engine.report.measure import read_asked
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct, wilson

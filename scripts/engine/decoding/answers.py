@@ -14,12 +14,13 @@ from dataset.jsonl import BadRows, content_hash, language_of
 from dataset.sft import Messages, read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
-from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
-from scripts.engine.decoding.generation import Prompt, generate_batch, prompt_tokens
+from model.decode import ContinuationConfig, DenoisingConfig, autoregress, denoise
+from scripts.engine.decoding.generation import Sampler, canvas_of_prompts, first_seed, generate_batch
 from scripts.engine.decoding.trace_terminal import on_screen
-from scripts.engine.likelihood.documents import Loaded, window_nats
+from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.loaded import Loaded
+from scripts.engine.prompts import Prompt
 from scripts.engine.statistics import distinct, longest_repeat, mean_and_error, ratio_error
 
 COLUMNS = (  # of the table
@@ -97,30 +98,20 @@ def questions_of(
     return chosen, {"rows": rows, **{language: len(fitting[language]) for language in languages}}
 
 
-def note_on_template(path: Path, loaded: Loaded, wraps: bool) -> str | None:
-    """A sentence where a prompt means another thing to the checkpoint than one might think."""
-    if loaded.speaks_chat:
+def note_on_template(loaded: Loaded, wraps: bool) -> str | None:
+    """A sentence for checkpoints to which a prompt means something else than one might think."""
+    if loaded.chat:
         return None
     effect = "the chat template is new to it" if wraps else "it goes on with the text that it is given"
-    return f"{path} was not trained on conversations: {effect}"
+    return f"{loaded.path} was not trained on conversations: {effect}"
 
 
-def warm_up(
-    loaded: Loaded,
-    prompts: Sequence[Prompt],
-    continuation: ContinuationConfig,
-    config: SamplingConfig | DenoisingConfig,
-    runtime: RuntimeConfig,
-    max_length: int,
-    control: bool = False,
-) -> None:
-    """The first steps of an answer on the very canvas that will be timed: those of a new shape are slower."""
-    sizes = continuation.max_new_tokens, max_length
-    rows = [prompt_tokens(loaded.tokenizer, prompt, *sizes, control) for prompt in prompts]
-    canvas = Canvas.continuing(rows, continuation.max_new_tokens, loaded.model.config, runtime.torch_device)
-    begin = denoise if isinstance(config, DenoisingConfig) else autoregress
-    with runtime.autocast():
-        for _ in itertools.islice(begin(loaded.model.eval(), canvas, config, [0] * len(rows)), WARM_UP):
+def warm_up(loaded: Loaded, prompts: Sequence[Prompt], continuation: ContinuationConfig, sampler: Sampler) -> None:
+    """Take the first steps of an answer on the canvas that will be timed: the first of a new shape are slower."""
+    canvas = canvas_of_prompts(loaded, prompts, continuation.max_new_tokens)
+    steps = denoise if isinstance(sampler, DenoisingConfig) else autoregress
+    with loaded.runtime.autocast():
+        for _ in itertools.islice(steps(loaded.model.eval(), canvas, sampler, [0] * len(prompts)), WARM_UP):
             pass
 
 
@@ -135,35 +126,45 @@ def answer_all(
     name: str,
     batch_size: int,
     continuation: ContinuationConfig,
-    config: SamplingConfig | DenoisingConfig,
-    runtime: RuntimeConfig,
-    max_length: int,
+    sampler: Sampler,
 ) -> list[Answer]:
     """The answers of one sampler, in batches. Question i is sampled with the seed plus i, whatever its batch."""
+    prompts = [Prompt(question.messages) for question in questions]
+    continuation = with_seed(loaded, continuation, len(prompts))
+    warm_up(loaded, prompts[:batch_size], continuation, sampler)
     answers: list[Answer] = []
-    prompts = [question.messages for question in questions]
-    seed = runtime.seed if continuation.gen_seed is None else continuation.gen_seed
-    seed %= 2**32 - len(prompts)
-    warm_up(loaded, prompts[:batch_size], continuation, config, runtime, max_length)
     for first in tqdm(range(0, len(prompts), batch_size), desc=name, disable=not sys.stderr.isatty()):
-        batch, seeded = prompts[first : first + batch_size], replace(continuation, gen_seed=seed + first)
-        made = generate_batch(loaded.model, loaded.tokenizer, batch, seeded, config, runtime, max_length)
-        answers += [Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made]
+        batch = prompts[first : first + batch_size]
+        seeded = replace(continuation, gen_seed=continuation.gen_seed + first)
+        answers += answer_batch(loaded, batch, seeded, sampler)
     return answers
 
 
-def judge(
-    loaded: Loaded, questions: list[Question], answers: list[Answer], runtime: RuntimeConfig, max_length: int
+def with_seed(loaded: Loaded, continuation: ContinuationConfig, count: int) -> ContinuationConfig:
+    """The continuation with a seed of its own, such that the seeds of `count` rows after it are seeds, too."""
+    return replace(continuation, gen_seed=first_seed(loaded, continuation) % (2**32 - count))
+
+
+def answer_batch(
+    loaded: Loaded, prompts: Sequence[Prompt], continuation: ContinuationConfig, sampler: Sampler
 ) -> list[Answer]:
+    """The answers to prompts that share forward passes, each with its share of the seconds."""
+    return [
+        Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(prompts))
+        for g in generate_batch(loaded, prompts, continuation, sampler)
+    ]
+
+
+def judge(loaded: Loaded, questions: list[Question], answers: list[Answer]) -> list[Answer]:
     """The answers with their nats under an autoregressive model, given their prompts: what it would find odd costs
     much. Text that repeats itself costs little; look at longest_repeat, too."""
     windows = []
     for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
         prompt = encode_chat(loaded.tokenizer, question.messages, True)
         reply = encode(loaded.tokenizer, answer.text) + [loaded.tokenizer.eos_token_id] * answer.ended
-        windows.append(Window(number, (prompt + reply)[:max_length], 0, len(prompt)))
+        windows.append(Window(number, (prompt + reply)[: loaded.max_length], 0, len(prompt)))
     written = [window for window in windows if len(window.ids) > window.begin]  # nothing was written, not even EOS
-    nats, _ = window_nats(loaded.model, loaded.tokenizer, written, DataEvalConfig(), runtime)
+    nats, _ = window_nats(loaded, written, DataEvalConfig())
     costs = {window.document: cost for window, cost in zip(written, nats.tolist(), strict=True)}
     return [
         replace(answer, judged_nats=costs.get(number, 0.0), judged_tokens=len(window.ids) - window.begin)

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.config import ModelConfig
-from model.transformer import Transformer
 from scripts.engine.files import sha256_of, write_json
-from scripts.engine.likelihood.documents import evaluate_file, load_for_use
+from scripts.engine.likelihood.documents import evaluate_file
 from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.loaded import Loaded, load_for_use
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.metrics import or_none, read_log
 from scripts.engine.training.optim import OptimConfig
@@ -174,8 +174,8 @@ class Bench:
         log = read_log(Path(f"{path}_log.jsonl"))
         return Run(path, [row["tokens"] for row in log if row["event"] == "train"][-1])
 
-    def load(self, weights: Path) -> Transformer:
-        return load_for_use(weights, self.tokenizer, self.lab.recipe.max_seq_len, self.lab.runtime).model
+    def load(self, weights: Path) -> Loaded:
+        return load_for_use(weights, self.tokenizer, self.lab.recipe.max_seq_len, self.lab.runtime)
 
     def remember(
         self, weights: Path, what: str, settings: dict[str, Any], make: Callable[[], dict[str, Any]]
@@ -196,8 +196,7 @@ class Bench:
 
         def measure() -> dict[str, Any]:
             data = DataEvalConfig(eval_data=self.heldout, num_samples=self.num_samples)
-            length, runtime = self.lab.recipe.max_seq_len, self.lab.runtime
-            found = evaluate_file(self.load(weights), self.tokenizer, data, length, runtime)["all"]
+            found = evaluate_file(self.load(weights), data)["all"]
             return {"nats_per_token": found.nats_per_token, "document_error": or_none(found.standard_error)}
 
         return self.remember(weights, "likelihood", {"num_samples": self.num_samples}, measure)

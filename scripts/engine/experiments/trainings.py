@@ -17,6 +17,7 @@ from scripts.engine.experiments.runs import Bench, Lab, Recipe, Run
 from scripts.engine.files import sha256_of
 from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
+from scripts.engine.prompts import Prompt
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, t_interval
 
@@ -165,7 +166,7 @@ def judged(bench: Bench, run: Run | None, judge: Run, config: SchedulesConfig) -
         eos = [bench.tokenizer.eos_token_id]
         rows = [[bench.tokenizer.bos_token_id, *ids, *(eos if ended else [])] for ids, ended in ends]
         windows = [Window(i, ids[: room + 1], i) for i, ids in enumerate(rows) if len(ids) > 1]
-        nats, _ = window_nats(bench.load(judge.weights), bench.tokenizer, windows, DataEvalConfig(), bench.lab.runtime)
+        nats, _ = window_nats(bench.load(judge.weights), windows, DataEvalConfig())
         tokens = sum(len(window.ids) - 1 for window in windows)
         return {
             "judge_nats": float(nats.sum()) / tokens,
@@ -182,10 +183,10 @@ def generated(bench: Bench, run: Run, count: int, room: int) -> list[tuple[list[
     sampler = DenoisingConfig(
         gen_steps=room, gen_block_size=0, gen_remasking="random", gen_temp=1.0, gen_top_k=0, gen_repeat_penalty=0.0
     )
-    model, made = bench.load(run.weights), []
+    loaded, made = bench.load(run.weights), []
     for first in range(0, count, ROWS_AT_A_TIME):
-        prompts, length = [""] * min(ROWS_AT_A_TIME, count - first), ContinuationConfig(room, gen_seed=first)
-        made += generate_batch(model, bench.tokenizer, prompts, length, sampler, bench.lab.runtime, room + 1)
+        prompts = [Prompt("")] * min(ROWS_AT_A_TIME, count - first)
+        made += generate_batch(loaded, prompts, ContinuationConfig(room, gen_seed=first), sampler)
     return [(encode(bench.tokenizer, one.text), one.ended) for one in made]
 
 

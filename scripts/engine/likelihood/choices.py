@@ -18,10 +18,10 @@ import numpy as np
 from dataset.jsonl import JSON_TYPES, BadRows, Check, language_of, read_as
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast
-from model.transformer import Transformer
-from scripts.engine.likelihood.documents import by_language, condition_and_responses, kind_of, window_nats
+from scripts.engine.likelihood.documents import by_language, kind_of, window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window, chosen_rows, seed_of
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.loaded import Loaded
+from scripts.engine.prompts import Prompt, condition_and_responses
 from scripts.engine.statistics import wilson
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -70,26 +70,22 @@ class Accuracy:
 
 
 def evaluate_choices(
-    model: Transformer,
-    tokenizer: PreTrainedTokenizerFast,
-    config: DataEvalConfig,
-    max_length: int,
-    chat_wrap: bool,
-    runtime: RuntimeConfig,
-    bad: BadRows | None = None,
+    loaded: Loaded, config: DataEvalConfig, chat_wrap: bool, bad: BadRows | None = None
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
-    one of their choices ends behind `max_length`. ValueError for a bad row, or if nothing is left."""
-    questions = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(tokenizer))
+    one of their choices exceeds the context. ValueError for a bad row, or if nothing is left."""
+    questions = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer))
     chosen = chosen_rows(questions, config, content_of)
     enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
-    asked, too_long = questions_that_fit(tokenizer, chosen, max_length, [chat_wrap], enough)
+    asked, too_long = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [chat_wrap], enough)
     if not asked:
-        raise ValueError(f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {max_length}")
-    scored = choice_nats(model, tokenizer, asked, chat_wrap, config, runtime)
+        raise ValueError(
+            f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {loaded.max_length}"
+        )
+    scored = choice_nats(loaded, asked, chat_wrap, config)
     outcomes = [outcome(question, one.nats) for question, one in zip(asked, scored, strict=True)]
     groups = by_language(outcomes, [question.language for question in asked])
-    return {name: _accuracy(kind_of(model), members) for name, members in groups.items()}, too_long
+    return {name: _accuracy(kind_of(loaded.model), members) for name, members in groups.items()}, too_long
 
 
 def content_of(question: Question) -> str:
@@ -119,20 +115,13 @@ def questions_that_fit(
     return asked, too_long
 
 
-def choice_nats(
-    model: Transformer,
-    tokenizer: PreTrainedTokenizerFast,
-    questions: list[Question],
-    chat_wrap: bool,
-    config: DataEvalConfig,
-    runtime: RuntimeConfig,
-) -> list[ChoiceNats]:
+def choice_nats(loaded: Loaded, questions: list[Question], chat_wrap: bool, config: DataEvalConfig) -> list[ChoiceNats]:
     """Nats of every choice of every question."""
-    rows = [_windows_of(tokenizer, question, number, chat_wrap) for number, question in enumerate(questions)]
+    rows = [_windows_of(loaded.tokenizer, question, number, chat_wrap) for number, question in enumerate(questions)]
     windows = [window for some in rows for window in some]
     tokens = np.array([len(window.ids) - window.begin for window in windows])
     ends = np.cumsum([len(some) for some in rows])[:-1]
-    parts = [np.split(a, ends) for a in (*window_nats(model, tokenizer, windows, config, runtime), tokens)]
+    parts = [np.split(a, ends) for a in (*window_nats(loaded, windows, config), tokens)]
     return [ChoiceNats(*of_question) for of_question in zip(*parts, strict=True)]
 
 
@@ -190,7 +179,8 @@ def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: 
     text, choices = question.text, question.choices
     if text and not chat_wrap and not text[-1].isspace():
         choices = [_glue(text[-1], choice[0]) + choice for choice in choices]
-    condition, responses = condition_and_responses(tokenizer, text, choices, chat_wrap)
+    prompt = Prompt([{"role": "user", "content": text}] if chat_wrap else text)
+    condition, responses = condition_and_responses(tokenizer, prompt, choices)
     return [Window(number, condition + ids, seed_of(condition + ids), len(condition)) for ids in responses]
 
 

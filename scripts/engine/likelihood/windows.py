@@ -25,7 +25,7 @@ from dataset.jsonl import (
 from dataset.sft import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.loaded import Loaded
 from scripts.engine.training.loader import to_device
 
 DOCUMENTS_AT_A_TIME = 512
@@ -172,12 +172,18 @@ class ReplyWindows(NamedTuple):
     unfilled: int  # replies scored on a canvas without room for more, so that where they end is given away
 
 
+class ReplyCanvas(NamedTuple):
+    """What is scored beside a reply: EOS up to `size` tokens, or up to the end of a block; neither if both are 0."""
+
+    size: int = 0
+    block_size: int = 0
+
+
 def reply_windows(
     tokenizer: PreTrainedTokenizerFast,
     config: DataEvalConfig,
     max_length: int,
-    canvas: int = 0,
-    block_size: int = 0,
+    canvas: ReplyCanvas,
     bad: BadRows | None = None,
 ) -> ReplyWindows:
     """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens; block_size > 0: on one that ends with
@@ -198,9 +204,9 @@ def reply_windows(
             too_long += sum(end > max_length for text, (_, end) in zip(texts, spans, strict=True) if text)
             scored = [(t, span) for t, span in zip(texts, spans, strict=True) if t and span[1] <= max_length]
             for _, (begin, end) in scored:
-                wanted = -end % block_size if block_size else canvas - (end - begin)
+                wanted = -end % canvas.block_size if canvas.block_size else canvas.size - (end - begin)
                 fill = max(min(wanted, max_length - end), 0)
-                unfilled += not fill and (wanted > 0 or not block_size)
+                unfilled += not fill and (wanted > 0 or not canvas.block_size)
                 canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
                 windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
             if scored:
@@ -220,20 +226,15 @@ def seed_of(ids: list[int]) -> int:
 
 
 def batches(
-    windows: list[Window],
-    tokenizer: PreTrainedTokenizerFast,
-    config: DataEvalConfig,
-    runtime: RuntimeConfig,
+    windows: list[Window], loaded: Loaded, config: DataEvalConfig
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
     """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding,
     and those that score a single token apart: one mask does for them."""
     order = sorted(range(len(windows)), key=lambda i: (len(windows[i].ids) - windows[i].begin > 1, len(windows[i].ids)))
     for first in tqdm(range(0, len(order), config.eval_batch_size), unit="batch", disable=not sys.stderr.isatty()):
         chosen = order[first : first + config.eval_batch_size]
-        yield (
-            to_device(collate([windows[i] for i in chosen], tokenizer.pad_token_id), runtime.torch_device),
-            chosen,
-        )
+        batch = collate([windows[i] for i in chosen], loaded.tokenizer.pad_token_id)
+        yield to_device(batch, loaded.runtime.torch_device), chosen
 
 
 def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Annotated
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import refuse_idle
 from scripts.engine.decoding.generation import idle_sampling_flags
-from scripts.engine.likelihood.documents import KINDS
+from scripts.engine.loaded import KINDS
 from scripts.engine.report.frontier import FrontierConfig, samplers
 from scripts.engine.report.measure import ANSWERED, paths_in
 

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from model.decode import DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
-from scripts.engine.decoding.answers import Answer, warm_up
-from scripts.engine.decoding.generation import generate_batch, in_effect
+from scripts.engine.decoding.answers import Answer, answer_batch, warm_up, with_seed
+from scripts.engine.decoding.generation import in_effect
 from scripts.engine.report.measure import ANSWERED, Section, Setup, recorded
 
 FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
@@ -115,14 +115,11 @@ def _round(
     setup: Setup, name: str, items: list[dict[str, Any]], first: int, tried: list[Sampler]
 ) -> Iterator[list[Answer]]:
     """Every sampler's answers to the batch that begins at item `first`; item i is sampled with the seed plus i."""
-    loaded, limit = setup.models[name], setup.config.max_seq_len
+    loaded = setup.models[name]
     batch = items[first : first + (setup.config.batch_size or 1)]
-    prompts = [setup.prompting.put(item["question"], loaded) for item in batch]
-    seed = setup.runtime.seed if setup.continuation.gen_seed is None else setup.continuation.gen_seed
-    continuation = replace(setup.continuation, gen_seed=seed % (2**32 - len(items)) + first)
-    warm_up(loaded, prompts, continuation, tried[0].config, setup.runtime, limit)
+    prompts = [setup.prompting.prompt(item["question"], loaded) for item in batch]
+    continuation = with_seed(loaded, setup.continuation, len(items))
+    continuation = replace(continuation, gen_seed=continuation.gen_seed + first)
+    warm_up(loaded, prompts, continuation, tried[0].config)
     for sampler in tried:
-        made = generate_batch(
-            loaded.model, loaded.tokenizer, prompts, continuation, sampler.config, setup.runtime, limit
-        )
-        yield [Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(batch)) for g in made]
+        yield answer_batch(loaded, prompts, continuation, sampler.config)

@@ -30,18 +30,20 @@ from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.decoding.answers import Answer, Question, answer_all
-from scripts.engine.decoding.generation import PromptConfig, prompt_tokens
 from scripts.engine.likelihood import choices
-from scripts.engine.likelihood.documents import Loaded, add_nats, canvas_of, data_digest
+from scripts.engine.likelihood.documents import add_nats, reply_canvas
 from scripts.engine.likelihood.windows import (
     DataEvalConfig,
     Document,
+    ReplyCanvas,
     Window,
     chosen_rows,
     reply_windows,
     tell_skipped,
     windows_of,
 )
+from scripts.engine.loaded import Loaded, data_digest
+from scripts.engine.prompts import PromptConfig
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.metrics import or_none
 
@@ -228,7 +230,7 @@ def _of_text(setup: Setup, source: Source, bad: BadRows) -> Section:
 def _of_chat(setup: Setup, source: Source, bad: BadRows) -> Section:
     config, limit = setup.config.choosing(source, setup.config.max_rows), setup.config.max_seq_len
     found = {  # all score the same replies, diffusion models on a canvas
-        canvas: reply_windows(setup.tokenizer, config, limit, *canvas, bad)
+        canvas: reply_windows(setup.tokenizer, config, limit, canvas, bad)
         for canvas in {_canvas(setup, n) for n in setup.models}
     }
     windows = {name: found[_canvas(setup, name)].windows for name in setup.models}
@@ -237,8 +239,8 @@ def _of_chat(setup: Setup, source: Source, bad: BadRows) -> Section:
     return section | {"left_out": {"too_long": any_of.too_long, "empty": any_of.empty}}
 
 
-def _canvas(setup: Setup, name: str) -> tuple[int, int]:
-    return canvas_of(setup.models[name].model, setup.config.canvas)
+def _canvas(setup: Setup, name: str) -> ReplyCanvas:
+    return reply_canvas(setup.models[name], setup.config.canvas)
 
 
 def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: dict[str, list[Window]]) -> Section:
@@ -249,8 +251,7 @@ def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: d
     results = {}
     for name, loaded in setup.models.items():
         documents = [replace(document) for document in blank]
-        more = windows[name], setup.config.scoring(source), setup.runtime
-        add_nats(loaded.model, setup.tokenizer, documents, *more)
+        add_nats(loaded, documents, windows[name], setup.config.scoring(source))
         results[name] = [{"nats": d.nats, "variance": or_none(d.variance)} for d in documents]
     items = [
         {"key": keys[i], "lang": d.language, "bytes": d.bytes, "tokens": d.tokens} for i, d in enumerate(documents)
@@ -277,7 +278,7 @@ def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
     results = {}
     for name, loaded in setup.models.items():
         wrap, config = setup.prompting.wraps(loaded), setup.config.scoring(source)
-        scored = choices.choice_nats(loaded.model, setup.tokenizer, asked, wrap, config, setup.runtime)
+        scored = choices.choice_nats(loaded, asked, wrap, config)
         results[name] = [
             {"nats": one.nats.tolist(), "variance": [or_none(v) for v in one.variance.tolist()]} for one in scored
         ]
@@ -369,11 +370,10 @@ def answers_of(
     """A model's answers to the questions of the items; the i-th is sampled with the seed plus i."""
     loaded = setup.models[name]
     questions = [
-        Question(setup.prompting.put(item["question"], loaded), item["reference"], item["lang"]) for item in items
+        Question(setup.prompting.prompt(item["question"], loaded).content, item["reference"], item["lang"])
+        for item in items
     ]
-    answers = answer_all(
-        loaded, questions, name, batch_size, setup.continuation, config, setup.runtime, setup.config.max_seq_len
-    )
+    answers = answer_all(loaded, questions, name, batch_size, setup.continuation, config)
     return recorded(setup, answers)
 
 
@@ -391,8 +391,8 @@ def answer_in(result: dict[str, Any]) -> Answer:
 def _fits(setup: Setup, asked: Asked) -> bool:
     """Whether prompt and answer are within the context, however the models are asked."""
     room = setup.config.max_seq_len - setup.continuation.max_new_tokens
-    prompts = [setup.prompting.put(asked.text, loaded) for loaded in setup.models.values()]
-    return all(len(prompt_tokens(setup.tokenizer, prompt, 0, sys.maxsize)) <= room for prompt in prompts)
+    prompts = [setup.prompting.prompt(asked.text, loaded) for loaded in setup.models.values()]
+    return all(len(prompt.encode(setup.tokenizer)) <= room for prompt in prompts)
 
 
 def _asked_item(tokenizer: PreTrainedTokenizerFast, asked: Asked) -> dict[str, Any]:
@@ -421,8 +421,8 @@ def _add_reference_nats(setup: Setup, source: Source, items: list[dict], results
         return
     for name, loaded in setup.models.items():
         some, wrap = [questions[place] for place in places], setup.prompting.wraps(loaded)
-        more = wrap, setup.config.scoring(source), setup.runtime
-        for place, one in zip(places, choices.choice_nats(loaded.model, setup.tokenizer, some, *more), strict=True):
+        scored = choices.choice_nats(loaded, some, wrap, setup.config.scoring(source))
+        for place, one in zip(places, scored, strict=True):
             results[name][place]["reference_likelihood"] = {
                 "nats": one.nats.item(),
                 "variance": or_none(one.variance.item()),

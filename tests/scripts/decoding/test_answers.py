@@ -28,12 +28,12 @@ from scripts.engine.decoding.answers import (
 )
 from scripts.engine.decoding.generation import generate
 from scripts.engine.decoding.samplers import SamplerGrid
-from scripts.engine.likelihood.documents import Loaded
+from scripts.engine.prompts import Prompt
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, longest_repeat
 from scripts.eval import eval_sft
 from tests.scripts.conftest import conversations
-from tests.scripts.models import untrained
+from tests.scripts.models import ready, untrained
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=5)
 
@@ -188,11 +188,11 @@ QUESTIONS = [
 @pytest.mark.parametrize("attention, config", CONFIGS)
 def test_the_batch_size_changes_no_answer(attention, config, gen_seed, tokenizer):
     """Each is the one of a single user who gave the question's own seed: the first one's, plus its place."""
-    loaded = Loaded(untrained(tokenizer, attention), tokenizer, "sft")
+    loaded = ready(untrained(tokenizer, attention), tokenizer, 128, RUNTIME)
     continuation = ContinuationConfig(8, gen_seed=gen_seed)
 
     def plain(size):
-        found = answer_all(loaded, QUESTIONS, "x", size, continuation, config, RUNTIME, 128)
+        found = answer_all(loaded, QUESTIONS, "x", size, continuation, config)
         return [(a.text, a.num_tokens, a.ended, a.num_forward_passes) for a in found]
 
     alone = plain(1)
@@ -201,16 +201,15 @@ def test_the_batch_size_changes_no_answer(attention, config, gen_seed, tokenizer
         first = 5 if gen_seed is None else gen_seed
         for i, (question, answer) in enumerate(zip(QUESTIONS, alone, strict=True)):
             seeded = ContinuationConfig(8, gen_seed=first + i)
-            g = generate(loaded.model, tokenizer, question.messages, seeded, config, RUNTIME, 128)
+            g = generate(loaded, Prompt(question.messages), seeded, config)
             assert (g.text, g.num_tokens, g.ended, g.num_forward_passes) == answer
 
 
 def test_the_seconds_of_a_batch_are_shared_by_its_answers(tokenizer, monkeypatch):
     batches, generate_batch = [], answers.generate_batch
     monkeypatch.setattr(answers, "generate_batch", lambda *a: batches.append(generate_batch(*a)) or batches[-1])
-    loaded = Loaded(untrained(tokenizer, "causal"), tokenizer, "sft")
-    more = ContinuationConfig(4), SamplingConfig(), RUNTIME, 128
-    found = answer_all(loaded, QUESTIONS, "x", 2, *more)
+    loaded = ready(untrained(tokenizer, "causal"), tokenizer, 128, RUNTIME)
+    found = answer_all(loaded, QUESTIONS, "x", 2, ContinuationConfig(4), SamplingConfig())
     assert [len(batch) for batch in batches] == [2, 2, 1], "the warming up decodes no answer"
     assert sum(a.seconds for a in found) == pytest.approx(sum(batch[0].seconds for batch in batches))
 
@@ -252,10 +251,10 @@ def test_every_policy_is_tried_with_the_steps_and_thresholds_that_it_heeds():
 
 def test_a_judge_gives_the_nats_of_each_answer_and_its_end_given_the_prompt(tokenizer):
     """By the chain rule, one token at a time; an answer that did not end is not charged for an end."""
-    loaded = Loaded(untrained(tokenizer, "causal"), tokenizer, "sft")
+    loaded = ready(untrained(tokenizer, "causal"), tokenizer, 128, RUNTIME)
     questions = [Question(exchange("the cat"), "a river", "other"), Question(exchange("the dog"), "b", "other")] * 2
     made = [Answer("the river", 3, True), Answer("the", 5, False), Answer("", 1, True), Answer("", 0, False)]
-    found = judge(loaded, questions, made, RUNTIME, 128)
+    found = judge(loaded, questions, made)
     for question, answer, judged in zip(questions, made, found, strict=True):
         prompt, reply = encode_chat(tokenizer, question.messages, True), encode(tokenizer, answer.text)
         reply += [tokenizer.eos_token_id] * answer.ended

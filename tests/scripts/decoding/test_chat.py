@@ -19,11 +19,11 @@ from model.config import ModelConfig
 from model.decode import DenoisingConfig, SamplingConfig
 from scripts import chat
 from scripts.engine.decoding import generation
-from scripts.engine.decoding.generation import text_with_blanks
 from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary
 from scripts.engine.decoding.trace_files import load_traces
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.decoding.watching import Typing
+from scripts.engine.prompts import Blanks
 
 KINDS = ("ar", "dm")
 SMALL = ("--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
@@ -305,8 +305,8 @@ def test_the_trace_is_that_of_the_last_reply(kind, talk, decoding, tokenizer):
 def test_blanks_are_filled_as_a_reply_to_the_last_message_and_not_remembered(talk, decoding, tokenizer):
     text = "从前有___,最后____。"
     out = talk("dm", [f"/infill {text}", "the cat", f"/infill {text}", "why"], "--blank-tokens", "3")
-    alone, _ = text_with_blanks(tokenizer, text, 3)
-    replying, _ = text_with_blanks(tokenizer, text, 3, [{"role": "user", "content": "the cat"}])
+    alone, _ = Blanks(text, 3).encode(tokenizer)
+    replying, _ = Blanks(text, 3, [{"role": "user", "content": "the cat"}]).encode(tokenizer)
     for number, row in ((0, alone), (2, replying)):
         canvas = decoding.canvases[number]
         pairs = zip(canvas.ids[0].tolist(), canvas.open[0].tolist(), strict=True)

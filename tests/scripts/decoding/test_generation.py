@@ -9,11 +9,13 @@ from dataset.tokenizer import decode, encode, encode_chat
 from model.checkpoint import load_checkpoint, load_model, write_archive
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.decoding import generation
-from scripts.engine.decoding.generation import generate, generate_batch, infill, prompt_tokens, text_with_blanks
+from scripts.engine.decoding.generation import generate, generate_batch, infill
+from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS
+from tests.scripts.models import ready
 
 MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
@@ -120,17 +122,14 @@ def test_a_prompt_is_put_as_the_checkpoint_was_trained_unless_a_flag_says_otherw
 @pytest.mark.parametrize("name, config", [("ar", SamplingConfig(ar_top_k=0)), ("dm", DenoisingConfig(gen_top_k=0))])
 def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, tokenizer):
     """Prompt i has the seed plus i; the seconds are shared."""
-    model = load_model(Path(f"weights/{name}_state_dict.pt"))
-    prompts = ["the cat", [{"role": "user", "content": "the river sees"}], ""]
+    loaded = ready(load_model(Path(f"weights/{name}_state_dict.pt")), tokenizer, 64, RUNTIME)
+    prompts = [Prompt(content) for content in ("the cat", [{"role": "user", "content": "the river sees"}], "")]
     seen, observed = [], []
     together = generate_batch(
-        model,
-        tokenizer,
+        loaded,
         prompts,
         ContinuationConfig(6, gen_seed=5),
         config,
-        RUNTIME,
-        64,
         lambda canvas: observed.append(canvas) or seen.append,
     )
     assert [made.prompt for made in together] == ["the cat", "the river sees", ""]
@@ -139,13 +138,13 @@ def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, to
     assert seen[0].canvas.shape == observed[0].ids.shape
     assert seen[-1].num_forward_passes == max(made.num_forward_passes for made in together)
     for i, (prompt, made) in enumerate(zip(prompts, together, strict=True)):
-        alone = generate(model, tokenizer, prompt, ContinuationConfig(6, gen_seed=5 + i), config, RUNTIME, 64)
+        alone = generate(loaded, prompt, ContinuationConfig(6, gen_seed=5 + i), config)
         assert (alone.text, alone.num_tokens, alone.ended) == (made.text, made.num_tokens, made.ended)
         assert alone.num_forward_passes == made.num_forward_passes
 
 
 def test_a_prompt_is_never_cut(tokenizer):
-    for prompt in ("the cat sees", [{"role": "user", "content": "the cat sees"}]):
+    for prompt in (Prompt("the cat sees"), Prompt([{"role": "user", "content": "the cat sees"}])):
         ids = prompt_tokens(tokenizer, prompt, 5, 1000)
         assert prompt_tokens(tokenizer, prompt, 5, len(ids) + 5) == ids
         with pytest.raises(ValueError, match=f"the prompt's {len(ids)} tokens and --max-new-tokens 5 exceed"):
@@ -210,7 +209,7 @@ def test_the_blanks_of_a_text_are_filled_and_the_rest_is_kept_token_for_token(
 
 def test_a_text_is_not_written_where_a_blank_is_short(tokenizer):
     with pytest.raises(ValueError, match="no blank: write ___"):
-        text_with_blanks(tokenizer, "snake_case and __dunder__", 4)
+        Blanks("snake_case and __dunder__", 4).encode(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -233,14 +232,14 @@ def test_an_infilling_that_cannot_be_is_refused(flags, word, prompting, refused)
 
 def test_a_text_with_blanks_may_fill_the_context_and_no_more(eval_argv, tokenizer):
     model = load_model(Path("weights/dm_state_dict.pt"))
-    length = len(text_with_blanks(tokenizer, "a___b", 5)[0])
-    more = ContinuationConfig(), DenoisingConfig(gen_steps=1), RUNTIME
-    assert infill(model, tokenizer, "a___b", 5, None, *more, length).num_tokens == 5
+    blanks, config = Blanks("a___b", 5), DenoisingConfig(gen_steps=1)
+    length = len(blanks.encode(tokenizer)[0])
+    assert infill(ready(model, tokenizer, length), blanks, ContinuationConfig(), config).num_tokens == 5
     with pytest.raises(ValueError, match=f"{length} tokens long, more than --max-seq-len {length - 1}"):
-        infill(model, tokenizer, "a___b", 5, None, *more, length - 1)
+        infill(ready(model, tokenizer, length - 1), blanks, ContinuationConfig(), config)
 
 
 def test_an_autoregressive_model_fills_no_blanks(eval_argv, tokenizer):
     model = load_model(Path("weights/ar_state_dict.pt"))
     with pytest.raises(ValueError, match="infilling needs one of diffusion"):
-        infill(model, tokenizer, "a___b", 2, None, ContinuationConfig(), SamplingConfig(), RUNTIME, 64)
+        infill(ready(model, tokenizer), Blanks("a___b", 2), ContinuationConfig(), SamplingConfig())

@@ -18,17 +18,12 @@ from scripts.engine.likelihood.documents import (
     response_likelihood,
 )
 from scripts.engine.likelihood.windows import DataEvalConfig, windows_of
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.prompts import Prompt
 from scripts.eval import eval_diffusion, eval_minimind, likelihood, schedule_variance
 from tests.model.test_likelihood import block_bound, enumerated_bound
-from tests.scripts.models import untrained
+from tests.scripts.models import RUNTIME, ready, untrained
 
 KINDS = ["causal", "full"]
-
-
-@pytest.fixture
-def runtime():
-    return RuntimeConfig(device="cpu", dtype="float32", seed=11)
 
 
 @pytest.fixture
@@ -66,16 +61,16 @@ def test_windows_score_every_token_but_bos_exactly_once_in_order(max_length, tok
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 2"])
-def test_the_counts_are_those_of_the_text_at_every_window_size(kind, model_of, tokenizer, texts, data, runtime):
+def test_the_counts_are_those_of_the_text_at_every_window_size(kind, model_of, tokenizer, texts, data):
     model, texts = model_of(kind), texts[::2]
     for max_length in (5, 32, 300):
-        found = evaluate_file(model, tokenizer, data(texts), max_length, runtime)["all"]
+        found = evaluate_file(ready(model, tokenizer, max_length), data(texts))["all"]
         assert found.documents == len(texts)
         assert found.tokens == sum(len(encode(tokenizer, t)) + 1 for t in texts)
         assert found.bytes == sum(len(t.encode()) for t in texts)
 
 
-def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(model_of, tokenizer, texts, data, runtime):
+def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(model_of, tokenizer, texts, data):
     """Against one plain forward pass per document, without padding, batching, masks or selection."""
     model = model_of("causal")
     nats = 0.0
@@ -84,14 +79,14 @@ def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(model_of, t
         with torch.no_grad():
             logits = model(ids, is_causal=True)[0, :-1].double().log_softmax(-1)
         nats -= float(logits.gather(1, ids[0, 1:, None]).sum())
-    found = evaluate_file(model, tokenizer, data(texts), 400, runtime)["all"]
+    found = evaluate_file(ready(model, tokenizer, 400), data(texts))["all"]
     assert found.kind == "exact" and found.mask_standard_error == 0
     assert close(found.nats_per_token, nats / found.tokens)
     assert close(found.bits_per_byte, nats / math.log(2) / found.bytes)
     assert close(found.perplexity, math.exp(nats / found.tokens))
 
 
-def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(model_of, tokenizer, texts, data, runtime):
+def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(model_of, tokenizer, texts, data):
     model, text = model_of("causal"), max(texts, key=len)
     ids = [tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]
     nats, start = 0.0, 0
@@ -101,15 +96,15 @@ def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(model_of, toke
             logits = model(window, is_causal=True)[0, :-1].double().log_softmax(-1)
         nats -= float(logits.gather(1, window[0, 1:, None]).sum())
         start += 15
-    found = evaluate_file(model, tokenizer, data([text]), 16, runtime)["all"]
+    found = evaluate_file(ready(model, tokenizer, 16), data([text]))["all"]
     assert close(found.nats_per_token, nats / (len(ids) - 1))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
-def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data, runtime):
+def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data):
     model = model_of(kind)
     results = [
-        evaluate_file(model, tokenizer, data(texts[::3], eval_batch_size=size), 24, runtime) for size in (1, 2, 7, 1000)
+        evaluate_file(ready(model, tokenizer, 24), data(texts[::3], eval_batch_size=size)) for size in (1, 2, 7, 1000)
     ]
     for result in results[1:]:
         assert result.keys() == results[0].keys()
@@ -119,36 +114,36 @@ def test_the_batch_size_changes_nothing(kind, model_of, tokenizer, texts, data, 
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-def test_the_batch_size_does_not_change_the_masked_cross_entropy(uniform, model_of, tokenizer, texts, data, runtime):
+def test_the_batch_size_does_not_change_the_masked_cross_entropy(uniform, model_of, tokenizer, texts, data):
     model = model_of("full", uniform)
     losses = [
-        masked_cross_entropy(model, tokenizer, data(texts[::3], eval_batch_size=size), 24, 0.5, runtime)
+        masked_cross_entropy(ready(model, tokenizer, 24), data(texts[::3], eval_batch_size=size), 0.5)
         for size in (1, 7, 1000)
     ]
     assert all(close(loss, math.log(len(tokenizer) - 1) if uniform else losses[0]) for loss in losses)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_order_of_the_rows_changes_nothing(kind, model_of, tokenizer, texts, data, runtime):
+def test_the_order_of_the_rows_changes_nothing(kind, model_of, tokenizer, texts, data):
     """Masks follow the text, so that a bound is the same number, too."""
     model = model_of(kind)
     there, back = data(texts), data(texts[::-1], "reversed.jsonl")
-    a, b = (evaluate_file(model, tokenizer, config, 24, runtime) for config in (there, back))
+    a, b = (evaluate_file(ready(model, tokenizer, 24), config) for config in (there, back))
     assert a.keys() == b.keys()
     for group in a:
         assert a[group].kind == b[group].kind
         for field in (f.name for f in fields(Likelihood) if f.name != "kind"):
             assert close(getattr(a[group], field), getattr(b[group], field)), (group, field)
     if kind == "full":
-        c, d = (masked_cross_entropy(model, tokenizer, config, 24, 0.5, runtime) for config in (there, back))
+        c, d = (masked_cross_entropy(ready(model, tokenizer, 24), config, 0.5) for config in (there, back))
         assert close(c, d)
 
 
-def test_the_seed_draws_the_masks_and_equal_texts_share_them(model_of, tokenizer, texts, data, runtime):
+def test_the_seed_draws_the_masks_and_equal_texts_share_them(model_of, tokenizer, texts, data):
     model, once = model_of("full"), data(texts[:9])
-    a = evaluate_file(model, tokenizer, once, 24, runtime)["all"].nats_per_token
-    b = evaluate_file(model, tokenizer, once, 24, replace(runtime, seed=12))["all"].nats_per_token
-    twice = evaluate_file(model, tokenizer, data(texts[:9] * 2, "twice.jsonl"), 24, runtime)["all"].nats_per_token
+    a = evaluate_file(ready(model, tokenizer, 24), once)["all"].nats_per_token
+    b = evaluate_file(ready(model, tokenizer, 24, replace(RUNTIME, seed=12)), once)["all"].nats_per_token
+    twice = evaluate_file(ready(model, tokenizer, 24), data(texts[:9] * 2, "twice.jsonl"))["all"].nats_per_token
     assert a != pytest.approx(b, abs=1e-4) and close(twice, a)
     seeds = [window.seed for window in windows_of(tokenizer, once, 24)[1]]
     assert len(set(seeds)) == len(seeds), "windows of one document, or two documents, share their masks"
@@ -157,10 +152,10 @@ def test_the_seed_draws_the_masks_and_equal_texts_share_them(model_of, tokenizer
 @pytest.mark.parametrize("kind, choices", [("causal", 0), ("full", 1), ("block 2", 1), ("block 6", 1)])
 @pytest.mark.parametrize("max_length", [9, 300])
 def test_a_model_that_knows_nothing_costs_the_logarithm_of_its_choices(
-    kind, choices, max_length, model_of, tokenizer, texts, data, runtime
+    kind, choices, max_length, model_of, tokenizer, texts, data
 ):
     """Diffusion has one choice less: [MASK] is never predicted. Its estimate is exact here, whatever the masks."""
-    found = evaluate_file(model_of(kind, uniform=True), tokenizer, data(texts), max_length, runtime)
+    found = evaluate_file(ready(model_of(kind, uniform=True), tokenizer, max_length), data(texts))
     expected = math.log(len(tokenizer) - choices)
     for value in found.values():
         assert close(value.nats_per_token, expected)
@@ -170,8 +165,8 @@ def test_a_model_that_knows_nothing_costs_the_logarithm_of_its_choices(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scripts_add_up_to_all(kind, model_of, tokenizer, texts, data, runtime):
-    found = evaluate_file(model_of(kind), tokenizer, data(texts), 24, runtime)
+def test_scripts_add_up_to_all(kind, model_of, tokenizer, texts, data):
+    found = evaluate_file(ready(model_of(kind), tokenizer, 24), data(texts))
     assert found.keys() == {"all", "zh", "other"}
     for field in ("documents", "tokens", "bytes"):
         assert getattr(found["all"], field) == sum(getattr(found[s], field) for s in ("zh", "other"))
@@ -186,12 +181,12 @@ def test_scripts():
     ]
 
 
-def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenizer, runtime):
+def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenizer):
     """log p(a, b) = log p(a) + log p(b | a), for a causal model to the last digit."""
     model, a, b = model_of("causal"), "the cat", " sees 一只小猫."
 
     def score(prompt, response):
-        return response_likelihood(model, tokenizer, prompt, response, 1, 64, runtime)
+        return response_likelihood(ready(model, tokenizer, 64), Prompt(prompt), response, 1)
 
     ids = [tokenizer.bos_token_id, *encode(tokenizer, a), *encode(tokenizer, b)]
     with torch.no_grad():
@@ -202,7 +197,7 @@ def test_a_response_and_its_prompt_multiply_to_the_whole_text(model_of, tokenize
     assert score(a, b)["tokens"] == len(encode(tokenizer, b))
 
 
-def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokenizer, runtime):
+def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokenizer):
     model = model_of("full")
     response = next(c for c in "abcdefgh" if len(encode(tokenizer, c)) == 1)
     ids = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
@@ -211,12 +206,12 @@ def test_a_response_of_one_token_is_scored_exactly_by_one_mask(model_of, tokeniz
     logits[tokenizer.mask_token_id] = -math.inf
     expected = float(logits.log_softmax(-1)[encode(tokenizer, response)[0]])
     for samples in (1, 5):
-        found = response_likelihood(model, tokenizer, "the cat", response, samples, 64, runtime)
+        found = response_likelihood(ready(model, tokenizer, 64), Prompt("the cat"), response, samples)
         assert close(found["log_likelihood"], expected)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
-def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template(kind, model_of, tokenizer, runtime):
+def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template(kind, model_of, tokenizer):
     """For a causal model the chain rule, for diffusion all sets of masks, whole or block by block: the response has
     three tokens."""
     model, condition = model_of(kind), encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], True)
@@ -231,15 +226,17 @@ def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template
             expected = -enumerated_bound(model, ids[0], begin)
         else:
             expected = -block_bound(model, ids[0], torch.arange(begin + 3) >= begin)
-    found = response_likelihood(model, tokenizer, "the cat", "my old friend", 300, 64, runtime, chat_wrap=True)
+    found = response_likelihood(
+        ready(model, tokenizer, 64), Prompt([{"role": "user", "content": "the cat"}]), "my old friend", 300
+    )
     assert found["log_likelihood"] == pytest.approx(expected, abs=1e-4 + 4.5 * found["mask_standard_error"])
     assert found["tokens"] == 3 and (kind in ("full", "block 6")) == (found["mask_standard_error"] > 0)
 
 
-def test_the_masks_of_a_response_share_forward_passes(model_of, tokenizer, runtime):
+def test_the_masks_of_a_response_share_forward_passes(model_of, tokenizer):
     model, rows = model_of("full"), []
     model.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
-    response_likelihood(model, tokenizer, "the cat", " sees my old friend.", 70, 64, runtime)
+    response_likelihood(ready(model, tokenizer, 64), Prompt("the cat"), " sees my old friend.", 70)
     assert rows == [32, 32, 6]
 
 
@@ -276,7 +273,7 @@ def test_both_evaluation_commands_agree_with_the_library(dtype, model_of, tokeni
     argv = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--eval-data", "corpus.jsonl", "--device", "cpu"]
     result = command(eval_minimind, [*argv, "--dtype", dtype, "--json"])
     config = DataEvalConfig(eval_data=Path("corpus.jsonl"))
-    exact = evaluate_file(model, tokenizer, config, 256, RuntimeConfig(device="cpu", dtype="float32"))["all"]
+    exact = evaluate_file(ready(model, tokenizer), config)["all"]
     found = json.loads(result.out)["likelihood"]["all"]
     assert found["nats_per_token"] == pytest.approx(exact.nats_per_token, rel=1e-6 if dtype == "float32" else 2e-2)
     assert found["tokens"] == exact.tokens
@@ -292,10 +289,10 @@ def test_the_model_sees_no_dropout_in_an_evaluation(model_of, tokenizer, tokeniz
     assert one == two
 
 
-def test_a_single_document_has_no_error_to_show(model_of, tokenizer, data, runtime):
-    result = evaluate_file(model_of("causal"), tokenizer, data(["the cat sees the river."]), 64, runtime)["all"]
+def test_a_single_document_has_no_error_to_show(model_of, tokenizer, data):
+    result = evaluate_file(ready(model_of("causal"), tokenizer, 64), data(["the cat sees the river."]))["all"]
     assert "+-" not in result.line() and "nan" not in result.line()
-    several = evaluate_file(model_of("causal"), tokenizer, data(["the cat.", "my old friend."]), 64, runtime)["all"]
+    several = evaluate_file(ready(model_of("causal"), tokenizer, 64), data(["the cat.", "my old friend."]))["all"]
     assert several.line().count("+-") == 2
 
 

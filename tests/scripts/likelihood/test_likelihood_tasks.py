@@ -20,15 +20,14 @@ from scripts.engine.likelihood.choices import (
     read_questions,
 )
 from scripts.engine.likelihood.documents import evaluate_replies, response_likelihood
-from scripts.engine.likelihood.windows import DataEvalConfig, reply_windows
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.likelihood.windows import DataEvalConfig, ReplyCanvas, reply_windows
+from scripts.engine.prompts import Prompt
 from scripts.eval import likelihood
 from tests.model.test_likelihood import block_bound, enumerated_bound
 from tests.scripts.conftest import sentences
-from tests.scripts.models import untrained
+from tests.scripts.models import ready, untrained
 
 KINDS = ["causal", "full"]
-RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=11)
 
 
 def turns(*contents: str) -> list[dict[str, str]]:
@@ -84,7 +83,7 @@ def replies_of(tokenizer, conversations=CHATS) -> list[tuple[list[int], list[int
 
 @pytest.mark.parametrize("canvas", [0, 7, 40])
 def test_a_reply_is_scored_after_the_ids_of_the_template_on_a_canvas_of_eos(canvas, tokenizer, chats):
-    windows = reply_windows(tokenizer, chats(), 256, canvas).windows
+    windows = reply_windows(tokenizer, chats(), 256, ReplyCanvas(canvas)).windows
     assert len(windows) == 4
     for window, (given, reply) in zip(windows, replies_of(tokenizer), strict=True):
         fill = max(canvas - len(reply), 0)
@@ -95,7 +94,7 @@ def test_a_reply_is_scored_after_the_ids_of_the_template_on_a_canvas_of_eos(canv
 def test_the_canvas_ends_with_the_context_and_replies_beyond_it_are_counted(tokenizer, chats):
     lengths = [(len(given), len(reply)) for given, reply in replies_of(tokenizer)]
     for limit in range(min(map(sum, lengths)), max(map(sum, lengths)) + 20):
-        found = reply_windows(tokenizer, chats(), limit, 16)
+        found = reply_windows(tokenizer, chats(), limit, ReplyCanvas(16))
         fitting = [(given, reply) for given, reply in lengths if given + reply <= limit]
         assert [len(w.ids) for w in found.windows] == [max(g + r, min(g + 16, limit)) for g, r in fitting]
         assert found.too_long == len(lengths) - len(fitting)
@@ -104,7 +103,7 @@ def test_the_canvas_ends_with_the_context_and_replies_beyond_it_are_counted(toke
 
 
 def test_an_empty_reply_is_left_out_and_counted(tokenizer, chats):
-    found = reply_windows(tokenizer, chats([turns("the cat", "", "the river", "likes")]), 256, 0)
+    found = reply_windows(tokenizer, chats([turns("the cat", "", "the river", "likes")]), 256, ReplyCanvas())
     assert found.empty == 1 and len(found.windows) == 1 and found.conversations[0].bytes == len("likes")
 
 
@@ -116,7 +115,7 @@ def test_the_four_row_formats_mean_the_same_conversation(tokenizer, file):
         {"instruction": prompt, "input": "", "output": reply},
         {"prompt": prompt, "response": reply},
     ]
-    windows = reply_windows(tokenizer, file(rows), 256, 8).windows
+    windows = reply_windows(tokenizer, file(rows), 256, ReplyCanvas(8)).windows
     assert len(windows) == 4 and {(tuple(w.ids), w.seed, w.begin) for w in windows} == {
         (tuple(windows[0].ids), windows[0].seed, windows[0].begin)
     }
@@ -124,7 +123,7 @@ def test_the_four_row_formats_mean_the_same_conversation(tokenizer, file):
 
 def test_an_ar_model_scores_replies_and_one_eos_each_by_the_chain_rule(tokenizer, chats):
     model = untrained(tokenizer, "causal")
-    found, counts = evaluate_replies(model, tokenizer, chats(), 256, 128, RUNTIME)
+    found, counts = evaluate_replies(ready(model, tokenizer), chats(), 128)
     expected = replies_of(tokenizer)
     nats = sum(cost(model, given + reply, len(given)) for given, reply in expected)
     value = found["all"]
@@ -139,7 +138,7 @@ def test_an_ar_model_scores_replies_and_one_eos_each_by_the_chain_rule(tokenizer
 @pytest.mark.parametrize("canvas", [0, 4, 64])
 def test_a_model_that_knows_nothing_pays_for_every_token_of_the_canvas(canvas, tokenizer, chats):
     """By hand: max(canvas, reply + EOS) tokens of ln(V - 1) nats, over the tokens of reply and EOS alone."""
-    value = evaluate_replies(untrained(tokenizer, "full", uniform=True), tokenizer, chats(), 256, canvas, RUNTIME)[0]
+    value = evaluate_replies(ready(untrained(tokenizer, "full", uniform=True), tokenizer), chats(), canvas)[0]
     lengths = [len(reply) for _, reply in replies_of(tokenizer)]
     paid = sum(max(canvas, length) for length in lengths) * math.log(len(tokenizer) - 1)
     assert value["all"].tokens == sum(lengths)
@@ -154,7 +153,7 @@ def test_the_bound_of_a_reply_with_its_canvas_is_the_enumeration_over_all_masks(
     assert len(reply) == 3 and len(ids) == len(given) + max(canvas, 3)
     with torch.no_grad():
         exact = enumerated_bound(model, ids, len(given))
-    found = evaluate_replies(model, tokenizer, config, 256, canvas, RUNTIME)[0]["all"]
+    found = evaluate_replies(ready(model, tokenizer), config, canvas)[0]["all"]
     assert found.nats_per_token * 3 == pytest.approx(exact, abs=4.5 * found.mask_standard_error * 3)
 
 
@@ -162,7 +161,7 @@ def test_the_bound_of_a_reply_with_its_canvas_is_the_enumeration_over_all_masks(
 def test_neither_batches_nor_order_nor_neighbours_change_a_reply(kind, tokenizer, chats):
     model = untrained(tokenizer, kind)
     files = [chats(eval_batch_size=size) for size in (1, 3, 100)] + [chats(CHATS[::-1], "reversed.jsonl")]
-    first, *others = (evaluate_replies(model, tokenizer, f, 256, 12, RUNTIME)[0]["all"] for f in files)
+    first, *others = (evaluate_replies(ready(model, tokenizer), f, 12)[0]["all"] for f in files)
     for other in others:
         for field in ("nats_per_token", "standard_error", "mask_standard_error", "bits_per_byte"):
             assert getattr(other, field) == pytest.approx(getattr(first, field), rel=1e-5, abs=1e-9)
@@ -174,21 +173,23 @@ def test_the_validation_split_of_conversations_is_what_training_holds_out(tokeni
     trained = SFTDataset(SFTData(data=config.eval_data, val_fraction=0.3), tokenizer, False, 4).validation
     batch = trained.batch(np.arange(len(trained)))
     expected = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True)]
-    found = reply_windows(tokenizer, config, 256, 0).windows
+    found = reply_windows(tokenizer, config, 256, ReplyCanvas()).windows
     assert 0 < len(found) < 40 and sorted(w.ids[w.begin :] for w in found) == sorted(expected)
 
 
 def test_a_limit_on_batches_is_a_sample_of_the_conversations(tokenizer, chats):
     many = [turns(f"{number} the cat", text) for number, text in enumerate(sentences(40))]
     limit = {"eval_batch_size": 3, "eval_max_batches": 4}
-    there, back = (reply_windows(tokenizer, chats(rows, **limit), 256, 0).windows for rows in (many, many[::-1]))
+    there, back = (
+        reply_windows(tokenizer, chats(rows, **limit), 256, ReplyCanvas()).windows for rows in (many, many[::-1])
+    )
     assert len(there) == 12 and [w.ids for w in there] == [w.ids for w in back]
 
 
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_the_canvas_of_a_block_model_ends_with_the_block_as_in_its_fine_tuning(size, tokenizer, chats):
     """Whatever --canvas says; the blocks are counted from the beginning of the conversation."""
-    windows = reply_windows(tokenizer, chats(), 256, 99, size).windows
+    windows = reply_windows(tokenizer, chats(), 256, ReplyCanvas(99, size)).windows
     for window, (given, reply) in zip(windows, replies_of(tokenizer), strict=True):
         fill = -(len(given) + len(reply)) % size
         assert window.ids == given + reply + [tokenizer.eos_token_id] * fill
@@ -203,10 +204,10 @@ def test_the_context_may_cut_the_last_block(tokenizer, chats):
     (given, reply), size = replies_of(tokenizer)[0], 64
     length = len(given) + len(reply)
     for limit in (length, length + 2, 256):
-        found = reply_windows(tokenizer, chats(CHATS[:1]), limit, 0, size)
+        found = reply_windows(tokenizer, chats(CHATS[:1]), limit, ReplyCanvas(0, size))
         assert [len(w.ids) for w in found.windows] == [min(size, limit)]
         assert found.unfilled == (limit == length)
-    whole = reply_windows(tokenizer, chats(CHATS[:1]), 256, 0, length)  # the reply ends with its block
+    whole = reply_windows(tokenizer, chats(CHATS[:1]), 256, ReplyCanvas(0, length))  # the reply ends with its block
     assert whole.windows[0].fill == whole.unfilled == 0
 
 
@@ -216,7 +217,7 @@ def test_the_bound_of_a_reply_in_blocks_is_the_enumeration_over_all_masks(tokeni
     ids = torch.tensor(given + reply + [tokenizer.eos_token_id] * (-(len(given) + len(reply)) % 4))
     with torch.no_grad():
         expected = block_bound(model, ids, torch.arange(len(ids)) >= len(given))
-    found = evaluate_replies(model, tokenizer, chats(CHATS[:1]), 256, 128, RUNTIME)[0]["all"]
+    found = evaluate_replies(ready(model, tokenizer), chats(CHATS[:1]), 128)[0]["all"]
     assert (found.tokens, found.mask_standard_error) == (len(reply), 0)
     assert found.nats_per_token * len(reply) == pytest.approx(expected, rel=1e-5)
 
@@ -224,7 +225,7 @@ def test_the_bound_of_a_reply_in_blocks_is_the_enumeration_over_all_masks(tokeni
 def test_every_kind_scores_the_same_tokens_and_bytes(tokenizer, chats):
     """And a model that knows nothing pays for them and the rest of the block."""
     kinds = {kind: untrained(tokenizer, kind, uniform=True) for kind in (*KINDS, "block 4", "block 6")}
-    found = {kind: evaluate_replies(m, tokenizer, chats(), 256, 64, RUNTIME)[0]["all"] for kind, m in kinds.items()}
+    found = {kind: evaluate_replies(ready(m, tokenizer), chats(), 64)[0]["all"] for kind, m in kinds.items()}
     assert len({(value.documents, value.tokens, value.bytes) for value in found.values()}) == 1
     for size in (4, 6):
         paid = sum(len(reply) + -(len(given) + len(reply)) % size for given, reply in replies_of(tokenizer))
@@ -260,13 +261,16 @@ def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokeniz
         if kind == "causal":
             nats = [cost(model, given + encode(tokenizer, part), len(given)) for part in parts]
         else:
-            scores = [response_likelihood(model, tokenizer, prompt, part, 3, 256, RUNTIME, wrap) for part in parts]
+            scores = [
+                response_likelihood(ready(model, tokenizer), Prompt(turns(prompt) if wrap else prompt), part, 3)
+                for part in parts
+            ]
             nats = [-score["log_likelihood"] for score in scores]
         rates = [n / len(choice.encode()) for n, choice in zip(nats, row["choices"], strict=True)]
         right.append(nats.index(min(nats)) == answer)
         right_by_byte.append(rates.index(min(rates)) == answer)
     for size in (1, 4, 100):
-        found, too_long = evaluate_choices(model, tokenizer, file(QUESTIONS, eval_batch_size=size), 256, wrap, RUNTIME)
+        found, too_long = evaluate_choices(ready(model, tokenizer), file(QUESTIONS, eval_batch_size=size), wrap)
         assert too_long == 0 and found["all"].acc == sum(right) / 3 and found["all"].acc_norm == sum(right_by_byte) / 3
         assert found["all"].chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
 
@@ -301,10 +305,10 @@ def test_every_question_is_right_if_the_likeliest_choice_is_the_answer(tokenizer
         nats = [cost(model, given + encode(tokenizer, " " + choice), len(given)) for choice in row["choices"]]
         row["answer"] = nats.index(min(nats))
     assert len({row["answer"] for row in rows}) > 1
-    assert evaluate_choices(model, tokenizer, file(rows), 256, False, RUNTIME)[0]["all"].acc == 1
+    assert evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"].acc == 1
     for row in rows:
         row["answer"] = (row["answer"] + 1) % 3
-    assert evaluate_choices(model, tokenizer, file(rows), 256, False, RUNTIME)[0]["all"].acc == 0
+    assert evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"].acc == 0
 
 
 def test_a_model_that_knows_nothing_takes_the_fewest_tokens_or_the_fewest_per_byte(tokenizer, file):
@@ -313,7 +317,7 @@ def test_a_model_that_knows_nothing_takes_the_fewest_tokens_or_the_fewest_per_by
     model = untrained(tokenizer, "causal", uniform=True)
     for answer, expected in ((short, (1, 0)), (dense, (0, 1))):
         rows = [{"question": "a small dog", "choices": [short, dense], "answer": answer}]
-        found = evaluate_choices(model, tokenizer, file(rows), 256, False, RUNTIME)[0]["all"]
+        found = evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"]
         assert (found.acc, found.acc_norm) == expected
 
 
@@ -346,10 +350,10 @@ def test_questions_longer_than_the_context_are_left_out_whole_and_counted(tokeni
         prompt, parts = continuations(row)
         lengths.append(1 + len(encode(tokenizer, prompt)) + max(len(encode(tokenizer, part)) for part in parts))
     for limit in range(min(lengths), max(lengths) + 1):
-        found, too_long = evaluate_choices(model, tokenizer, file(QUESTIONS), limit, False, RUNTIME)
+        found, too_long = evaluate_choices(ready(model, tokenizer, limit), file(QUESTIONS), False)
         assert too_long == sum(length > limit for length in lengths) and found["all"].questions == 3 - too_long
     with pytest.raises(ValueError, match="all 3 questions are longer than --max-seq-len 3"):
-        evaluate_choices(model, tokenizer, file(QUESTIONS), 3, False, RUNTIME)
+        evaluate_choices(ready(model, tokenizer, 3), file(QUESTIONS), False)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
 from scripts.engine.decoding.answers import Answer, describe
 from scripts.engine.decoding.generation import generate
-from scripts.engine.likelihood.documents import load_for_use, response_likelihood
+from scripts.engine.likelihood.documents import response_likelihood
+from scripts.engine.loaded import load_for_use
+from scripts.engine.prompts import Prompt
 from scripts.engine.report import measure as report_items
 from scripts.engine.report import page as report_page
 from scripts.engine.report.measure import form_of
@@ -115,7 +117,7 @@ def made(request, tmp_path_factory, tokenizer, tokenizer_dir):
 def models(made, tokenizer):
     """name -> the model of the report."""
     files = {AR: made[0] / "ar_state_dict.pt", DM: made[0] / "dm_state_dict.pt"}
-    return {name: load_for_use(path, tokenizer, LENGTH, RUNTIME).model for name, path in files.items()}
+    return {name: load_for_use(path, tokenizer, LENGTH, RUNTIME) for name, path in files.items()}
 
 
 @pytest.fixture
@@ -315,12 +317,11 @@ def test_figures_of_the_writing_are_those_of_describe(form, sections, summary, t
 
 @pytest.mark.parametrize("name, kind", [(AR, "causal"), (DM, "full")])
 def test_an_answer_is_that_of_generate_with_the_seed_plus_its_place(name, kind, sections, models, tokenizer):
-    model = models[name]
     for i in (0, 5):
         text, made = sections["questions"]["items"][i]["question"], sections["questions"]["results"][name][i]
-        prompt = text if kind == "causal" else [{"role": "user", "content": text}]
+        prompt = Prompt(text if kind == "causal" else [{"role": "user", "content": text}])
         continuation = ContinuationConfig(NEW_TOKENS, gen_seed=11 + i)
-        expected = generate(model, tokenizer, prompt, continuation, SAMPLERS[kind], RUNTIME, LENGTH)
+        expected = generate(models[name], prompt, continuation, SAMPLERS[kind])
         fields = "text", "num_tokens", "ended", "num_forward_passes"
         assert [made[field] for field in fields] == [getattr(expected, field) for field in fields]
 
@@ -331,8 +332,9 @@ def test_the_likelihood_of_a_reference_is_that_of_the_response(sections, models,
         first = item["reference"][0]
         blank = "" if first.isspace() or "\u4e00" <= first <= "\u9fff" else " "
         for one, name, response in ((made[0], AR, blank + item["reference"]), (made[1], DM, item["reference"])):
-            more = 2, LENGTH, RUNTIME, name == DM
-            expected = response_likelihood(models[name], tokenizer, item["question"], response, *more)
+            question = item["question"]
+            prompt = Prompt([{"role": "user", "content": question}] if name == DM else question)
+            expected = response_likelihood(models[name], prompt, response, 2)
             found = one["reference_likelihood"]
             assert found["nats"] == pytest.approx(-expected["log_likelihood"], rel=1e-4)
             assert found["tokens"] == expected["tokens"]
@@ -371,8 +373,8 @@ def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections,
     first = next(p for p in frontier["points"] if p["policy"] == "margin")
     text = sections["poems"]["items"][1]["question"]
     config = DenoisingConfig(gen_steps=1, gen_remasking="margin")
-    prompt, continuation = [{"role": "user", "content": text}], ContinuationConfig(NEW_TOKENS, gen_seed=12)
-    expected = generate(models[DM], tokenizer, prompt, continuation, config, RUNTIME, LENGTH)
+    prompt, continuation = Prompt([{"role": "user", "content": text}]), ContinuationConfig(NEW_TOKENS, gen_seed=12)
+    expected = generate(models[DM], prompt, continuation, config)
     assert first["results"][1]["text"] == expected.text
 
 

@@ -9,8 +9,8 @@ import pytest
 from dataset.tokenizer import encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
-from scripts.engine.decoding.generation import PromptConfig
-from scripts.engine.likelihood.documents import load_for_use
+from scripts.engine.loaded import load_for_use
+from scripts.engine.prompts import PromptConfig
 from scripts.engine.report import figures as report_figures
 from scripts.engine.report import frontier as report_frontier
 from scripts.engine.report import page as report_page
@@ -94,13 +94,13 @@ def setup(made, tokenizer):  # noqa: F811
 
 def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_were_alone(setup, made, monkeypatch):  # noqa: F811
     section = next(section for section in made[1]["sources"] if section["format"] == "questions")
-    order, generate_batch = [], report_frontier.generate_batch
+    order, answer_batch = [], report_frontier.answer_batch
 
-    def noted(model, tokenizer, prompts, continuation, *more):
+    def noted(loaded, prompts, continuation, sampler):
         order.append((continuation.gen_seed, len(prompts)))
-        return generate_batch(model, tokenizer, prompts, continuation, *more)
+        return answer_batch(loaded, prompts, continuation, sampler)
 
-    monkeypatch.setattr(report_frontier, "generate_batch", noted)
+    monkeypatch.setattr(report_frontier, "answer_batch", noted)
     found = measure_frontier(setup, FrontierConfig(4, "2", "0.9", "1"), section)
     number = len(found["points"])
     assert [point["policy"] for point in found["points"]] == ["AR", "AR", *POLICIES]

@@ -421,9 +421,9 @@ def test_the_files_of_a_run_with_a_moving_average_are_one_model(
     """All give the average, to the evaluation and to the next stage; so does the sample that closes the run."""
     closing = []
 
-    def spy(model, *more):
-        closing.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return generate(model, *more)
+    def spy(loaded, *more):
+        closing.append({name: tensor.clone() for name, tensor in loaded.model.state_dict().items()})
+        return generate(loaded, *more)
 
     generate = diffusion.generate
     monkeypatch.setattr(diffusion, "generate", spy)
