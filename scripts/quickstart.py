@@ -20,11 +20,10 @@ from typing import Annotated, Any, NamedTuple
 
 from dataset.corpus.bundled import bundled_file
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.files import write_json
-from scripts.engine.lock import locked
+from scripts.engine.files import locked, require_writable, write_json
 from scripts.engine.report.summary import summary
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.run import Interrupted, require_writable
+from scripts.engine.training.run import Interrupted
 
 
 class Stage(NamedTuple):

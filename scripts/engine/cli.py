@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, replace
 from typing import Any, NamedTuple, NoReturn
 
+from model.files import is_out_of_memory
 from model.ranges import check_ranges
 from scripts.engine.flags import Flag, Need, flags_of
 
@@ -172,8 +173,6 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         _say(f"error: {' '.join(str(error).split())}")
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        from model.checkpoint import is_out_of_memory
-
         if not is_out_of_memory(error):
             raise
         _say("error: out of memory; lower the batch size (--help names it), --max-seq-len or the size of the model")
@@ -186,7 +185,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
 def _say(sentence: str) -> None:
     """Print it on stderr; of the processes that torchrun started, one does."""
     if "WORLD_SIZE" in os.environ:  # torch takes seconds to load, which a wrong flag of one process does not
-        from scripts.engine.training.distributed import first_to_say
+        from scripts.engine.runtime import first_to_say
 
         if not first_to_say(sentence):
             return

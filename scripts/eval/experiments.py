@@ -37,10 +37,9 @@ from scripts.engine.experiments.trainings import (
     prepare,
     summarise,
 )
-from scripts.engine.files import require_output, write_json
+from scripts.engine.files import require_output, require_writable, write_json
 from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line, provenance
-from scripts.engine.training.run import require_writable
 
 EXPERIMENTS = *TRAININGS, *READINGS
 

@@ -21,8 +21,7 @@ from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.loaded import CheckpointConfig, circumstances
-from scripts.engine.runtime import RuntimeConfig, command_line
-from scripts.engine.training.loader import to_device
+from scripts.engine.runtime import RuntimeConfig, command_line, to_device
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from dataset.jsonl import (
 from dataset.spelling import check_blanks
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run
-from scripts.engine.training.run import require_writable
+from scripts.engine.files import require_writable
 
 
 @dataclass(frozen=True)

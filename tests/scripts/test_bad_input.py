@@ -8,7 +8,7 @@ import torch
 
 from dataset.tokenizer import save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind, train_tokenizer
 from tests.scripts.commands import EVALS, TRAINS

@@ -20,8 +20,8 @@ from scripts import chat
 from scripts.engine import files, runtime
 from scripts.engine.bench import peak as benchmark_peak
 from scripts.engine.decoding.trace_files import load_traces
+from scripts.engine.files import read_log
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.metrics import read_log
 from scripts.eval import (
     benchmark,
     eval_diffusion,
@@ -279,7 +279,7 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("model.checkpoint.os.replace", stopped)
+    monkeypatch.setattr("model.files.os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         files.write_json(path, {"b": 2})
     assert [one.name for one in path.parent.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"a": 1}

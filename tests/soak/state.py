@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from model.checkpoint import load_checkpoint
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 
 # Say where a run lies or when it ran, not what it computed.
 NOT_COMPUTED = {"settings", "command", "provenance", "seconds", "log_lines"}

@@ -23,7 +23,7 @@ from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from scripts.engine.memory import most_resident
+from scripts.engine.runtime import most_resident
 
 ROOT = Path(__file__).resolve().parents[3]
 MEGABYTE = 10**6

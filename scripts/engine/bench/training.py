@@ -28,10 +28,9 @@ from model.objective import MaskedDiffusion, NextToken, Objective
 from model.transformer import Transformer
 from scripts.engine.bench.flops import step_flops
 from scripts.engine.bench.timing import Timing, interleave, synchronise
-from scripts.engine.memory import keep_freed_memory, peak_of
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, peak_of, to_device
 from scripts.engine.training.compiling import compile_layers
-from scripts.engine.training.loader import Rows, to_device
+from scripts.engine.training.loader import Rows
 from scripts.engine.training.optim import OptimConfig, make_optimizers, scale_and_clip
 
 KINDS = ("ar", "full", "block")

@@ -14,12 +14,11 @@ from typing import Annotated, Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.config import ModelConfig
-from scripts.engine.files import sha256_of, write_json
+from scripts.engine.files import or_none, read_log, sha256_of, write_json
 from scripts.engine.likelihood.documents import evaluate_file
 from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import Loaded, load_for_use
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.metrics import or_none, read_log
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.trainer_config import TrainerConfig
 

@@ -9,6 +9,7 @@ import numpy as np
 from dataset.jsonl import BadRows
 from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
+from scripts.engine.files import or_none
 from scripts.engine.likelihood.windows import (
     DataEvalConfig,
     Document,
@@ -24,9 +25,8 @@ from scripts.engine.likelihood.windows import (
 )
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Prompt, condition_and_responses, refuse_mask
+from scripts.engine.runtime import to_device
 from scripts.engine.statistics import ratio_error
-from scripts.engine.training.loader import to_device
-from scripts.engine.training.metrics import or_none
 
 Member = TypeVar("Member")
 ROWS_PER_PASS = 32  # copies of a single response, under as many masks, in one forward pass

@@ -26,7 +26,7 @@ from dataset.sft import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loaded import Loaded
-from scripts.engine.training.loader import to_device
+from scripts.engine.runtime import to_device
 
 DOCUMENTS_AT_A_TIME = 512
 Row = TypeVar("Row")

@@ -30,6 +30,7 @@ from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.decoding.answers import Answer, Question, answer_all
+from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices
 from scripts.engine.likelihood.documents import add_nats, reply_canvas
 from scripts.engine.likelihood.windows import (
@@ -45,7 +46,6 @@ from scripts.engine.likelihood.windows import (
 from scripts.engine.loaded import Loaded, data_digest
 from scripts.engine.prompts import PromptConfig
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.metrics import or_none
 
 LABELS = ("split", "kind", "direction", "seen_in_pretrain")  # fields that rows may be told apart by
 BATCH_SIZE = 32  # of answers

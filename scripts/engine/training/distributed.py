@@ -4,14 +4,12 @@ torchrun starts the processes and tells each its place in environment variables.
 nothing of torch.distributed is touched.
 """
 
-import hashlib
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,43 +17,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from scripts.engine import runtime
+from scripts.engine.runtime import attempt, launched, num_processes, store
+
 PATIENCE = timedelta(days=1)  # for a process that reads a corpus while the others wait
-MEETING = timedelta(minutes=5)  # for all processes to arrive
-
-
-def launched() -> bool:
-    """Whether torchrun, or something that speaks to processes as it does, has started this process."""
-    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-
-
-def num_processes() -> int:
-    return int(os.environ["WORLD_SIZE"]) if launched() else 1
-
-
-def local_rank() -> int:
-    """This process's number among those of its machine, and so its GPU's."""
-    return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
-
-
-@cache
-def _store() -> Any:
-    return next(dist.rendezvous("env://", timeout=MEETING))[0]
-
-
-def _attempt(key: str) -> str:
-    """torchrun may start all of them again, with the same store."""
-    return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-
-
-def first_to_say(sentence: str) -> bool:
-    """Whether no other process of this run has said it: a mistake that all of them find is told once."""
-    if not launched():
-        return True
-    digest = hashlib.sha256(sentence.encode()).hexdigest()
-    try:
-        return _store().add(_attempt(f"said/{digest}"), 1) == 1
-    except RuntimeError:  # the process that keeps the store has gone; it speaks for all
-        return os.environ["RANK"] == "0"
 
 
 @dataclass(frozen=True)
@@ -88,7 +53,7 @@ class World:
             if isinstance(error, RuntimeError) and _another_failed():  # it left us in the middle of a sum
                 raise SystemExit(1) from error
             with suppress(RuntimeError):
-                _store().set(_attempt("failed"), str(rank))
+                store().set(attempt("failed"), str(rank))
             if _lost_another(error):
                 raise ConnectionError(
                     "another process of this training has ended without saying why: killed, maybe for want of memory, "
@@ -146,7 +111,7 @@ ALONE = World()
 
 def _another_failed() -> bool:
     try:
-        return _store().check([_attempt("failed")])
+        return store().check([attempt("failed")])
     except RuntimeError:  # it kept the store
         return True
 
@@ -155,15 +120,15 @@ def _meet(rank: int, size: int, device: torch.device) -> Any:
     """Open the process group; the group for what hosts tell each other. ConnectionError where not all arrive."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend, more = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {"timeout": MEETING})
+    backend, more = ("nccl", {"device_id": device}) if device.type == "cuda" else ("gloo", {"timeout": runtime.MEETING})
     try:
-        dist.init_process_group(backend, store=_store(), rank=rank, world_size=size, **more)
-        control = dist.new_group(backend="gloo", timeout=MEETING)
+        dist.init_process_group(backend, store=store(), rank=rank, world_size=size, **more)
+        control = dist.new_group(backend="gloo", timeout=runtime.MEETING)
     except RuntimeError as error:
         if not _lost_another(error):
             raise
         raise ConnectionError(
-            f"the {size} processes of this training have not all arrived within {MEETING.seconds} seconds"
+            f"the {size} processes of this training have not all arrived within {runtime.MEETING.seconds} seconds"
             f"{_detail(error)}; look at what the others say, and start all again"
         ) from error
     for group in (control, dist.group.WORLD) if backend == "gloo" else (control,):

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 LAST_ITEM = 5.0  # seconds that a thread is given to end
@@ -27,33 +26,6 @@ class Rows(Protocol):
         """(start, count) -> that stretch of the endless sequence in which a run with this seed asks for rows."""
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch from the host, also those in lists and dicts, without `document_ids` where every row
-    is one document and full: no mask is needed then."""
-    return move(host_ready(batch, device), device)
-
-
-def host_ready(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The host's part of `to_device`, which a thread may do."""
-    if "document_ids" in batch and not batch["document_ids"].any():
-        batch = {name: value for name, value in batch.items() if name != "document_ids"}
-    # Pinned memory lets the copy overlap with the step before.
-    return _each(batch, Tensor.pin_memory) if device.type == "cuda" else batch
-
-
-def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The device's part of `to_device`; for pinned tensors the host does not wait."""
-    return _each(batch, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
-
-
-def _each(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_each(item, change) for item in value]
-    if isinstance(value, dict):
-        return {name: _each(item, change) for name, item in value.items()}
-    return change(value) if isinstance(value, Tensor) else value
 
 
 class Ahead:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scripts.engine.files import write_bytes, write_text
+from scripts.engine.files import lines_of, or_none, read_log, write_bytes, write_text
 from scripts.engine.training.distributed import World
 
 
@@ -48,17 +47,12 @@ class Meter:
         return values
 
 
-def or_none(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
-    return value if math.isfinite(value) else None
-
-
 class RunLog:
     """Appends events to <run>_log.jsonl. `lines` counts them, so that a resumed run can drop those of a lost future."""
 
     def __init__(self, path: Path, keep_lines: int = 0):
         self.path = path
-        kept = _lines(path)[:keep_lines] if path.exists() else []
+        kept = lines_of(path)[:keep_lines] if path.exists() else []
         self.lines = len(kept)
         if self.lines < keep_lines:
             print(f"{path} has lost {keep_lines - self.lines} of its {keep_lines} lines; going on", file=sys.stderr)
@@ -77,15 +71,6 @@ class RunLog:
         """Have the lines on the disk, before something says how many there are."""
         with self.path.open("ab") as file:
             os.fsync(file.fileno())
-
-
-def read_log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in _lines(path)]
-
-
-def _lines(path: Path) -> list[str]:
-    """Cut at line feeds alone: str.splitlines also cuts at characters that JSON strings may hold (U+2028, U+0085)."""
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 def plot_losses(log_path: Path, image_path: Path) -> None:

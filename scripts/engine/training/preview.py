@@ -12,8 +12,8 @@ from model.config import ModelConfig
 from model.forward_process import StepNoise
 from model.objective import Objective
 from model.transformer import Transformer
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.loader import Rows, to_device
+from scripts.engine.runtime import RuntimeConfig, to_device
+from scripts.engine.training.loader import Rows
 from scripts.engine.training.trainer_config import TrainerConfig
 
 COLOURS = {"masked": "\033[41m", "scored": "\033[42m", "context": "\033[44m", "padding": "\033[100m"}

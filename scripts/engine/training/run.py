@@ -1,7 +1,6 @@
 """A run on disk: its files, its settings, and whether it starts, continues or is refused."""
 
 import math
-import os
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -157,15 +156,6 @@ def continues(config: RunConfig) -> bool:
             "or choose another --run-name"
         )
     return exists and not config.overwrite
-
-
-def require_writable(path: Path, flag: str) -> None:
-    """ValueError if no file can be written at `path`; found out before the work, not after it. Makes nothing."""
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag}: {path} cannot be written; choose another place")
 
 
 def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:

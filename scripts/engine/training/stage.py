@@ -16,20 +16,13 @@ from model.import_weights import starting_weights
 from model.objective import Objective
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
-from scripts.engine.files import require_output
+from scripts.engine.files import locked, require_output, require_writable
 from scripts.engine.flags import defaults_of, settings_of
-from scripts.engine.lock import locked
-from scripts.engine.memory import keep_freed_memory
-from scripts.engine.runtime import RuntimeConfig, command_line, provenance
+from scripts.engine.runtime import RuntimeConfig, command_line, keep_freed_memory, provenance
 from scripts.engine.training.distributed import World, whole
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.preview import dry_run, show_batch
-from scripts.engine.training.run import (
-    RunConfig,
-    compare_settings,
-    continues,
-    require_writable,
-)
+from scripts.engine.training.run import RunConfig, compare_settings, continues
 from scripts.engine.training.trainer import Trainer
 from scripts.engine.training.trainer_config import TrainerConfig
 

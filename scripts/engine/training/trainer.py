@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from model.checkpoint import is_out_of_memory, load_weights, save_checkpoint
+from model.checkpoint import load_weights, save_checkpoint
+from model.files import is_out_of_memory
 from model.forward_process import StepNoise
 from model.objective import Objective, RowLoss
 from model.transformer import Transformer
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.files import or_none
+from scripts.engine.runtime import RuntimeConfig, host_ready, move
 from scripts.engine.training.compiling import compile_layers, uncompile
 from scripts.engine.training.distributed import ALONE, Replica, World, shards_like, whole
 from scripts.engine.training.health import Health, smaller_batch
-from scripts.engine.training.loader import Ahead, Rows, host_ready, move
-from scripts.engine.training.metrics import Meter, RunLog, or_none, plot_losses
+from scripts.engine.training.loader import Ahead, Rows
+from scripts.engine.training.metrics import Meter, RunLog, plot_losses
 from scripts.engine.training.optim import (
     MovingAverage,
     OptimConfig,

@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+from scripts.engine.runtime import launched, num_processes
 from scripts.engine.training.compiling import require_compiler
-from scripts.engine.training.distributed import launched, num_processes
 
 
 @dataclass(frozen=True)

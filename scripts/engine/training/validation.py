@@ -8,9 +8,9 @@ from torch import Tensor
 
 from model.forward_process import StepNoise
 from model.objective import Objective
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, host_ready, move
 from scripts.engine.training.distributed import Replica, World
-from scripts.engine.training.loader import Ahead, Rows, host_ready, in_order, move
+from scripts.engine.training.loader import Ahead, Rows, in_order
 from scripts.engine.training.metrics import Meter
 
 SEED, STEP = 0, -1  # of the noise

@@ -17,8 +17,7 @@ from scripts.engine.bench.scaling import shape_of
 from scripts.engine.bench.timing import interleave
 from scripts.engine.bench.training import OURS, PLAIN, Case, Setting, TrainingBenchmarkConfig, plain_nats
 from scripts.engine.cli import run
-from scripts.engine.memory import keep_freed_memory, most_resident, peak_of
-from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, most_resident, peak_of
 from scripts.eval import benchmark
 from tests.conftest import TINY
 

@@ -23,8 +23,8 @@ from scripts.engine.experiments import runs as experiment_runs
 from scripts.engine.experiments.figures import draw
 from scripts.engine.experiments.readings import READINGS
 from scripts.engine.experiments.trainings import Comparison, summarise
+from scripts.engine.files import read_log
 from scripts.engine.training import trainer
-from scripts.engine.training.metrics import read_log
 from scripts.eval import experiments
 from scripts.train import diffusion
 from tests.scripts.conftest import run_command, write_jsonl

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from model.checkpoint import load_checkpoint
+from scripts.engine import runtime
+from scripts.engine.files import read_log
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training import distributed, trainer
-from scripts.engine.training.metrics import read_log
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.conftest import Result
@@ -299,7 +300,7 @@ def test_where_one_process_is_killed_the_other_says_so_in_one_sentence(victim, r
 
 def die_before(name, rank):
     """The second process is killed right before it calls a function of torch.distributed."""
-    distributed.MEETING = timedelta(seconds=2)
+    runtime.MEETING = timedelta(seconds=2)
     if rank:
         setattr(dist, name, lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL))
 

@@ -12,7 +12,7 @@ import torch
 from dataset.corpus.bundled import preferences
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ModelConfig
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 from scripts.engine.training.trainer import Trainer
 from scripts.train import train_dpo_diffusion, train_dpo_minimind
 from tests.scripts.training.test_resume import assert_same_run, at, send  # noqa: F401

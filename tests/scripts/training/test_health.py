@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from dataset.packing import PackedRows
 from model.checkpoint import load_checkpoint, write_archive
+from scripts.engine.files import read_log
 from scripts.engine.training import loader
 from scripts.engine.training.health import FEWEST, WINDOW, Health, smaller_batch
-from scripts.engine.training.metrics import read_log
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 

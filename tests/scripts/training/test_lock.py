@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 
 from scripts import quickstart
-from scripts.engine.lock import locked
+from scripts.engine.files import locked
 from scripts.train import diffusion, train_pretrain
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from scripts.engine.lock import locked
+from scripts.engine.files import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)

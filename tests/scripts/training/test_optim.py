@@ -18,8 +18,8 @@ from model.config import ModelConfig
 from model.forward_process import StepNoise
 from model.objective import NextToken
 from model.transformer import Transformer
+from scripts.engine.files import read_log
 from scripts.engine.training.loader import in_order
-from scripts.engine.training.metrics import read_log
 from scripts.engine.training.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.train import diffusion, train_pretrain
 

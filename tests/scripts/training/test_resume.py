@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from model.checkpoint import load_checkpoint
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind
 from tests.soak.processes import Command

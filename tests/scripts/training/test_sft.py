@@ -10,7 +10,7 @@ from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
 from model.checkpoint import load_checkpoint, load_model
 from model.forward_process import StepNoise
 from model.objective import MaskedDiffusion, NextToken
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 from scripts.engine.training.optim import SFTOptimConfig, lr_at
 from scripts.engine.training.trainer import Trainer
 from scripts.train import train_pretrain, train_sft_diffusion, train_sft_minimind

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint import average_weights, load_checkpoint, load_model
-from scripts.engine.training.metrics import read_log
+from scripts.engine.files import read_log
 from scripts.engine.training.run import RunConfig
 from scripts.engine.training.topk import TopK
 from scripts.train import diffusion
