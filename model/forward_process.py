@@ -18,6 +18,67 @@ from model.attention_mask import number_blocks
 
 
 @dataclass(frozen=True)
+class NoiseSchedule:
+    """How the mask rate r = 1 - alpha(t) grows with time t in (0, 1]."""
+
+    rate: Callable[[Tensor], Tensor]
+    time: Callable[[float], float]  # its inverse
+    slope: Callable[[Tensor], Tensor]  # -alpha'(t) = dr / dt
+
+
+NOISE_SCHEDULES = {
+    "linear": NoiseSchedule(lambda t: t, lambda rate: rate, torch.ones_like),
+    "cosine": NoiseSchedule(
+        lambda t: torch.cos(math.pi / 2 * (1 - t)),
+        lambda rate: 1 - 2 / math.pi * math.acos(rate),
+        lambda t: math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """The forward process; every field is a flag. ValueError on impossible values."""
+
+    iid_mask_eps: Annotated[float, "iid_t, wsd: least mask rate; that of iid_t is at most 1 less it"] = 1e-3
+    mask_rate_min: Annotated[
+        float,
+        "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound",
+        "--llada2-alpha-min",
+    ] = 0.0
+    mask_rate_max: Annotated[
+        float, "largest mask rate in training; validation is over the full range", "--llada2-alpha-max"
+    ] = 1.0
+    noise_schedule: Annotated[
+        Literal[*NOISE_SCHEDULES], "iid_t, wsd: the mask rate at time t: t, or the cosine of (1 - t) pi / 2"
+    ] = "linear"
+    time_weighted_loss: Annotated[
+        bool, "wsd: weight each token by -alpha'(t) / (1 - alpha(t)), 1/t if linear; without it all count the same"
+    ] = False
+    time_weight_eps: Annotated[float, "least denominator of that weight"] = 1e-3
+    wsd_min_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate at the first and last step"] = 0.15
+    wsd_max_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate between warm-up and decay"] = 1.0
+    wsd_warmup_ratio: Annotated[float, "wsd: share of the steps in which the ceiling rises"] = 0.2
+    wsd_stable_ratio: Annotated[float, "wsd: share of the steps in which it stays; in the rest it falls"] = 0.6
+
+    def __post_init__(self):
+        if not 0 < self.iid_mask_eps < 0.5:
+            raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
+        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
+                "the first below the second"
+            )
+        if not 0 < self.time_weight_eps < 1:
+            raise ValueError(f"--time-weight-eps must be in (0, 1), not {self.time_weight_eps}")
+        if min(self.wsd_warmup_ratio, self.wsd_stable_ratio) < 0 or self.wsd_warmup_ratio + self.wsd_stable_ratio > 1:
+            raise ValueError(
+                f"--wsd-warmup-ratio {self.wsd_warmup_ratio} and --wsd-stable-ratio {self.wsd_stable_ratio} must be "
+                "shares of the run, together at most 1"
+            )
+
+
+@dataclass(frozen=True)
 class StepNoise:
     """The randomness of one optimiser step, a function of (seed, step) alone.
 
@@ -136,12 +197,12 @@ def lowest(keys: Tensor, maskable: Tensor, k: Tensor) -> Tensor:
     return (rank < k[:, None]) & maskable
 
 
-def rate_range(config: "MaskSettings") -> tuple[float, float]:
+def rate_range(config: MaskSettings) -> tuple[float, float]:
     """What `iid_t` draws its rates from: the band, less eps at either end of [0, 1]."""
     return max(config.mask_rate_min, config.iid_mask_eps), min(config.mask_rate_max, 1 - config.iid_mask_eps)
 
 
-def counts_in_band(total: Tensor, config: "MaskSettings") -> tuple[Tensor, Tensor]:
+def counts_in_band(total: Tensor, config: MaskSettings) -> tuple[Tensor, Tensor]:
     """First and last (B,) int64 of the counts k of masks whose rate k / n_b is in the band, n_b = total (B,) int64.
 
     At least one count, except in a row without tokens: where none lies in the band, the least above it.
@@ -152,27 +213,8 @@ def counts_in_band(total: Tensor, config: "MaskSettings") -> tuple[Tensor, Tenso
     return first, last.maximum(first)
 
 
-@dataclass(frozen=True)
-class NoiseSchedule:
-    """How the mask rate r = 1 - alpha(t) grows with time t in (0, 1]."""
-
-    rate: Callable[[Tensor], Tensor]
-    time: Callable[[float], float]  # its inverse
-    slope: Callable[[Tensor], Tensor]  # -alpha'(t) = dr / dt
-
-
-NOISE_SCHEDULES = {
-    "linear": NoiseSchedule(lambda t: t, lambda rate: rate, torch.ones_like),
-    "cosine": NoiseSchedule(
-        lambda t: torch.cos(math.pi / 2 * (1 - t)),
-        lambda rate: 1 - 2 / math.pi * math.acos(rate),
-        lambda t: math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
-    ),
-}
-
-
 def draw_rates(
-    maskable: Tensor, noise: StepNoise, config: "MaskSettings", low: float, high: float
+    maskable: Tensor, noise: StepNoise, config: MaskSettings, low: float, high: float
 ) -> tuple[Tensor, Tensor]:
     """Mask rates (B,) between `low` and `high`, t uniform, and their weight -alpha'(t) / (1 - alpha(t)) (B,), which is
     1/t for the linear schedule. Rows of a single token are blocks of one: always masked, which costs no variance."""
@@ -188,7 +230,7 @@ def draw_rates(
     return rate, spread * schedule.slope(t) / rate.clamp(min=config.time_weight_eps)
 
 
-def iid_t(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
+def iid_t(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 3: t ~ U(eps, 1 - eps) per row, each token masked with probability t, weight 1/t.
 
     Of (eps, 1 - eps) only what lies in the band [mask_rate_min, mask_rate_max] is drawn.
@@ -198,7 +240,7 @@ def iid_t(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[T
     return scored, weight, maskable.sum(dim=1).float()
 
 
-def wsd(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
+def wsd(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """`iid_t` below a ceiling of the mask rate that warms up, stays and decays over the run (`ceiling_at`).
 
     With time_weighted_loss the weight is that of `iid_t`, and at a ceiling of 1 the loss is the bound; without it every
@@ -211,7 +253,7 @@ def wsd(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Ten
     return scored, torch.ones_like(weight), scored.sum(dim=1).float()
 
 
-def ceiling_at(progress: float, config: "MaskSettings") -> float:
+def ceiling_at(progress: float, config: MaskSettings) -> float:
     """The largest mask rate of `wsd` when a share `progress` of the run is done: linear up, level, linear down."""
     low, high = config.wsd_min_mask_ratio, config.wsd_max_mask_ratio
     decay = 1 - config.wsd_warmup_ratio - config.wsd_stable_ratio
@@ -220,7 +262,7 @@ def ceiling_at(progress: float, config: "MaskSettings") -> float:
     return low + (high - low) * max(0.0, min(up, down, 1.0))
 
 
-def fixed_count(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
+def fixed_count(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """LLaDA Eq. 6 as a training loss: exactly k of n_b tokens masked, k ~ U{1..n_b} stratified, weight n_b / k.
 
     The expectation that `iid_t` has but for its eps and its empty rows, at less variance; the weight is at most n_b.
@@ -233,7 +275,7 @@ def fixed_count(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> t
     return scored, total / k.clamp(min=1), total.float()
 
 
-def random_rate(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> tuple[Tensor, Tensor, Tensor]:
+def random_rate(maskable: Tensor, noise: StepNoise, config: MaskSettings) -> tuple[Tensor, Tensor, Tensor]:
     """A uniform mask rate per row and the plain mean over all masked tokens of the batch, as many small codes train.
 
     Heavy masks count more (integral of 2 t g(t) instead of g(t)), so this is not a likelihood bound.
@@ -243,63 +285,6 @@ def random_rate(maskable: Tensor, noise: StepNoise, config: "MaskSettings") -> t
 
 
 MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_rate, "wsd": wsd}
-
-
-@dataclass(frozen=True)
-class MaskSettings:
-    """The forward process; every field is a flag. ValueError on impossible values."""
-
-    mask_schedule: Annotated[Literal[*MASK_SCHEDULES], "which tokens are masked and how they are weighted"] = (
-        "fixed_count"
-    )
-    iid_mask_eps: Annotated[float, "iid_t, wsd: least mask rate; that of iid_t is at most 1 less it"] = 1e-3
-    mask_rate_min: Annotated[
-        float,
-        "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound",
-        "--llada2-alpha-min",
-    ] = 0.0
-    mask_rate_max: Annotated[
-        float, "largest mask rate in training; validation is over the full range", "--llada2-alpha-max"
-    ] = 1.0
-    noise_schedule: Annotated[
-        Literal[*NOISE_SCHEDULES], "iid_t, wsd: the mask rate at time t: t, or the cosine of (1 - t) pi / 2"
-    ] = "linear"
-    time_weighted_loss: Annotated[
-        bool, "wsd: weight each token by -alpha'(t) / (1 - alpha(t)), 1/t if linear; without it all count the same"
-    ] = False
-    time_weight_eps: Annotated[float, "least denominator of that weight"] = 1e-3
-    wsd_min_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate at the first and last step"] = 0.15
-    wsd_max_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate between warm-up and decay"] = 1.0
-    wsd_warmup_ratio: Annotated[float, "wsd: share of the steps in which the ceiling rises"] = 0.2
-    wsd_stable_ratio: Annotated[float, "wsd: share of the steps in which it stays; in the rest it falls"] = 0.6
-
-    def __post_init__(self):
-        if not 0 < self.iid_mask_eps < 0.5:
-            raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
-        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
-            raise ValueError(
-                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
-                "the first below the second"
-            )
-        low, high = rate_range(self)
-        if self.mask_schedule == "iid_t" and low >= high:
-            raise ValueError(
-                f"--mask-rate-min {self.mask_rate_min} to --mask-rate-max {self.mask_rate_max} holds no rate between "
-                f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
-            )
-        if not 0 < self.time_weight_eps < 1:
-            raise ValueError(f"--time-weight-eps must be in (0, 1), not {self.time_weight_eps}")
-        low, high = self.wsd_min_mask_ratio, self.wsd_max_mask_ratio
-        if self.mask_schedule == "wsd" and not self.iid_mask_eps < low <= high <= 1:
-            raise ValueError(
-                f"--wsd-min-mask-ratio {low} and --wsd-max-mask-ratio {high} must lie between --iid-mask-eps and 1, "
-                "the first not above the second"
-            )
-        if min(self.wsd_warmup_ratio, self.wsd_stable_ratio) < 0 or self.wsd_warmup_ratio + self.wsd_stable_ratio > 1:
-            raise ValueError(
-                f"--wsd-warmup-ratio {self.wsd_warmup_ratio} and --wsd-stable-ratio {self.wsd_stable_ratio} must be "
-                "shares of the run, together at most 1"
-            )
 
 
 def mask_tokens(

@@ -16,7 +16,7 @@ import torch
 
 from dataset.pretrain import PretrainData, PretrainDataset
 from model.forward_process import MASK_SCHEDULES, StepNoise
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 from model.transformer import Transformer
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json

@@ -28,7 +28,7 @@ from dataset.tokenizer import (
 from model.checkpoint import load_model
 from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.generation import generate, idle_sampling_flags
 from scripts.engine.loaded import Loaded

@@ -15,7 +15,7 @@ from dataclasses import replace
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.optim import SFTOptimConfig

@@ -19,7 +19,7 @@ from model.attention_mask import (
 from model.block_diffusion import predict
 from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 
 MASK = 3
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] * 5 + [1] * 7])

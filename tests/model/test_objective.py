@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from model.attention_mask import block_causal_mask, document_mask
 from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
 from model.losses import run_lengths, unlikelihood
-from model.objective import MaskedDiffusion, NextToken
+from model.masked_diffusion import MaskedDiffusion
+from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO
 from model.transformer import Transformer
 from tests.conftest import TINY

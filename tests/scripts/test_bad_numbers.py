@@ -5,7 +5,7 @@ import pytest
 from dataset.pretrain import PretrainData
 from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 from scripts.engine import flags as declarations
 from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import CheckpointConfig

@@ -18,7 +18,7 @@ import scripts.eval
 import scripts.train
 from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
-from model.objective import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion
 from scripts.engine import cli
 from scripts.engine.training.run import SILENT, TOLD, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind, likelihood

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dataset import sft
-from model import forward_process, objective, remasking
+from model import forward_process, masked_diffusion, remasking
 from scripts import quickstart
 from scripts.engine.cli import run
 from scripts.engine.experiments import runs as experiment_runs
@@ -185,7 +185,7 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
                 monkeypatch.setattr(module, name, dict(getattr(module, name)))
         exec(compile(block, module.__name__, "exec"), module.__dict__)
     tokens, maskable = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
-    noise, settings = forward_process.StepNoise(0, 0, 2), objective.MaskedDiffusion()
+    noise, settings = forward_process.StepNoise(0, 0, 2), masked_diffusion.MaskedDiffusion()
     noised = forward_process.mask_tokens(tokens, maskable, 99, "half", noise, settings)
     assert 0 < noised.scored.sum() < 20 and noised.weight.unique().tolist() == [2.0]
     step = remasking.Step(

@@ -24,7 +24,8 @@ from model.block_diffusion import predict
 from model.config import ModelConfig
 from model.forward_process import StepNoise
 from model.losses import forbid, token_nats
-from model.objective import MaskedDiffusion, NextToken, Objective
+from model.masked_diffusion import MaskedDiffusion
+from model.objective import NextToken, Objective
 from model.transformer import Transformer
 from scripts.engine.bench.flops import step_flops
 from scripts.engine.bench.timing import Timing, interleave, synchronise

@@ -9,7 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.forward_process import StepNoise
-from model.objective import MaskedDiffusion, NextToken
+from model.masked_diffusion import MaskedDiffusion
+from model.objective import NextToken
 from scripts.engine.bench import peak as benchmark_peak
 from scripts.engine.bench import training as benchmark_training
 from scripts.engine.bench.flops import step_flops

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model import objective
+from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
 from scripts.train import diffusion, train_pretrain
@@ -108,6 +108,6 @@ def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_a
         first.extend(zip(noised.scored.sum(dim=1).tolist(), maskable.sum(dim=1).tolist(), strict=True))
         return noised
 
-    monkeypatch.setattr(objective, "mask_tokens", spy)
+    monkeypatch.setattr(masked_diffusion, "mask_tokens", spy)
     assert command(diffusion, argv).code == 0
     assert [(int(a), int(b)) for a, b in shown] == first[:4]

@@ -9,7 +9,8 @@ import torch
 from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
 from model.checkpoint import load_checkpoint, load_model
 from model.forward_process import StepNoise
-from model.objective import MaskedDiffusion, NextToken
+from model.masked_diffusion import MaskedDiffusion
+from model.objective import NextToken
 from scripts.engine.files import read_log
 from scripts.engine.training.optim import SFTOptimConfig, lr_at
 from scripts.engine.training.trainer import Trainer

@@ -1,0 +1,332 @@
+"""Masked diffusion, with full attention or in blocks: what LLaDA and LLaDA 2.0 train."""
+
+from dataclasses import dataclass, fields, replace
+from typing import Annotated, Literal
+
+import torch
+from torch import Tensor
+
+from model.attention_mask import number_blocks
+from model.block_diffusion import predict
+from model.config import ModelConfig
+from model.forward_process import (
+    MASK_SCHEDULES,
+    MaskSettings,
+    Noised,
+    StepNoise,
+    complement,
+    mask_tokens,
+    rate_range,
+)
+from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
+from model.objective import Batch, BatchView, Objective, Prepared, RowLoss, number_of, share_of
+from model.transformer import Transformer
+
+RATE_BINS = 10
+
+
+@dataclass(frozen=True)
+class BlockSchedule:
+    """Block sizes over a run; every field is a flag."""
+
+    block_size: Annotated[
+        int | None,
+        "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
+        "(none: as the starting weights were trained, at first the whole row)",
+        "--llada2-block-size",
+        ("--llada2-enable-block-diffusion", 32),
+    ] = None
+    use_block_curriculum: Annotated[
+        bool, "LLaDA 2.0's warm-up, stable and decay phase of the block size: from small blocks to whole rows and back"
+    ] = False
+    wsd_phase_ratios: Annotated[tuple[float, ...], "share of the steps of its three phases"] = (0.3, 0.5, 0.2)
+    wsd_block_sizes_up: Annotated[
+        tuple[int, ...], "block sizes of its warm-up, in equal parts; one that holds the row is the whole row"
+    ] = (1, 4, 16, 64, 256)
+    wsd_block_sizes_down: Annotated[
+        tuple[int, ...], "block sizes of its decay; at the last the weights are validated and decoded"
+    ] = (256, 128, 64, 32)
+
+    def __post_init__(self):
+        if self.block_size is not None and self.block_size < 0:
+            raise ValueError(f"--block-size must be a number of tokens or 0, not {self.block_size}")
+        if self.use_block_curriculum:
+            self._require_curriculum()
+
+    def _require_curriculum(self) -> None:
+        if self.block_size is not None:
+            raise ValueError("--block-size and --use-block-curriculum contradict each other; leave one of them out")
+        ratios, sizes = self.wsd_phase_ratios, (*self.wsd_block_sizes_up, *self.wsd_block_sizes_down)
+        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or not ratios[2]:
+            raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1, the last above 0")
+        if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down) or min(sizes) < 1:
+            raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
+
+    @property
+    def last_block_size(self) -> int:
+        """That at which a run ends."""
+        return self.wsd_block_sizes_down[-1] if self.use_block_curriculum else self.block_size or 0
+
+    def block_size_at(self, progress: float) -> int:
+        """Block size when a share `progress` of the run is done; 0: the whole row."""
+        if not self.use_block_curriculum:
+            return self.last_block_size
+        up, stable, down = self.wsd_phase_ratios
+        if progress < up:
+            return _part(self.wsd_block_sizes_up, progress / up)
+        if progress < up + stable:
+            return 0
+        return _part(self.wsd_block_sizes_down, (progress - up - stable) / down)
+
+
+@dataclass(frozen=True)
+class RepetitionPenalty:
+    """Weight of the unlikelihood of repetitions; every field is a flag."""
+
+    repeat_penalty_weight: Annotated[float, "unlikelihood of continuing a run of equal tokens (0 = off)"] = 0.0
+    repeat_penalty_min_run: Annotated[int, "tokens in a run before its continuation is penalised"] = 2
+    repeat_penalty_delay_steps: Annotated[int, "steps before the penalty sets in"] = 0
+    repeat_penalty_warmup_steps: Annotated[int, "steps over which it grows to full weight"] = 0
+
+    def __post_init__(self):
+        for name in ("weight", "delay_steps", "warmup_steps"):
+            if getattr(self, "repeat_penalty_" + name) < 0:
+                raise ValueError(f"--repeat-penalty-{name.replace('_', '-')} must not be negative")
+        if self.repeat_penalty_min_run < 1:
+            raise ValueError(f"--repeat-penalty-min-run must be at least 1, not {self.repeat_penalty_min_run}")
+
+    def penalty_weight_at(self, step: int) -> float:
+        ramp = (step - self.repeat_penalty_delay_steps) / max(self.repeat_penalty_warmup_steps, 1)
+        if self.repeat_penalty_warmup_steps == 0:
+            ramp = float(step >= self.repeat_penalty_delay_steps)
+        return self.repeat_penalty_weight * min(max(ramp, 0.0), 1.0)
+
+
+@dataclass(frozen=True)
+class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective):
+    """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5).
+
+    With a block size it is block diffusion (LLaDA 2.0 Eq. 1): every block has a mask rate of its own and is predicted
+    from itself and the clean blocks before it. block_size 1 is autoregressive, 0 the whole row at once.
+
+    Mask rates may be confined to a band [a, b]. The weights stay as they are, so with g(t) the cross-entropy of a
+    masked token at rate t the loss is then the mean of g over the band, (1 / (b - a)) times its integral from a to b,
+    and bounds no likelihood.
+    """
+
+    unit = "nats per token"
+    autoregressive = False
+
+    mask_schedule: Annotated[Literal[*MASK_SCHEDULES], "which tokens are masked and how they are weighted"] = (
+        "fixed_count"
+    )
+    complementary_masks: Annotated[
+        bool,
+        "each row twice: masked, and masked where it was not, so that every token is learnt (fixed_count); the second "
+        "half has the rates 1 - r, and the loss is no bound",
+        "--llada2-enable-complementary-masking",
+    ] = False
+    cap_weight: Annotated[
+        float,
+        "times the entropy of predictions that are right, added to the loss (LLaDA 2.0's CAP)",
+        "--llada2-cap-lambda",
+        ("--llada2-enable-cap", 1.0),
+    ] = 0.0
+    mask_embedding_noise: Annotated[
+        float, "normal noise on the embedding of [MASK] at the first step, in units of the embeddings' mean size"
+    ] = 0.0
+    mask_embedding_noise_steps: Annotated[int, "steps over which it falls to nothing"] = 500
+    variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length"] = 0.01
+    sequence_mean: bool = False  # every row counts the same, however many tokens it learns
+
+    def __post_init__(self):
+        MaskSettings.__post_init__(self)
+        BlockSchedule.__post_init__(self)
+        RepetitionPenalty.__post_init__(self)
+        low, high = rate_range(self)
+        if self.mask_schedule == "iid_t" and low >= high:
+            raise ValueError(
+                f"--mask-rate-min {self.mask_rate_min} to --mask-rate-max {self.mask_rate_max} holds no rate between "
+                f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
+            )
+        low, high = self.wsd_min_mask_ratio, self.wsd_max_mask_ratio
+        if self.mask_schedule == "wsd" and not self.iid_mask_eps < low <= high <= 1:
+            raise ValueError(
+                f"--wsd-min-mask-ratio {low} and --wsd-max-mask-ratio {high} must lie between --iid-mask-eps and 1, "
+                "the first not above the second"
+            )
+        if self.complementary_masks and self.block_size == 1:
+            raise ValueError(
+                "--complementary-masks has no effect with --block-size 1, where all is masked; leave it out"
+            )
+        if self.complementary_masks and self.mask_schedule != "fixed_count":
+            raise ValueError(f"--complementary-masks needs --mask-schedule fixed_count, not {self.mask_schedule}")
+        for name in ("cap_weight", "mask_embedding_noise"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
+        if self.mask_embedding_noise_steps < 1:
+            raise ValueError(f"--mask-embedding-noise-steps must be at least 1, not {self.mask_embedding_noise_steps}")
+        if not 0 <= self.variable_length_prob <= 1:
+            raise ValueError(f"--variable-length-prob must be in [0, 1], not {self.variable_length_prob}")
+
+    def settle(self, config: ModelConfig) -> tuple["MaskedDiffusion", ModelConfig]:
+        """Take --block-size, if it was left out, from the starting weights, and write the last one of the run into the
+        config."""
+        open_ = self.block_size is None and not self.use_block_curriculum
+        objective = replace(self, block_size=config.block_size) if open_ else self
+        size = objective.last_block_size
+        return objective, replace(config, attention="block" if size else "full", block_size=size)
+
+    def schedules_done(self, progress: float) -> bool:
+        if self.use_block_curriculum and self.block_size_at(progress) != self.last_block_size:
+            return False
+        decay = self.wsd_warmup_ratio + self.wsd_stable_ratio
+        return self.mask_schedule != "wsd" or progress >= min(decay, 1.0)
+
+    def for_validation(self) -> "MaskedDiffusion":
+        """The full-range bound that every schedule is judged by, at the block size of the run's end, so that all
+        validation losses of a run are one quantity."""
+        return MaskedDiffusion(block_size=self.last_block_size, variable_length_prob=0.0)
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.cap_weight > 0 or self.repeat_penalty_weight > 0
+
+    def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
+        """The first half of complementary masks alone."""
+        noised = self.corrupt(batch, config.mask_token_id, noise)
+        return BatchView(batch["loss_mask"], noised.scored[: len(batch["loss_mask"])])
+
+    def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise) -> Noised:
+        """The batch masked; with complementary masks twice as many rows, the second half the other way round."""
+        ids, maskable, documents = batch["input_ids"], batch["loss_mask"], batch.get("document_ids")
+        size = self.block_size_at(noise.progress)
+        noised = mask_tokens(ids, maskable, mask_id, self.mask_schedule, noise, self, documents, size)
+        if not self.complementary_masks:
+            return noised
+        # A whole row has one rate, however many documents it holds.
+        whole = documents is None or not 0 < size < ids.shape[1]
+        blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
+        return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
+
+    def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
+        batch = self.shorten(batch, noise)
+        noised, copies = self.corrupt(batch, config.mask_token_id, noise), self.num_copies
+        input_ids, maskable = (batch[name].repeat(copies, 1) for name in ("input_ids", "loss_mask"))
+        positions = noised.scored.flatten().nonzero()[:, 0]
+        masked = noised.scored.sum(dim=1)
+        prepared = {
+            "input_ids": input_ids,
+            "noised_ids": noised.input_ids,
+            "positions": positions,
+            "targets": input_ids.flatten()[positions],
+            "weight": noised.weight.flatten()[positions],
+            "count": noised.count,
+            "masked": masked,
+            "rate": masked / maskable.sum(dim=1).clamp(min=1),
+            "block_size": self.block_size_at(noise.progress),
+            "penalty_weight": self.penalty_weight_at(noise.step),
+        }
+        if "document_ids" in batch:
+            prepared["document_ids"] = batch["document_ids"].repeat(copies, 1)
+        if "reply_tokens" in batch:
+            prepared["reply_tokens"] = batch["reply_tokens"].float()
+        if (perturbation := self.perturbation(noised.scored, config.hidden_size, noise)) is not None:
+            prepared["perturbation"] = perturbation
+        return prepared
+
+    def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
+        rows, mask_id, perturbation = len(input_ids), model.config.mask_token_id, prepared.get("perturbation")
+        if perturbation is not None:  # in units of the embeddings' size
+            perturbation = perturbation * model.embed_tokens.weight.detach().square().mean().sqrt()
+        noised_ids, documents, size = prepared["noised_ids"], prepared.get("document_ids"), prepared["block_size"]
+        hidden = predict(model, noised_ids, input_ids, documents, size, positions, perturbation, head=False)
+        logits, penalty_weight = None, prepared["penalty_weight"]
+        if self.cap_weight or penalty_weight:
+            logits = forbid(model.lm_head(hidden), mask_id)
+            nats = token_nats(logits, targets)
+        else:
+            nats = linear_nats(hidden, model.lm_head.weight, targets, mask_id)
+        averages = loss_by_rate(sum_by_row(nats.detach(), positions, *input_ids.shape), prepared)
+        averages["eos_share"] = share_of(targets, model.config.eos_token_id)
+        if penalty_weight:
+            penalty = self.repeat_penalty(logits, noised_ids, input_ids, positions)
+            averages["repeat_penalty"] = (penalty.detach().sum(), number_of(penalty))
+            nats = nats + penalty_weight * penalty
+        total = sum_by_row(nats * prepared["weight"], positions, *input_ids.shape)
+        if self.cap_weight:
+            confidence = self.confidence_loss(logits, targets, positions, input_ids.shape, averages)
+            total = total + self.cap_weight * prepared["count"] * confidence
+        copies = self.num_copies
+        by_row = (values.view(copies, rows // copies).sum(dim=0) for values in (total, prepared["count"]))
+        loss = RowLoss(*by_row, averages)
+        if self.sequence_mean:
+            return loss.by_sequence()
+        # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
+        return replace(loss, count=prepared["reply_tokens"]) if "reply_tokens" in prepared else loss
+
+    def confidence_loss(
+        self, logits: Tensor, targets: Tensor, positions: Tensor, shape: tuple[int, int], averages: dict
+    ) -> Tensor:
+        """CAP (LLaDA 2.0 Eq. 6), (R,): the mean entropy, in nats, of a row's predictions that are right as they stand;
+        0 where none is. Which ones are right has no gradient."""
+        right = (logits.detach().argmax(dim=-1) == targets).float()
+        spread = entropy(logits) * right
+        sums, number = (sum_by_row(values, positions, *shape) for values in (spread, right))
+        averages["cap_entropy"] = (sums.detach().sum(), number.sum())
+        averages["right"] = (number.sum(), number_of(right))
+        return sums / number.clamp(min=1)
+
+    def perturbation(self, masked: Tensor, width: int, noise: StepNoise) -> Tensor | None:
+        """(R, L, C) noise on the embeddings of the masked (R, L) positions, in units of the embeddings' root mean
+        square (LLaDA 2.0, section 7.1): autoregressive training has never seen [MASK], and so many equal inputs make
+        large gradients."""
+        left = self.mask_embedding_noise * (1 - noise.step / self.mask_embedding_noise_steps)
+        if left <= 0:
+            return None
+        rows = noise.normal("embedding", len(masked) // self.num_copies, masked.shape[1], width)
+        return rows.repeat(self.num_copies, 1, 1) * masked[:, :, None] * left
+
+    @property
+    def num_copies(self) -> int:
+        return 2 if self.complementary_masks else 1
+
+    def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
+        """LLaDA, section 2.2: a few steps see rows of a random length, lest short canvases be off-distribution."""
+        choices, length = noise.choices("length"), batch["input_ids"].shape[1]
+        if choices.random() >= self.variable_length_prob:
+            return batch
+        length = choices.randint(1, length)
+        return {name: tensor[:, :length] for name, tensor in batch.items()}
+
+    def repeat_penalty(self, logits: Tensor, noised_ids: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """(N,) unlikelihood, at each scored position, of the token whose run ends just before it.
+
+        Runs are counted on the canvas as a greedy decoder would fill it; where the text itself goes on with the run,
+        nothing is penalised.
+        """
+        canvas = noised_ids.flatten().index_put((positions,), logits.detach().argmax(dim=-1)).view_as(input_ids)
+        previous = canvas.roll(1, dims=1).flatten()[positions]
+        run = run_lengths(canvas).roll(1, dims=1)
+        run[:, 0] = 0
+        wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
+        return unlikelihood(logits, previous) * wrong
+
+
+def _part(sizes: tuple[int, ...], progress: float) -> int:
+    """The size whose turn it is when a share `progress` of their phase is done, each having an equal part."""
+    return sizes[min(int(progress * len(sizes) + 1e-9), len(sizes) - 1)]
+
+
+def stack(one: Noised, other: Noised) -> Noised:
+    """The rows of both, one below the other."""
+    return Noised(*(torch.cat([getattr(one, f.name), getattr(other, f.name)]) for f in fields(Noised)))
+
+
+def loss_by_rate(by_row: Tensor, prepared: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean cross-entropy of masked tokens, rows grouped by their mask rate into RATE_BINS equal bins of (0, 1]."""
+    bins = (torch.ceil(prepared["rate"] * RATE_BINS).long() - 1).clamp(min=0)
+    zeros = by_row.new_zeros(RATE_BINS)
+    masked = prepared["masked"].to(by_row.dtype)
+    return {"loss_by_rate": (zeros.index_add(0, bins, by_row), zeros.index_add(0, bins, masked))}
