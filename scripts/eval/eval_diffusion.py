@@ -98,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
         prompt = prompting.prompt(request.prompt, loaded)
         score = response_likelihood(loaded, prompt, request.cond_ll_response, request.cond_ll_nmc)
         result["conditional"] = score
-        lines.append(response_line(model, score, request.cond_ll_nmc))
+        lines.append(response_line(loaded, score, request.cond_ll_nmc))
     elif request.generating:
         recorder = Recorder(tokenizer, tracing.trace)
         info = {"prompt": request.infill or request.prompt, "checkpoint": checkpoint.checkpoint}

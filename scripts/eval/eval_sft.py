@@ -31,7 +31,7 @@ from scripts.engine.decoding.answers import (
 from scripts.engine.decoding.generation import idle_sampling_flags
 from scripts.engine.decoding.samplers import SamplerGrid
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.windows import tell_skipped
+from scripts.engine.likelihood.windows import report_skipped
 from scripts.engine.loaded import KINDS, circumstances, load_for_use, load_kind
 from scripts.engine.runtime import RuntimeConfig, command_line
 
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     room = continuation.max_new_tokens, request.max_seq_len
     bad = BadRows(request.on_bad_row)
     questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room, bad)
-    skipped = tell_skipped(request.eval_data, bad)
+    skipped = report_skipped(request.eval_data, bad)
     answers = {"reference": references(tokenizer, questions)}
     for name, (kind, config) in samplers.items():
         answers[name] = answer_all(loaded[kind], questions, name, request.batch_size, continuation, config)

@@ -30,7 +30,7 @@ from scripts.engine.likelihood.documents import (
     evaluate_replies,
     flags_of_models,
 )
-from scripts.engine.likelihood.windows import DataEvalConfig, tell_skipped
+from scripts.engine.likelihood.windows import DataEvalConfig, report_skipped
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
 
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
     print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
     lines, result = EVALUATE[form](loaded, data, rows, bad)
-    result |= tell_skipped(data.eval_data, bad)
+    result |= report_skipped(data.eval_data, bad)
     print("\n".join(lines))
     if output.json:
         command = command_line(__spec__.name, argv)

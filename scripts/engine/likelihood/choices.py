@@ -1,9 +1,9 @@
 """Multiple choice by likelihood: the answer of a model is the choice that it finds most likely.
 
 A choice is scored as a reply to its question in the chat template, or as the plain continuation of BOS and the
-question. Its own tokens alone are scored, as lm-eval does: EOS would ask how likely the reply is to end there, which
-favours choices that look like whole sentences, and is not the question. A diffusion model sees where a choice ends, a
-block model within the choice's last block.
+question. Only its own tokens are scored, as in lm-eval: EOS would ask how likely the reply is to end there, which
+favours choices that look like whole sentences. A diffusion model sees where a choice ends, a block model within the
+choice's last block.
 """
 
 import math
@@ -31,22 +31,28 @@ UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")
 class Question(NamedTuple):
     text: str
     choices: list[str]
-    answer: int  # place of the right choice
+    answer: int  # index of the right choice
     language: str
+
+    @property
+    def content(self) -> str:
+        """The text that identifies the question among the rows of a file."""
+        return "\n".join([self.text, *self.choices])
 
 
 class ChoiceNats(NamedTuple):
-    """Of each choice of a question, (C,): nats, their variance over the masks drawn, and the tokens scored."""
+    """Scores of the C choices of a question, (C,) each."""
 
     nats: np.ndarray
-    variance: np.ndarray
+    variance: np.ndarray  # of the nats, over the masks drawn
     tokens: np.ndarray
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of the questions whose right choice has the least nats (`acc`), or nats per UTF-8 byte of the choice's text
-    (`acc_norm`); of equal ones the first is taken. Errors are binomial standard errors, intervals Wilson's of 95 %."""
+    """Share of the questions whose right choice has the least nats (`acc`), or the least nats per UTF-8 byte of its
+    text (`acc_norm`); of equal ones the first is taken. Errors are binomial standard errors, intervals Wilson's of
+    95 %."""
 
     kind: str  # of the likelihoods compared: "exact" or "upper bound"
     questions: int
@@ -58,15 +64,32 @@ class Accuracy:
     acc_norm_error: float
     acc_norm_interval: tuple[float, float]
 
+    @classmethod
+    def of(cls, kind: str, outcomes: list[tuple[int, bool, bool]]) -> "Accuracy":
+        """Summarise the `outcome`s of questions."""
+        number, right, right_by_byte = np.array(outcomes, dtype=float).T
+        acc, acc_norm, count = float(right.mean()), float(right_by_byte.mean()), len(outcomes)
+        return cls(
+            kind=kind,
+            questions=count,
+            chance=float((1 / number).mean()),
+            acc=acc,
+            acc_error=math.sqrt(acc * (1 - acc) / count),
+            acc_interval=wilson(acc, count),
+            acc_norm=acc_norm,
+            acc_norm_error=math.sqrt(acc_norm * (1 - acc_norm) / count),
+            acc_norm_interval=wilson(acc_norm, count),
+        )
+
     def line(self) -> str:
-        shown = [
-            f"{name} {value:.4f} +- {error:.4f} [{low:.4f}, {high:.4f}]"
-            for name, value, error, (low, high) in (
-                ("acc", self.acc, self.acc_error, self.acc_interval),
-                ("acc_norm", self.acc_norm, self.acc_norm_error, self.acc_norm_interval),
-            )
-        ]
-        return f"{self.questions:,} questions, chance {self.chance:.4f}: {', '.join(shown)}"
+        acc = _with_interval("acc", self.acc, self.acc_error, self.acc_interval)
+        acc_norm = _with_interval("acc_norm", self.acc_norm, self.acc_norm_error, self.acc_norm_interval)
+        return f"{self.questions:,} questions, chance {self.chance:.4f}: {acc}, {acc_norm}"
+
+
+def _with_interval(name: str, value: float, error: float, interval: tuple[float, float]) -> str:
+    low, high = interval
+    return f"{name} {value:.4f} +- {error:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def evaluate_choices(
@@ -74,23 +97,18 @@ def evaluate_choices(
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices exceeds the context. ValueError for a bad row, or if nothing is left."""
-    questions = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer))
-    chosen = chosen_rows(questions, config, content_of)
-    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
-    asked, too_long = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [chat_wrap], enough)
-    if not asked:
+    rows = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer))
+    chosen = chosen_rows(rows, config, lambda question: question.content)
+    fitting = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [chat_wrap], config.max_windows)
+    questions, too_long = fitting
+    if not questions:
         raise ValueError(
             f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {loaded.max_length}"
         )
-    scored = choice_nats(loaded, asked, chat_wrap, config)
-    outcomes = [outcome(question, one.nats) for question, one in zip(asked, scored, strict=True)]
-    groups = by_language(outcomes, [question.language for question in asked])
-    return {name: _accuracy(kind_of(loaded.model), members) for name, members in groups.items()}, too_long
-
-
-def content_of(question: Question) -> str:
-    """What questions are told apart by."""
-    return "\n".join([question.text, *question.choices])
+    scores = choice_nats(loaded, questions, chat_wrap, config)
+    outcomes = [outcome(question, score.nats) for question, score in zip(questions, scores, strict=True)]
+    groups = by_language(outcomes, [question.language for question in questions])
+    return {name: Accuracy.of(kind_of(loaded.model), members) for name, members in groups.items()}, too_long
 
 
 def questions_that_fit(
@@ -98,35 +116,61 @@ def questions_that_fit(
     questions: Iterable[Question],
     max_length: int,
     wraps: Collection[bool],
-    enough: float = math.inf,
+    max_choices: float = math.inf,
 ) -> tuple[list[Question], int]:
-    """The questions whose choices all end within `max_length`, however of `wraps` they are asked, until their choices
-    are `enough`; and how many are too long."""
-    asked, choices, too_long = [], 0, 0
+    """The questions whose choices all end within `max_length`, in the chat template and outside of it as `wraps` says,
+    until they have `max_choices`; and how many of those met are too long."""
+    fitting, choices, too_long = [], 0, 0
     for question in questions:
-        if choices >= enough:
+        if choices >= max_choices:
             break
         rows = [row for wrap in wraps for row in _windows_of(tokenizer, question, 0, wrap)]
         if max(len(row.ids) for row in rows) > max_length:
             too_long += 1
         else:
-            asked.append(question)
+            fitting.append(question)
             choices += len(question.choices)
-    return asked, too_long
+    return fitting, too_long
 
 
 def choice_nats(loaded: Loaded, questions: list[Question], chat_wrap: bool, config: DataEvalConfig) -> list[ChoiceNats]:
     """Nats of every choice of every question."""
-    rows = [_windows_of(loaded.tokenizer, question, number, chat_wrap) for number, question in enumerate(questions)]
-    windows = [window for some in rows for window in some]
+    windows, ends = [], []
+    for number, question in enumerate(questions):
+        windows += _windows_of(loaded.tokenizer, question, number, chat_wrap)
+        ends.append(len(windows))
+    nats, variance = window_nats(loaded, windows, config)
     tokens = np.array([len(window.ids) - window.begin for window in windows])
-    ends = np.cumsum([len(some) for some in rows])[:-1]
-    parts = [np.split(a, ends) for a in (*window_nats(loaded, windows, config), tokens)]
-    return [ChoiceNats(*of_question) for of_question in zip(*parts, strict=True)]
+    per_question = zip(*(np.split(values, ends[:-1]) for values in (nats, variance, tokens)), strict=True)
+    return [ChoiceNats(*scores) for scores in per_question]
+
+
+def outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
+    """(number of choices, right by nats, right by nats per byte)"""
+    size = np.array([len(choice.encode("utf-8")) for choice in question.choices])
+    return len(size), int(nats.argmin()) == question.answer, int((nats / size).argmin()) == question.answer
+
+
+def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, chat_wrap: bool) -> list[Window]:
+    """One window per choice; the condition is the same for all. Outside the template a question that does not end with
+    white space gets a space before the choice, or none beside a Chinese or Japanese character."""
+    text, choices = question.text, question.choices
+    if text and not chat_wrap and not text[-1].isspace():
+        choices = [_glue(text[-1], choice[0]) + choice for choice in choices]
+    prompt = Prompt([{"role": "user", "content": text}] if chat_wrap else text)
+    condition, responses = condition_and_responses(tokenizer, prompt, choices)
+    return [Window(number, condition + ids, seed_of(condition + ids), len(condition)) for ids in responses]
+
+
+def _glue(before: str, after: str) -> str:
+    return "" if UNSPACED.match(before) or UNSPACED.match(after) or after.isspace() else " "
+
+
+# -- rows of a file ----------------------------------------------------------------------------------------------------
 
 
 def read_questions(path: Path, bad: BadRows | None = None, check: Check = str) -> Iterator[Question]:
-    """The questions of a JSONL file, as `read_as`; a row is bad of whose texts check(text) raises ValueError, too."""
+    """The questions of a JSONL file; rows whose texts fail `check` are bad rows."""
     return (question for _, question in read_as(path, lambda row: question_of(row, check), bad=bad))
 
 
@@ -142,12 +186,12 @@ def question_of(row: dict[str, Any], check: Check = str) -> Question:
         raise ValueError(f"expected at least 2 choices, found {len(choices)}")
     for number, choice in enumerate(choices, start=1):
         if not isinstance(choice, str) or not choice.strip():
-            found = "empty" if isinstance(choice, str) else JSON_TYPES[type(choice)]
-            raise ValueError(f"choice {number} is {found}, expected a text")
+            kind = "empty" if isinstance(choice, str) else JSON_TYPES[type(choice)]
+            raise ValueError(f"choice {number} is {kind}, expected a text")
     if len(set(choices)) < len(choices):
         raise ValueError("two choices are the same, expected different ones")
-    for one in (text, *choices):
-        check(one)
+    for part in (text, *choices):
+        check(part)
     if "answer" not in row:
         raise ValueError(f'field "answer" is missing; fields present: {", ".join(row)}')
     language = row.get("lang")
@@ -157,6 +201,7 @@ def question_of(row: dict[str, Any], check: Check = str) -> Question:
 
 
 def _answer_of(answer: Any, choices: list[str]) -> int:
+    """Index of the right choice, given as an index from 0, a letter or a choice's text. ValueError."""
     last = len(choices) - 1
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer <= last:
@@ -165,46 +210,10 @@ def _answer_of(answer: Any, choices: list[str]) -> int:
     if not isinstance(answer, str):
         raise ValueError(f"answer is {JSON_TYPES[type(answer)]}, expected an index from 0, a letter or a choice's text")
     letters = LETTERS[: len(choices)]
-    meant = {place for place, choice in enumerate(choices) if choice == answer}
-    meant |= {letters.index(answer)} if len(answer) == 1 and answer in letters else set()
-    if len(meant) != 1:
-        fault = "is one choice's letter and another's text" if meant else "is none of the choices"
+    places = {place for place, choice in enumerate(choices) if choice == answer}
+    if len(answer) == 1 and answer in letters:
+        places.add(letters.index(answer))
+    if len(places) != 1:
+        fault = "is one choice's letter and another's text" if places else "is none of the choices"
         raise ValueError(f'answer "{answer}" {fault}; expected an index from 0 to {last}, a letter or a choice\'s text')
-    return meant.pop()
-
-
-def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, chat_wrap: bool) -> list[Window]:
-    """One window per choice; the condition is the same for all. Without the template a question that does not end with
-    a blank gets one before the choice, or none beside a Chinese or Japanese character."""
-    text, choices = question.text, question.choices
-    if text and not chat_wrap and not text[-1].isspace():
-        choices = [_glue(text[-1], choice[0]) + choice for choice in choices]
-    prompt = Prompt([{"role": "user", "content": text}] if chat_wrap else text)
-    condition, responses = condition_and_responses(tokenizer, prompt, choices)
-    return [Window(number, condition + ids, seed_of(condition + ids), len(condition)) for ids in responses]
-
-
-def _glue(before: str, after: str) -> str:
-    return "" if UNSPACED.match(before) or UNSPACED.match(after) or after.isspace() else " "
-
-
-def outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
-    """(number of choices, right by nats, right by nats per byte)"""
-    size = np.array([len(choice.encode("utf-8")) for choice in question.choices])
-    return len(size), int(nats.argmin()) == question.answer, int((nats / size).argmin()) == question.answer
-
-
-def _accuracy(kind: str, outcomes: list[tuple[int, bool, bool]]) -> Accuracy:
-    number, right, right_by_byte = np.array(outcomes, dtype=float).T
-    acc, acc_norm, count = float(right.mean()), float(right_by_byte.mean()), len(outcomes)
-    return Accuracy(
-        kind=kind,
-        questions=count,
-        chance=float((1 / number).mean()),
-        acc=acc,
-        acc_error=math.sqrt(acc * (1 - acc) / count),
-        acc_interval=wilson(acc, count),
-        acc_norm=acc_norm,
-        acc_norm_error=math.sqrt(acc_norm * (1 - acc_norm) / count),
-        acc_norm_interval=wilson(acc_norm, count),
-    )
+    return places.pop()

@@ -1,4 +1,4 @@
-"""The likelihood of the documents or replies of a file under a checkpoint of either kind, on the same tokens."""
+"""The likelihood of the documents or replies of a file, under a checkpoint of either kind, over the same tokens."""
 
 import math
 from dataclasses import asdict, dataclass, replace
@@ -19,8 +19,8 @@ from scripts.engine.likelihood.windows import (
     batches,
     collate,
     reply_windows,
+    report_skipped,
     seed_of,
-    tell_skipped,
     windows_of,
 )
 from scripts.engine.loaded import Loaded
@@ -34,8 +34,8 @@ ROWS_PER_PASS = 32  # copies of a single response, under as many masks, in one f
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Sums over documents, or over the replies of conversations; errors are standard errors. One token more than the
-    text has per document or reply: EOS."""
+    """Rates over all documents, or over the replies of all conversations. Errors are standard errors. A document or
+    reply has one token more than its text: EOS."""
 
     kind: str  # "exact" or "upper bound"
     documents: int  # or conversations
@@ -43,10 +43,31 @@ class Likelihood:
     bytes: int
     nats_per_token: float
     standard_error: float  # over documents, of nats_per_token
-    mask_standard_error: float  # of that, about what the drawn masks add; 0 where exact
+    mask_standard_error: float  # the part of it that comes from the drawn masks; 0 if exact
     perplexity: float
     bits_per_byte: float
     bits_per_byte_error: float
+
+    @classmethod
+    def of(cls, kind: str, documents: list[Document]) -> "Likelihood":
+        """Summarise documents whose nats are known."""
+        nats = np.array([d.nats for d in documents])
+        tokens = np.array([d.tokens for d in documents], dtype=float)
+        size = np.array([d.bytes for d in documents], dtype=float)
+        bits = nats / math.log(2)
+        rate = nats.sum() / tokens.sum()
+        return cls(
+            kind=kind,
+            documents=len(documents),
+            tokens=int(tokens.sum()),
+            bytes=int(size.sum()),
+            nats_per_token=rate,
+            standard_error=ratio_error(nats, tokens),
+            mask_standard_error=math.sqrt(sum(d.variance for d in documents)) / tokens.sum(),
+            perplexity=math.exp(min(rate, 700)),
+            bits_per_byte=bits.sum() / size.sum(),
+            bits_per_byte_error=ratio_error(bits, size),
+        )
 
     def line(self, unit: str = "documents") -> str:
         sign = "<= " if self.kind == "upper bound" else ""
@@ -57,10 +78,16 @@ class Likelihood:
             f"{sign}{_with_error(self.bits_per_byte, self.bits_per_byte_error)} bits per byte"
         )
 
+    def as_json(self) -> dict[str, Any]:
+        return {name: or_none(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
+
 
 def _with_error(value: float, error: float) -> str:
-    """One document alone has no standard error."""
+    """A single document has no standard error."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +- {error:.4f}"
+
+
+# -- a file ------------------------------------------------------------------------------------------------------------
 
 
 def evaluate_file(loaded: Loaded, config: DataEvalConfig, bad: BadRows | None = None) -> dict[str, Likelihood]:
@@ -73,93 +100,42 @@ def evaluate_file(loaded: Loaded, config: DataEvalConfig, bad: BadRows | None = 
     return _likelihoods(loaded, documents, windows, config)
 
 
+def evaluate_documents(loaded: Loaded, config: DataEvalConfig) -> tuple[dict[str, Likelihood], dict[str, Any]]:
+    """`evaluate_file` on documents read as in training, and its record for the result file. Reports skipped rows on
+    stderr."""
+    config, bad = as_trained(config, loaded), BadRows(config.on_bad_row)
+    likelihoods = evaluate_file(loaded, config, bad)
+    record = {"likelihood": as_json(likelihoods), "documents_hold_control_tokens": config.control_tokens}
+    return likelihoods, record | report_skipped(config.eval_data, bad)
+
+
+def as_trained(config: DataEvalConfig, loaded: Loaded) -> DataEvalConfig:
+    """Read documents that spell control tokens as the model's training did."""
+    return replace(config, control_tokens=loaded.control_tokens)
+
+
 def evaluate_replies(
     loaded: Loaded, config: DataEvalConfig, canvas: int, bad: BadRows | None = None
 ) -> tuple[dict[str, Likelihood], ReplyWindows]:
     """Likelihood of the replies of all conversations, each given all before it in the chat template, by language.
 
-    Every reply token and one EOS per reply are scored. A diffusion model scores a reply on a canvas of fixed size
-    (`canvas`, see `reply_windows`): a canvas of just its length would give away where the reply ends. The fill's nats
-    count, its tokens do not. That bounds -log p(reply, EOS, fill), which is no less than -log p(reply, EOS), the
-    event that an autoregressive model is scored on. The canvas of a block model ends with a block, whatever `canvas`.
+    Every reply token and one EOS per reply are scored. A diffusion model scores a reply on a canvas of `canvas` tokens:
+    a canvas of just its length would give away where the reply ends. The fill's nats count, its tokens do not. That
+    bounds -log p(reply, EOS, fill), which is no less than -log p(reply, EOS), the event that an autoregressive model is
+    scored on. The canvas of a block model ends with a block, whatever `canvas`.
     """
     replies = reply_windows(loaded.tokenizer, config, loaded.max_length, reply_canvas(loaded, canvas), bad)
     return _likelihoods(loaded, replies.conversations, replies.windows, config), replies
 
 
-def as_trained(data: DataEvalConfig, loaded: Loaded) -> DataEvalConfig:
-    """Documents that spell control tokens are read as they were in the model's training."""
-    return replace(data, control_tokens=loaded.control_tokens)
-
-
-def evaluate_documents(loaded: Loaded, data: DataEvalConfig) -> tuple[dict[str, Likelihood], dict[str, Any]]:
-    """`evaluate_file` on documents read as in training, and its record for the result file. Reports skipped rows on
-    stderr."""
-    data, bad = as_trained(data, loaded), BadRows(data.on_bad_row)
-    likelihoods = evaluate_file(loaded, data, bad)
-    record = {"likelihood": as_json(likelihoods), "documents_hold_control_tokens": data.control_tokens}
-    return likelihoods, record | tell_skipped(data.eval_data, bad)
-
-
-def flags_of_models(*models: Loaded) -> dict[str, tuple[bool, str]]:
-    """For `refuse_idle`: the flags of likelihoods that have an effect only on models of some attention."""
-    configs = [one.model.config for one in models]
-    drawn = any(draws_masks(config) for config in configs)
-    full = any(config.attention == "full" for config in configs)
-    diffusion = not all(config.autoregressive for config in configs)
-    masks = drawn, "masks to be drawn: of small blocks all are tried" if diffusion else "a diffusion model"
-    blocks = full, "a model of whole rows: a block ends the canvas" if diffusion else "a diffusion model"
-    return {"num_samples": masks, "cond_ll_nmc": masks, "canvas": blocks}
-
-
 def reply_canvas(loaded: Loaded, size: int) -> ReplyCanvas:
-    """The canvas on which this model scores a reply: EOS fills a row of full attention to `size`, and a block."""
-    return ReplyCanvas(size if loaded.model.config.attention == "full" else 0, loaded.model.config.block_size)
-
-
-def window_nats(loaded: Loaded, windows: list[Window], config: DataEvalConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Nats of every window and their variance over the masks drawn, (N,) float64 each."""
-    nats, variance = np.zeros(len(windows)), np.zeros(len(windows))
-    for batch, chosen in batches(windows, loaded, config):
-        copies = max(config.eval_batch_size // len(chosen), 1)
-        with loaded.runtime.autocast():
-            result = row_nats(loaded.model, batch, config.num_samples, loaded.runtime.seed, copies)
-        nats[chosen], variance[chosen] = result.nats.numpy(), result.variance.numpy()
-    return nats, variance
-
-
-def _likelihoods(
-    loaded: Loaded, documents: list[Document], windows: list[Window], config: DataEvalConfig
-) -> dict[str, Likelihood]:
-    add_nats(loaded, documents, windows, config)
-    groups = by_language(documents, [document.language for document in documents])
-    return {name: summarise(kind_of(loaded.model), members) for name, members in groups.items()}
-
-
-def add_nats(loaded: Loaded, documents: list[Document], windows: list[Window], config: DataEvalConfig) -> None:
-    """Add to each document the nats, their variance and the tokens of its windows."""
-    nats, variance = window_nats(loaded, windows, config)
-    for window, cost, spread in zip(windows, nats.tolist(), variance.tolist(), strict=True):
-        document = documents[window.document]
-        document.nats += cost
-        document.variance += spread
-        document.tokens += len(window.ids) - window.begin - window.fill
-
-
-def kind_of(model: Transformer) -> str:
-    """The chain rule is exact, be the next token predicted at the last one or in a block of its own."""
-    return "exact" if model.config.autoregressive or model.config.block_size == 1 else "upper bound"
-
-
-def by_language(members: list[Member], languages: list[str]) -> dict[str, list[Member]]:
-    """ "all", and each language where there are several."""
-    names = sorted(set(languages), reverse=True)
-    parts = {name: [m for m, language in zip(members, languages, strict=True) if language == name] for name in names}
-    return {"all": members} | (parts if len(parts) > 1 else {})
+    """The canvas on which this model scores a reply."""
+    config = loaded.model.config
+    return ReplyCanvas(size if config.attention == "full" else 0, config.block_size)
 
 
 def masked_cross_entropy(loaded: Loaded, config: DataEvalConfig, ratio: float) -> float:
-    """Nats per masked token over the file, with `ratio` of the tokens of every window masked; not a likelihood."""
+    """Nats per masked token of a file, with `ratio` of the tokens of every window masked; not a likelihood."""
     _, windows = windows_of(loaded.tokenizer, config, loaded.max_length)
     nats = count = 0.0
     for batch, _ in batches(windows, loaded, config):
@@ -167,6 +143,55 @@ def masked_cross_entropy(loaded: Loaded, config: DataEvalConfig, ratio: float) -
             result = masked_nats(loaded.model, batch, ratio, loaded.runtime.seed)
         nats, count = nats + float(result.nats.sum()), count + int(result.count.sum())
     return nats / count
+
+
+def _likelihoods(
+    loaded: Loaded, documents: list[Document], windows: list[Window], config: DataEvalConfig
+) -> dict[str, Likelihood]:
+    add_nats(loaded, documents, windows, config)
+    groups = by_language(documents, [document.language for document in documents])
+    return {name: Likelihood.of(kind_of(loaded.model), members) for name, members in groups.items()}
+
+
+def add_nats(loaded: Loaded, documents: list[Document], windows: list[Window], config: DataEvalConfig) -> None:
+    """Add the nats of the windows, their variance and their tokens to the documents."""
+    nats, variance = window_nats(loaded, windows, config)
+    for window, window_cost, window_variance in zip(windows, nats.tolist(), variance.tolist(), strict=True):
+        document = documents[window.document]
+        document.nats += window_cost
+        document.variance += window_variance
+        document.tokens += len(window.ids) - window.begin - window.fill
+
+
+def window_nats(loaded: Loaded, windows: list[Window], config: DataEvalConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Nats of every window and their variance over the masks drawn, (N,) float64 each."""
+    nats, variance = np.zeros(len(windows)), np.zeros(len(windows))
+    for batch, numbers in batches(windows, loaded, config):
+        copies = max(config.eval_batch_size // len(numbers), 1)
+        with loaded.runtime.autocast():
+            result = row_nats(loaded.model, batch, config.num_samples, loaded.runtime.seed, copies)
+        nats[numbers], variance[numbers] = result.nats.numpy(), result.variance.numpy()
+    return nats, variance
+
+
+def kind_of(model: Transformer) -> str:
+    """Exact if the chain rule applies: autoregressive models, and blocks of one token."""
+    return "exact" if model.config.autoregressive or model.config.block_size == 1 else "upper bound"
+
+
+def by_language(members: list[Member], languages: list[str]) -> dict[str, list[Member]]:
+    """The members as "all", and those of each language if there are several."""
+    groups: dict[str, list[Member]] = {name: [] for name in sorted(set(languages), reverse=True)}
+    for member, language in zip(members, languages, strict=True):
+        groups[language].append(member)
+    return {"all": members} | (groups if len(groups) > 1 else {})
+
+
+def as_json(likelihoods: dict[str, Likelihood]) -> dict[str, Any]:
+    return {name: likelihood.as_json() for name, likelihood in likelihoods.items()}
+
+
+# -- one response ------------------------------------------------------------------------------------------------------
 
 
 def response_likelihood(loaded: Loaded, prompt: Prompt, response: str, num_samples: int) -> dict[str, float]:
@@ -193,40 +218,23 @@ def response_likelihood(loaded: Loaded, prompt: Prompt, response: str, num_sampl
     }
 
 
-def response_line(model: Transformer, score: dict[str, float], num_samples: int) -> str:
-    """A `response_likelihood` in words."""
-    error = score["mask_standard_error"]  # none for a single mask
-    shown = "" if error is None or not draws_masks(model.config) else f" +- {error:.4f}"
-    sign = "=" if kind_of(model) == "exact" else ">="
-    masks = f"{num_samples} masks" if draws_masks(model.config) else "all masks"
-    return (
-        f"log p(response | prompt) {sign} {score['log_likelihood']:.4f}{shown} nats ({score['tokens']} tokens, {masks})"
-    )
+def response_line(loaded: Loaded, score: dict[str, float], num_samples: int) -> str:
+    """A sentence about a `response_likelihood`."""
+    drawn = draws_masks(loaded.model.config)
+    error = score["mask_standard_error"]  # None for a single mask
+    with_error = f" +- {error:.4f}" if drawn and error is not None else ""
+    sign = "=" if kind_of(loaded.model) == "exact" else ">="
+    value = f"{score['log_likelihood']:.4f}{with_error} nats"
+    masks = f"{num_samples} masks" if drawn else "all masks"
+    return f"log p(response | prompt) {sign} {value} ({score['tokens']} tokens, {masks})"
 
 
-def summarise(kind: str, documents: list[Document]) -> Likelihood:
-    """The likelihood of documents whose nats are known."""
-    nats = np.array([d.nats for d in documents])
-    tokens = np.array([d.tokens for d in documents], dtype=float)
-    size = np.array([d.bytes for d in documents], dtype=float)
-    bits = nats / math.log(2)
-    rate = nats.sum() / tokens.sum()
-    return Likelihood(
-        kind=kind,
-        documents=len(documents),
-        tokens=int(tokens.sum()),
-        bytes=int(size.sum()),
-        nats_per_token=rate,
-        standard_error=ratio_error(nats, tokens),
-        mask_standard_error=math.sqrt(sum(d.variance for d in documents)) / tokens.sum(),
-        perplexity=math.exp(min(rate, 700)),
-        bits_per_byte=bits.sum() / size.sum(),
-        bits_per_byte_error=ratio_error(bits, size),
-    )
-
-
-def as_json(result: dict[str, Likelihood]) -> dict[str, Any]:
-    return {
-        name: {k: or_none(v) if isinstance(v, float) else v for k, v in asdict(value).items()}
-        for name, value in result.items()
-    }
+def flags_of_models(*models: Loaded) -> dict[str, tuple[bool, str]]:
+    """For `refuse_idle`: the flags of likelihoods that have an effect only on models of some attention."""
+    configs = [one.model.config for one in models]
+    drawn = any(draws_masks(config) for config in configs)
+    full = any(config.attention == "full" for config in configs)
+    diffusion = not all(config.autoregressive for config in configs)
+    masks = drawn, "masks to be drawn: of small blocks all are tried" if diffusion else "a diffusion model"
+    blocks = full, "a model of whole rows: a block ends the canvas" if diffusion else "a diffusion model"
+    return {"num_samples": masks, "cond_ll_nmc": masks, "canvas": blocks}

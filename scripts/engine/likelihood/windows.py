@@ -1,4 +1,4 @@
-"""From the rows of a file to batches that are scored: which rows, cut where, and which masks they meet."""
+"""From the rows of a file to batches that are scored: which rows, where they are cut, and the seeds of their masks."""
 
 import heapq
 import math
@@ -28,7 +28,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conv
 from scripts.engine.loaded import Loaded
 from scripts.engine.runtime import to_device
 
-DOCUMENTS_AT_A_TIME = 512
+ROWS_AT_A_TIME = 512  # tokenised together
 Row = TypeVar("Row")
 
 
@@ -59,6 +59,11 @@ class DataEvalConfig:
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
+    @property
+    def max_windows(self) -> float:
+        """As many as fill the batches; infinity: all."""
+        return math.inf if self.eval_max_batches is None else self.eval_max_batches * self.eval_batch_size
+
 
 class Window(NamedTuple):
     """Tokens that fit the context: those before `begin` are given, all others are scored."""
@@ -72,7 +77,7 @@ class Window(NamedTuple):
 
 @dataclass
 class Document:
-    """A document, or the replies of a conversation."""
+    """A document, or the replies of a conversation, and what scoring adds to it."""
 
     language: str
     bytes: int
@@ -81,34 +86,12 @@ class Document:
     tokens: int = 0
 
 
-def windows_of(
-    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, bad: BadRows | None = None
-) -> tuple[list[Document], list[Window]]:
-    """Documents and their windows, of all chosen documents or of as many as make eval_max_batches batches.
-
-    A diffusion model is told where a window ends, a block model within its last block, which may be short.
-    """
-    control = config.control_tokens
-    texts = chosen_texts(config, spelling_check(tokenizer, control), bad)
-    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
-    documents, windows = [], []
-    for first in range(0, len(texts), DOCUMENTS_AT_A_TIME):
-        some = texts[first : first + DOCUMENTS_AT_A_TIME]
-        for text, ids in zip(some, encode_batch(tokenizer, some, control), strict=True):
-            if len(windows) >= enough:
-                return documents, windows
-            ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
-            for start in range(0, len(ids) - 1, max_length - 1):
-                # Masks follow the text, not its place in the file.
-                seed = (content_hash(text) + start) % 2**63
-                windows.append(Window(len(documents), ids[start : start + max_length], seed))
-            documents.append(Document(language_of(text), len(text.encode("utf-8"))))
-    return documents, windows
+# -- which rows --------------------------------------------------------------------------------------------------------
 
 
 def chosen_texts(config: DataEvalConfig, check: Check = str, bad: BadRows | None = None) -> list[str]:
-    """The documents of the split, in order; with eval_max_batches, a random sample of enough of them. Those of which
-    check(text) raises ValueError are bad rows."""
+    """The documents of the split, in order, or the sample that eval_max_batches asks for; texts that fail `check` are
+    bad rows."""
     texts = read_documents(config.eval_data, config.jsonl_field, bad or BadRows(config.on_bad_row), check)
     chosen = chosen_rows((text for text in texts if text), config, str)
     if not chosen:
@@ -116,16 +99,9 @@ def chosen_texts(config: DataEvalConfig, check: Check = str, bad: BadRows | None
     return chosen
 
 
-def tell_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
-    """The rows of `path` that were left out, for the file of the result; they are told on stderr."""
-    if bad.count:
-        print(f"{path}: {told_skipped(bad.meta)}", file=sys.stderr)
-    return bad.meta
-
-
 def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[Row], str]) -> list[Row]:
     """The rows of the split, in order; with eval_max_batches, a random sample of at most as many as fill the batches.
-    `content` is what the rows are told apart by."""
+    `content` identifies a row."""
     if config.eval_split == "validation":
         rows = _held_out(rows, config.val_fraction, content)
     if config.eval_max_batches is None:
@@ -143,23 +119,72 @@ def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[
 
 
 def _held_out(rows: Iterable[Row], fraction: float, content: Callable[[Row], str]) -> Iterator[Row]:
-    """The rows that training with this --val-fraction holds out: by hash, else those of the smallest hash, where
-    others remain; none at 0."""
-    smallest, least, found, others = [], 2**64, False, False
+    """The rows that training with this --val-fraction holds out: those of a small hash; if there are none, those of the
+    smallest, provided that other rows remain; none at 0."""
+    smallest, least, any_held_out, others = [], 2**64, False, False
     for row in rows:
         text = content(row)
         if is_validation(text, fraction):
-            found = True
+            any_held_out = True
             yield row
-        elif not found:
+        elif not any_held_out:
             value = content_hash(text)
             others = others or (bool(smallest) and value != least)
             if value < least:
                 smallest, least = [], value
             if value == least:
                 smallest.append(row)
-    if fraction > 0 and not found and others:
+    if fraction > 0 and not any_held_out and others:
         yield from smallest
+
+
+def report_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
+    """Print on stderr how many bad rows of `path` were skipped, and return the record for the result file."""
+    if bad.count:
+        print(f"{path}: {told_skipped(bad.meta)}", file=sys.stderr)
+    return bad.meta
+
+
+# -- where they are cut ------------------------------------------------------------------------------------------------
+
+
+def windows_of(
+    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, bad: BadRows | None = None
+) -> tuple[list[Document], list[Window]]:
+    """Documents and their windows: of all chosen documents, or of as many as fill eval_max_batches batches.
+
+    A diffusion model is told where a window ends, a block model within its last block, which may be short.
+    """
+    texts = chosen_texts(config, spelling_check(tokenizer, config.control_tokens), bad)
+    documents, windows = [], []
+    for text, ids in _encoded(texts, lambda some: encode_batch(tokenizer, some, config.control_tokens)):
+        if len(windows) >= config.max_windows:
+            break
+        ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+        for start in range(0, len(ids) - 1, max_length - 1):
+            # The masks follow the text, not its place in the file.
+            seed = (content_hash(text) + start) % 2**63
+            windows.append(Window(len(documents), ids[start : start + max_length], seed))
+        documents.append(Document(language_of(text), len(text.encode("utf-8"))))
+    return documents, windows
+
+
+def _encoded(rows: list[Row], encode: Callable[[list[Row]], Iterable[Any]]) -> Iterator[tuple[Row, Any]]:
+    """Each row with its encoding; only as many rows are encoded as are taken, give or take a group."""
+    for first in range(0, len(rows), ROWS_AT_A_TIME):
+        some = rows[first : first + ROWS_AT_A_TIME]
+        yield from zip(some, encode(some), strict=True)
+
+
+class ReplyCanvas(NamedTuple):
+    """What a reply stands on: `size` tokens, or the rest of its last block; 0 and 0: its own length."""
+
+    size: int = 0
+    block_size: int = 0
+
+    def fill(self, begin: int, end: int) -> int:
+        """Tokens that the canvas has left after a reply from `begin` to `end`; negative if the reply is longer."""
+        return -end % self.block_size if self.block_size else self.size - (end - begin)
 
 
 class ReplyWindows(NamedTuple):
@@ -167,16 +192,9 @@ class ReplyWindows(NamedTuple):
 
     conversations: list[Document]
     windows: list[Window]
-    too_long: int  # replies left out because they end behind the context
+    too_long: int  # replies left out because they end after the context
     empty: int  # replies left out because they have no text
     unfilled: int  # replies scored on a canvas without room for more, so that where they end is given away
-
-
-class ReplyCanvas(NamedTuple):
-    """What is scored beside a reply: EOS up to `size` tokens, or up to the end of a block; neither if both are 0."""
-
-    size: int = 0
-    block_size: int = 0
 
 
 def reply_windows(
@@ -186,32 +204,31 @@ def reply_windows(
     canvas: ReplyCanvas,
     bad: BadRows | None = None,
 ) -> ReplyWindows:
-    """A reply is scored with its EOS, and stands on a canvas of `canvas` tokens; block_size > 0: on one that ends with
-    the block of so many tokens, counted from the beginning of the conversation, in which the reply ends, for what lies
-    behind it is never seen. Where the context ends before it, the canvas is what is left. The rest of the canvas is
-    EOS, too, scored and not counted. ValueError: nothing can be scored."""
-    conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
+    """Replies with their EOS, each on a canvas: `size` tokens for a model of whole rows; for a block model up to the
+    end of the block in which the reply ends, counted from the beginning of the conversation, because later blocks are
+    never seen. The context may cut the canvas. What is left of it is EOS, which is scored but not counted. ValueError
+    if nothing can be scored."""
     read = read_conversations(config.eval_data, None, bad or BadRows(config.on_bad_row), spelling_check(tokenizer))
-    chosen = chosen_rows((chat for _, chat in read), config, lambda messages: render_chat(messages, False))
-    enough = (config.eval_max_batches or math.inf) * config.eval_batch_size
-    for first in range(0, len(chosen), DOCUMENTS_AT_A_TIME):
-        some = chosen[first : first + DOCUMENTS_AT_A_TIME]
-        for messages, (ids, spans) in zip(some, encode_conversations(tokenizer, some), strict=True):
-            if len(windows) >= enough:
-                break
-            texts = [message["content"] for message in messages if message["role"] == "assistant"]
-            empty += texts.count("")
-            too_long += sum(end > max_length for text, (_, end) in zip(texts, spans, strict=True) if text)
-            scored = [(t, span) for t, span in zip(texts, spans, strict=True) if t and span[1] <= max_length]
-            for _, (begin, end) in scored:
-                wanted = -end % canvas.block_size if canvas.block_size else canvas.size - (end - begin)
-                fill = max(min(wanted, max_length - end), 0)
-                unfilled += not fill and (wanted > 0 or not canvas.block_size)
-                canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
-                windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
-            if scored:
-                joined = "\n".join(text for text, _ in scored)
-                conversations.append(Document(language_of(joined), sum(len(t.encode("utf-8")) for t, _ in scored)))
+    chats = chosen_rows((chat for _, chat in read), config, lambda messages: render_chat(messages, False))
+    conversations, windows, too_long, empty, unfilled = [], [], 0, 0, 0
+    for messages, (ids, spans) in _encoded(chats, lambda some: encode_conversations(tokenizer, some)):
+        if len(windows) >= config.max_windows:
+            break
+        replies = [message["content"] for message in messages if message["role"] == "assistant"]
+        scored = []
+        for reply, (begin, end) in zip(replies, spans, strict=True):
+            if not reply or end > max_length:
+                empty += not reply
+                too_long += bool(reply)
+                continue
+            scored.append(reply)
+            wanted = canvas.fill(begin, end)
+            fill = max(min(wanted, max_length - end), 0)
+            unfilled += not fill and (wanted > 0 or not canvas.block_size)
+            canvas_ids = ids[:end] + [tokenizer.eos_token_id] * fill
+            windows.append(Window(len(conversations), canvas_ids, seed_of(ids[:end]), begin, fill))
+        if scored:
+            conversations.append(Document(language_of("\n".join(scored)), sum(len(r.encode("utf-8")) for r in scored)))
     if not windows:
         raise ValueError(
             f"{config.eval_data} has nothing to evaluate: of its replies {empty} are empty and {too_long} do not fit "
@@ -221,33 +238,37 @@ def reply_windows(
 
 
 def seed_of(ids: list[int]) -> int:
-    """A window's masks follow its content, not its place in the file nor its fill."""
+    """The seed of a window's masks: a function of its content, not of its place in the file nor its fill."""
     return content_hash(" ".join(map(str, ids))) % 2**63
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
 
 
 def batches(
     windows: list[Window], loaded: Loaded, config: DataEvalConfig
 ) -> Iterator[tuple[dict[str, torch.Tensor], list[int]]]:
-    """(batch on the device, numbers of its windows), windows of similar length together, so that little is padding,
-    and those that score a single token apart: one mask does for them."""
+    """(batch on the device, numbers of its windows). Windows of similar length share a batch, so that little is
+    padding; those that score a single token come apart, because one mask is enough for them."""
     order = sorted(range(len(windows)), key=lambda i: (len(windows[i].ids) - windows[i].begin > 1, len(windows[i].ids)))
     for first in tqdm(range(0, len(order), config.eval_batch_size), unit="batch", disable=not sys.stderr.isatty()):
-        chosen = order[first : first + config.eval_batch_size]
-        batch = collate([windows[i] for i in chosen], loaded.tokenizer.pad_token_id)
-        yield to_device(batch, loaded.runtime.torch_device), chosen
+        numbers = order[first : first + config.eval_batch_size]
+        batch = collate([windows[i] for i in numbers], loaded.tokenizer.pad_token_id)
+        yield to_device(batch, loaded.runtime.torch_device), numbers
 
 
 def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
     """A batch in which each row is scored from its `begin` on; `row_ids` (B,) seed the rows' masks."""
     lengths = torch.tensor([len(row.ids) for row in rows])
-    place = torch.arange(int(lengths.max()))
-    real = place < lengths[:, None]
+    begins = torch.tensor([row.begin for row in rows])
+    columns = torch.arange(int(lengths.max()))
+    real = columns < lengths[:, None]
     input_ids = torch.full(real.shape, pad_id)
     for number, row in enumerate(rows):
         input_ids[number, : len(row.ids)] = torch.tensor(row.ids)
     return {
         "input_ids": input_ids,
-        "loss_mask": real & (place >= torch.tensor([row.begin for row in rows])[:, None]),
+        "loss_mask": real & (columns >= begins[:, None]),
         "document_ids": real.long() - 1,
         "row_ids": torch.tensor([row.seed for row in rows]),
     }

@@ -40,7 +40,7 @@ from scripts.engine.likelihood.windows import (
     Window,
     chosen_rows,
     reply_windows,
-    tell_skipped,
+    report_skipped,
     windows_of,
 )
 from scripts.engine.loaded import Loaded, data_digest
@@ -203,7 +203,7 @@ def measure(setup: Setup, source: Source) -> Section:
         "bundled": source.bundled,
         "sha256": data_digest(source.path),
     } | FORMS[source.form].measure(setup, source, bad)
-    section |= tell_skipped(source.path, bad)
+    section |= report_skipped(source.path, bad)
     section["left_out"]["bad"] = bad.count
     print(f"{source.name}: {len(section['items']):,} rows of {source.form}", file=sys.stderr)
     order = sorted(range(len(section["items"])), key=lambda i: section["items"][i]["key"])
@@ -268,11 +268,11 @@ def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
 
     def labelled(row: dict[str, Any]) -> choices.Question:
         question = choices.question_of(row, check)
-        labels[choices.content_of(question)] = _labels(row)
+        labels[question.content] = _labels(row)
         return question
 
     rows = (question for _, question in read_as(source.path, labelled, bad=bad))
-    chosen = chosen_rows(rows, config, choices.content_of)
+    chosen = chosen_rows(rows, config, lambda question: question.content)
     asked, too_long = choices.questions_that_fit(setup.tokenizer, chosen, setup.config.max_seq_len, setup.wraps)
     _require_some(source, setup, asked)
     results = {}
@@ -283,7 +283,7 @@ def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
             {"nats": one.nats.tolist(), "variance": [or_none(v) for v in one.variance.tolist()]} for one in scored
         ]
     items = [
-        {"key": _key(choices.content_of(q)), "lang": q.language, **labels[choices.content_of(q)]}
+        {"key": _key(q.content), "lang": q.language, **labels[q.content]}
         | {"question": q.text, "choices": q.choices, "answer": q.answer}
         for q in asked
     ]

@@ -12,8 +12,8 @@ from dataset.sft import SFTData, SFTDataset
 from dataset.tokenizer import encode, encode_chat, fingerprint
 from model.checkpoint import save_checkpoint
 from scripts.engine.likelihood.choices import (
+    Accuracy,
     Question,
-    _accuracy,
     _windows_of,
     evaluate_choices,
     question_of,
@@ -337,7 +337,7 @@ def test_questions_are_grouped_by_their_stated_language_else_by_their_letters(wo
 
 def test_the_errors_of_an_accuracy_are_binomial_and_wilsons():
     """The intervals of 0 and 5 of 10 are textbook values (Wilson 1927; Brown, Cai, DasGupta 2001)."""
-    found = _accuracy("exact", [(4, i < 5, False) for i in range(10)])
+    found = Accuracy.of("exact", [(4, i < 5, False) for i in range(10)])
     assert found.acc_interval == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert found.acc_norm_interval == pytest.approx((0, 0.2775), abs=1e-4)
     assert (found.acc_error, found.acc_norm_error) == (pytest.approx(math.sqrt(0.025)), 0)
