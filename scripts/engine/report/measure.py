@@ -1,7 +1,7 @@
 """What the report measures of every row of a file, for every model on the same rows: the raw values of report.json.
 
 To add a format of rows: its fields and a function (Setup, Source, BadRows) -> section, listed in FORMS, and its
-metrics in `report_results.METRICS`.
+metrics in `report.metrics.METRICS`.
 """
 
 import sys
@@ -382,10 +382,6 @@ def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
         {name: getattr(answer, name) for name in WRITTEN} | {"ids": encode(setup.tokenizer, answer.text)}
         for answer in answers
     ]
-
-
-def answer_in(result: dict[str, Any]) -> Answer:
-    return Answer(**{name: result[name] for name in WRITTEN})
 
 
 def _fits(setup: Setup, asked: Asked) -> bool:

@@ -1,0 +1,197 @@
+"""What is computed from each recorded row: one `Metric` for each column of numbers that the report has.
+
+To add a metric, write an entry and list it in `METRICS` for the formats of rows that it applies to. Whatever it needs
+beyond the texts and nats recorded so far, `measure` must record.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scripts.engine.decoding.answers import Answer, is_premature
+from scripts.engine.likelihood.choices import Question, outcome
+from scripts.engine.report.measure import WRITTEN
+from scripts.engine.statistics import chrf, is_correct, longest_repeat
+
+Item = dict[str, Any]  # of a section of report.json
+Result = dict[str, Any]  # what one model made of an item
+Ratio = tuple[float, float]  # numerator and denominator
+Columns = np.ndarray  # (N, 2): the ratios of N items
+
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+SECONDS = "seconds"
+UNMEASURED = (0.0, 0.0)
+
+
+class Metric(NamedTuple):
+    """A sum over items divided by another one; for a mean or a share, every measured item has denominator 1."""
+
+    name: str
+    of: Callable[[Item, Result], Ratio]  # UNMEASURED: the item does not count
+    description: str  # in the report's glossary
+    share: bool = False  # of items: it gets a Wilson interval, and bars in exact_match.png; else a standard error
+    bound: bool = False  # for a diffusion model an upper bound, shown with <=
+    exponential: bool = False  # e to the ratio is shown
+    digits: int = 3  # shown after the point
+    cost: bool = False  # of the writing, not of its content: shown in a table of its own, by language alone
+
+
+def columns_of(metric: Metric, items: Iterable[Item], results: Iterable[Result]) -> Columns:
+    return np.array([metric.of(item, result) for item, result in zip(items, results, strict=True)], dtype=float)
+
+
+# -- ratios of one item ------------------------------------------------------------------------------------------------
+
+
+def is_right(item: Item, text: str) -> bool:
+    """Whether an answer holds the wanted one.
+
+    If a worked answer ends with a number, that must be the last number written: sums on the way to it hold many a
+    number by chance.
+    """
+    if item["wanted"] == item["reference"].strip() or not NUMBER.fullmatch(item["wanted"]):
+        return is_correct(text, item["wanted"])
+    numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
+    return numbers[-1:] == [float(item["wanted"].replace(",", ""))]
+
+
+def _outcome(item: Item, result: Result) -> tuple[int, bool, bool]:
+    question = Question(item["question"], item["choices"], item["answer"], item["lang"])
+    return outcome(question, np.array(result["nats"]))
+
+
+def _reference_nats(item: Item, result: Result) -> Ratio:
+    likelihood = result.get("reference_likelihood")
+    return (likelihood["nats"], likelihood["tokens"]) if likelihood else UNMEASURED
+
+
+def _premature(item: Item, result: Result) -> Ratio:
+    answer = Answer(**{name: result[name] for name in WRITTEN})
+    return float(is_premature(answer, Answer("", item["reference_tokens"], True))), 1.0
+
+
+# -- metrics -----------------------------------------------------------------------------------------------------------
+
+EXACT = Metric(
+    "exact match",
+    lambda item, result: (float(is_right(item, result["text"])), 1.0),
+    "share of the answers that hold the wanted string as words of their own, whatever its case; where a worked answer "
+    "ends with a number, share of those whose last number it is",
+    share=True,
+)
+CHRF = Metric(
+    "chrF",
+    lambda item, result: (chrf(result["text"], item["reference"]), 1.0),
+    "mean over answers of chrF2, 0 to 100: how far character 1- to 6-grams are those of the reference, recall counting "
+    "twice",
+    digits=1,
+)
+NATS = Metric(
+    "nats per token",
+    lambda item, result: (result["nats"], item["tokens"]),
+    "-log p of all tokens / their number",
+    bound=True,
+)
+PERPLEXITY = NATS._replace(name="perplexity", description="e to the nats per token", exponential=True, digits=2)
+BITS = Metric(
+    "bits per byte",
+    lambda item, result: (result["nats"] / math.log(2), item["bytes"]),
+    "-log2 p / UTF-8 bytes of the text, which does not depend on the tokenizer",
+    bound=True,
+)
+REFERENCE_NATS = Metric(
+    "nats per token of the given answer",
+    _reference_nats,
+    "-log p of the answer in the file, its question given / its tokens; EOS is not scored; only where it fits the "
+    "context",
+    bound=True,
+)
+ACC = Metric(
+    "acc",
+    lambda item, result: (float(_outcome(item, result)[1]), 1.0),
+    "share of the questions whose right choice has the least nats",
+    share=True,
+)
+ACC_NORM = Metric(
+    "acc_norm",
+    lambda item, result: (float(_outcome(item, result)[2]), 1.0),
+    "the same by nats per UTF-8 byte of the choice",
+    share=True,
+)
+CHOICE_NATS = Metric(
+    "nats of the right choice",
+    lambda item, result: (result["nats"][item["answer"]], 1.0),
+    "mean over questions of -log p of the right choice, its question given",
+    bound=True,
+    digits=2,
+)
+WRITING = [
+    Metric(
+        "tokens",
+        lambda item, result: (result["num_tokens"], 1.0),
+        "tokens of an answer up to EOS, that included",
+        digits=2,
+        cost=True,
+    ),
+    Metric(
+        "premature",
+        _premature,
+        "share of the answers that ended below a quarter of the reference's length",
+        share=True,
+        cost=True,
+    ),
+    Metric(
+        "overrun",
+        lambda item, result: (float(not result["ended"]), 1.0),
+        "share of the answers without an end",
+        share=True,
+        cost=True,
+    ),
+    Metric(
+        "longest repeat",
+        lambda item, result: (longest_repeat(result["ids"]) / max(len(result["ids"]), 1), 1.0),
+        "length of the longest token sequence that an answer contains twice, as a share of the answer",
+        cost=True,
+    ),
+    Metric(
+        "forward passes",
+        lambda item, result: (result["num_forward_passes"], 1.0),
+        "network calls per answer (NFE)",
+        digits=2,
+        cost=True,
+    ),
+    Metric(
+        SECONDS,
+        lambda item, result: (result["seconds"], 1.0),
+        "wall-clock time per answer; that of a batch is shared by its answers and so has no error",
+        digits=4,
+        cost=True,
+    ),
+]
+# Of all answers together, not a ratio of sums over them: `results` computes them.
+DISTINCT = [
+    Metric(
+        f"distinct-{n}",
+        lambda item, result: UNMEASURED,
+        f"distinct token {n}-grams / all of them, over all answers together; "
+        "a resample would hold answers twice, so it has no interval",
+        cost=True,
+    )
+    for n in (1, 2)
+]
+METRICS = {  # format of rows -> metrics; the first is the quality that a frontier shows
+    "text": [NATS, PERPLEXITY, BITS],
+    "chat": [NATS, PERPLEXITY, BITS],
+    "choices": [ACC, ACC_NORM, CHOICE_NATS],
+    "questions": [EXACT, *WRITING],
+    "poems": [EXACT, REFERENCE_NATS, *WRITING],
+    "open": [CHRF, REFERENCE_NATS, *WRITING],
+}
+
+
+def quality_of(form: str) -> Metric:
+    """What the frontier of a file of this format shows."""
+    return METRICS[form][0]
