@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from scripts.engine.files import sha256_of
+from scripts.engine.report.metrics import quality_of
 from scripts.engine.report.page import read_report
-from scripts.engine.report.results import AR, DIFFUSION, quality_of
+from scripts.engine.report.results import AR, DIFFUSION
 from scripts.engine.statistics import paired_interval, resampled_sums, wilson
 
 Record = dict[str, Any]

@@ -229,7 +229,7 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
         (["--draw", "x"], ["--draw x"]),
         (["--reports", "x.json"], ["--reports", "reversal or frontier"]),
         (["--experiments", "reversal", "--reports", "x.json"], ["x.json does not exist"]),
-        (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is no JSON"]),
+        (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is not a report"]),
         (["--experiments", "reversal", "--reports", "x.json", "--seeds", "1"], ["--seeds", "that trains"]),
         (["--schedules-band", "0.8"], ["--schedules-band", "two rates"]),
         (["--initialisation-shares", "0,1"], ["--initialisation-shares", "below 1"]),

@@ -5,17 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from scripts.engine.report import page
 from scripts.eval import report
-from tests.scripts.report.test_report import BOTH, ROWS, flags, write_checkpoints, write_rows
-
-
-@pytest.fixture
-def place(workspace, tokenizer):
-    """A folder with two checkpoints and a file of each format, in which the command runs."""
-    write_checkpoints(workspace, tokenizer)
-    write_rows(workspace)
-    return workspace
-
+from tests.scripts.report.conftest import BOTH, ROWS, flags, sources_in
 
 BAD_ROWS = {
     'field "reference" is a number': ("open", {"question": "a", "reference": 5}),
@@ -39,14 +31,13 @@ def test_a_bad_row_is_named_before_the_work(words, place, tokenizer_dir, refused
     refused(report, [*given, "--eval-data", files], f"{form}.jsonl, row 13: ", words)
 
 
-def test_bad_rows_of_every_format_are_left_out_counted_and_told(place, tokenizer_dir, command, monkeypatch):
-    monkeypatch.setattr(report, "draw", lambda *a: [])
+def test_bad_rows_of_every_format_are_left_out_counted_and_told(place, tokenizer_dir, command, undrawn):
     reports, names = [], [f"{form}.jsonl" for form in ROWS]
     for more in ((), ("--on-bad-row", "skip")):
         argv = [*BOTH, *flags(tokenizer_dir, "--eval-data", ",".join(names), "--frontier-questions", 0), *more]
         result = command(report, [*argv, "--out", "new"])
         assert result.code == 0, result.err
-        reports.append(json.loads(Path("new/report.json").read_text(encoding="utf-8"))["sources"])
+        reports.append(sources_in("new"))
         for name in names:
             rows = Path(name).read_bytes()
             Path(name).write_bytes(b"{\n" + rows + b'{"text": 5}\n')
@@ -64,8 +55,7 @@ ASKED = (*BOTH, "--eval-data", "questions.jsonl")
     [
         ((), "give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from"),
         (("--from", "nowhere.json"), "nowhere.json does not exist"),
-        (("--from", "text.jsonl"), "text.jsonl is no JSON, or was cut"),
-        (("--from", "odd.jsonl"), "odd.jsonl is no report of this version"),
+        (("--from", "odd.jsonl"), "odd.jsonl is not a report of this version"),
         (("--from", "report.json", "--seed", "3"), "--seed has no effect without measuring anew"),
         ((*BOTH[:3], "ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
         ((*BOTH, "--eval-data", "text.jsonl,text.jsonl"), "text.jsonl is given twice"),
@@ -105,3 +95,20 @@ def test_what_cannot_be_or_has_no_effect_is_refused(more, words, place, tokenize
     Path("odd.jsonl").write_text('{"a": 1, "b": 2}\n')
     given = [] if "--from" in more else ["--tokenizer-dir", tokenizer_dir]
     refused(report, [*more, *given], words)
+
+
+def test_a_file_that_is_cut_foreign_or_of_another_version_gets_one_sentence(made, workspace, refused):
+    whole = json.dumps(made[1])
+    contents = {
+        "cut": whole[: len(whole) // 2],
+        "deep": 200_000 * "[",
+        "list": "[1]",
+        "version": json.dumps(made[1] | {"report_format": page.FORMAT - 1}),
+        "part": json.dumps({name: value for name, value in made[1].items() if name != "models"}),
+    }
+    for name, content in contents.items():
+        Path(f"{name}.json").write_text(content, encoding="utf-8")
+        sentence = f"{name}.json is not a report of this version (format {page.FORMAT}); give a report.json that"
+        refused(report, ["--from", f"{name}.json"], sentence)
+    Path("bytes.json").write_bytes(b"\xff\xfe")
+    refused(report, ["--from", "bytes.json"], "bytes.json is not a report of this version")
