@@ -4,12 +4,13 @@
     uv run python -m scripts.quickstart --full
 
 Learns the bundled corpus; nothing is downloaded. Every stage is an ordinary command, printed before it runs: copy one,
-change it, run it alone. Give the command again, and finished stages are not repeated, an interrupted one goes on.
+change it, run it alone. The same command again skips finished stages and continues an interrupted one.
 --full is the recipe of README.md, 32M parameters on MiniMind's data, which is downloaded: hours on one large GPU.
 """
 
 import hashlib
 import importlib
+import itertools
 import json
 import shlex
 import time
@@ -27,14 +28,14 @@ from scripts.engine.training.run import Interrupted
 
 
 class Stage(NamedTuple):
-    """One command. In its flags {out} stands for the folder that everything goes to."""
+    """One command. In its flags {out} stands for the quickstart's folder."""
 
     title: str
     module: str
     flags: str
     makes: str  # a file in {out}
     steps: int = 0  # of a training of the small recipe
-    seconds: int = 0  # that it took where README.md says
+    seconds: int = 0  # on the machine that README.md names
 
 
 STORY = "Tell me a short story about Anna."
@@ -180,25 +181,25 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def perform_all(config: Quickstart, runtime: RuntimeConfig) -> None:
-    """The stages that are not done yet, one after the other."""
+    """Run the stages that are not done yet, one after the other."""
     done = open_record(config, runtime)
     print(announcement(config, runtime, done), flush=True)
     if config.full:
         download()
     for number, stage in enumerate(config.stages, start=1):
-        head = f"\n[{number}/{len(config.stages)}] {stage.title}"
+        heading = f"\n[{number}/{len(config.stages)}] {stage.title}"
         if stage.title in done:
-            print(f"{head}: done before, in {done[stage.title]:.0f} s", flush=True)
+            print(f"{heading}: done before, in {done[stage.title]:.0f} s", flush=True)
             continue
         command = command_of(stage, config, runtime)
-        print(f"{head}\nuv run python -m {stage.module} {shlex.join(command)}", flush=True)
+        print(f"{heading}\nuv run python -m {stage.module} {shlex.join(command)}", flush=True)
         done[stage.title] = perform(stage.module, command)
         write_record(config, runtime, done)
     print("\n".join(["", *summary(config.out, done)]))
 
 
 def command_of(stage: Stage, config: Quickstart, runtime: RuntimeConfig) -> list[str]:
-    """The flags of a stage, as they are typed."""
+    """The flags of a stage, as a user would type them."""
     flags = [flag.replace("{out}", str(config.out)) for flag in shlex.split(stage.flags)]
     if stage.module == "scripts.train.train_tokenizer":
         return [*flags, "--overwrite"] if (config.out / "tokenizer").exists() else flags
@@ -213,79 +214,79 @@ def command_of(stage: Stage, config: Quickstart, runtime: RuntimeConfig) -> list
 
 def perform(module: str, command: list[str]) -> float:
     """Run a command in this process; returns its seconds."""
-    began = time.monotonic()
+    start = time.monotonic()
     try:
         importlib.import_module(module).main(command)
     except Interrupted:
         print("give the command of the quickstart again, without --overwrite, and it goes on from here")
         raise
-    return round(time.monotonic() - began, 1)
+    return round(time.monotonic() - start, 1)
 
 
 def announcement(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> str:
-    """What will happen, and how long it takes."""
+    """The stages to come, and the seconds they take."""
     lines = [
         "nano-llada quickstart: an autoregressive (AR) and a masked-diffusion language model learn the same text",
         f"and are compared. Everything goes to {config.out}; device {runtime.describe()}.",
     ]
     for number, stage in enumerate(config.stages, start=1):
-        took = round(stage.seconds * config.scale if stage.steps else stage.seconds)
-        told = "done before" if stage.title in done else f"about {took} s" if took else "says itself how long it takes"
-        lines.append(f"  {number}  {stage.title:<32}{told}")
+        seconds = round(stage.seconds * config.scale if stage.steps else stage.seconds)
+        estimate = f"about {seconds} s" if seconds else "says itself how long it takes"
+        lines.append(f"  {number}  {stage.title:<32}{'done before' if stage.title in done else estimate}")
     if not config.full:
         lines.append("(as measured on two cores with bfloat16 units, AMD EPYC of 2024; a CPU without them is slower)")
     return "\n".join(lines)
 
 
-# -- what was done before ----------------------------------------------------------------------------------------------
+# -- the record of finished stages -------------------------------------------------------------------------------------
 
 
 def open_record(config: Quickstart, runtime: RuntimeConfig) -> dict[str, float]:
     """Seconds of every finished stage whose file is there. ValueError if the folder holds another recipe's work."""
-    path, asked, done = config.out / "quickstart.json", recipe(config, runtime), {}
-    if config.overwrite:  # at once: interrupted, it must not go on from the old one
+    path, now, done = config.out / "quickstart.json", recipe(config, runtime), {}
+    if config.overwrite:  # at once: if interrupted, it must not go on from the old one
         clear(config.stages, config.out)
     elif path.exists():
-        found = read_record(path)
-        differ = [f"{k} was {found['recipe'].get(k)}, is {v}" for k, v in asked.items() if found["recipe"].get(k) != v]
-        if differ:
+        record = read_record(path)
+        before = record["recipe"]
+        differences = [f"{k} was {before.get(k)}, is {v}" for k, v in now.items() if before.get(k) != v]
+        if differences:
             raise ValueError(
-                f"{config.out} holds a quickstart of another kind ({'; '.join(differ)}): "
+                f"{config.out} holds a quickstart of another kind ({'; '.join(differences)}): "
                 "give --out another folder, or start anew with --overwrite"
             )
-        done = found["done"]
-    for stage in config.stages:  # a stage counts as done only if all before it do
-        if stage.title not in done or not (config.out / stage.makes).exists():
-            left = config.stages[config.stages.index(stage) :]
-            done = {title: took for title, took in done.items() if title not in [one.title for one in left]}
-            # Weights without the run that made them are nothing to go on from.
-            clear([one for one in left if not state_of(one, config.out).exists()], config.out)
-            break
+        done = record["done"]
+    # A stage counts as done only if all before it do.
+    finished = list(itertools.takewhile(lambda s: s.title in done and (config.out / s.makes).exists(), config.stages))
+    # Weights without the run that wrote them cannot be continued.
+    clear([s for s in config.stages[len(finished) :] if not run_file(s, config.out).exists()], config.out)
+    done = {stage.title: done[stage.title] for stage in finished}
     write_record(config, runtime, done)
     return done
 
 
 def clear(stages: Sequence[Stage], folder: Path) -> None:
-    """Delete what the stages made."""
+    """Delete what the stages wrote."""
     for stage in stages:
-        state = state_of(stage, folder)
-        for path in (folder / stage.makes, state.with_name(f"{state.stem}_best.pt"), state):
+        run = run_file(stage, folder)
+        for path in (folder / stage.makes, run.with_name(f"{run.stem}_best.pt"), run):
             path.unlink(missing_ok=True)
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """ValueError if the file is no record of a quickstart."""
+    """ValueError if the file is not a record of a quickstart."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found["recipe"], dict) and all(isinstance(took, float | int) for took in found["done"].values()):
-            return found
+        record = json.loads(path.read_text(encoding="utf-8"))
+        seconds = record["done"].values()
+        if isinstance(record["recipe"], dict) and all(isinstance(value, float | int) for value in seconds):
+            return record
     except (ValueError, TypeError, KeyError, AttributeError):
         pass
     raise ValueError(f"{path} is damaged; delete it and finished trainings are found again, or give --overwrite")
 
 
-def state_of(stage: Stage, folder: Path) -> Path:
-    """What a training is resumed from."""
+def run_file(stage: Stage, folder: Path) -> Path:
+    """The file that a training is resumed from."""
     return folder / stage.makes.replace("_state_dict.pt", ".pt")
 
 
@@ -305,7 +306,7 @@ def write_record(config: Quickstart, runtime: RuntimeConfig, done: dict[str, flo
 
 
 def download() -> None:
-    """The training files that are not there. OSError, with the remedy, where the hub cannot be reached."""
+    """Download the training files that are missing. OSError, with the remedy, if the hub cannot be reached."""
     for path in map(Path, (TEXTS, CHATS)):
         if path.exists():
             continue

@@ -1,4 +1,4 @@
-"""What a quickstart ends with: answers side by side, right answers, likelihoods, speed, and where the files are."""
+"""The end of a quickstart: answers side by side, right answers, likelihoods, speed, and the files written."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from scripts.engine.report.page import read_report
 from scripts.engine.report.results import Estimate, Row, rows_of
 from scripts.engine.statistics import is_correct
 
-SHOWN = ("capital", "colour", "sum", "opposite", "reading", "identity")  # kinds of question, one of each per language
+KINDS = ("capital", "colour", "sum", "opposite", "reading", "identity")  # kinds of question, one of each per language
 SPLITS = {  # of the bundled questions, and what they ask
     "seen": "questions on facts told in training, in other words",
     "unseen sums": "questions on 16 sums that were never told",
@@ -24,7 +24,7 @@ WIDTH = 38  # columns of an answer
 
 
 def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
-    """Lines on <folder>/report.json and what else a quickstart has written there; seconds: of each stage."""
+    """Lines on <folder>/report.json and the other files of a quickstart; seconds: of each stage."""
     report = read_report(folder / "report.json")
     names = {model["name"]: model["kind"] for model in report["models"]}
     lines = []
@@ -40,16 +40,16 @@ def summary(folder: Path, seconds: dict[str, float]) -> list[str]:
 
 
 def answers(section: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """One question of each of SHOWN, then one of each harder split, in each language, with every model's answer."""
-    wanted = [("seen", kind) for kind in SHOWN] + [("unseen_sums", "sum"), ("reversed", "capital")]
+    """One question of each of KINDS, then one of each harder split, in each language, with every model's answer."""
+    wanted = [("seen", kind) for kind in KINDS] + [("unseen_sums", "sum"), ("reversed", "capital")]
     lines = ["Answers, unedited, to questions that were held out (+ right, - wrong):"]
     for lang in dict.fromkeys(item["lang"] for item in section["items"]):
-        found: dict[tuple[str, str], int] = {}
+        places: dict[tuple[str, str], int] = {}
         for place, item in enumerate(section["items"]):
             if item["lang"] == lang:
-                found.setdefault((item["split"], item["kind"]), place)
+                places.setdefault((item["split"], item["kind"]), place)
         lines += ["", in_columns(["question", *names.values()])]
-        for place in (found[pair] for pair in wanted if pair in found):
+        for place in (places[pair] for pair in wanted if pair in places):
             item, cells = section["items"][place], []
             for name in names:
                 text = section["results"][name][place]["text"]
@@ -65,23 +65,23 @@ def in_columns(cells: list[str]) -> str:
 def right_answers(rows: dict[tuple[str, str], Row], names: dict[str, str]) -> list[str]:
     """Share of right answers for each split, with intervals, and the difference of the two models."""
     lines = ["Right answers (95 % intervals):"]
-    for split, told in SPLITS.items():
+    for split, description in SPLITS.items():
         row = rows.get(("exact match", split))
         if row is None:
             continue
         shares = [f"{kind} {percent(row.values[name])}" for name, kind in names.items()]
-        shares += [f"difference {percent(one, sign='+')}" for one in row.differences.values()]
-        lines += [f"  {row.count} {told}", f"    {'   '.join(shares)}"]
+        shares += [f"difference {percent(difference, sign='+')}" for difference in row.differences.values()]
+        lines += [f"  {row.count} {description}", f"    {'   '.join(shares)}"]
     return lines
 
 
-def percent(one: Estimate, sign: str = "") -> str:
-    shown = f"{100 * one.value:{sign}.1f} %"
-    return shown if one.low is None else f"{shown} [{100 * one.low:{sign}.1f}, {100 * one.high:{sign}.1f}]"
+def percent(share: Estimate, sign: str = "") -> str:
+    value = f"{100 * share.value:{sign}.1f} %"
+    return value if share.low is None else f"{value} [{100 * share.low:{sign}.1f}, {100 * share.high:{sign}.1f}]"
 
 
 def speed(rows: dict[tuple[str, str], Row], names: dict[str, str]) -> list[str]:
-    """Cost per answer, those of a batch sharing its time."""
+    """Cost per answer; the answers of a batch share its time."""
     tokens, passes, seconds = (rows[metric, "all"].values for metric in ("tokens", "forward passes", "seconds"))
     return [
         "Speed, questions in batches:",
@@ -97,13 +97,13 @@ def likelihood(section: dict[str, Any], rows: dict[tuple[str, str], Row], names:
     nats, bits = rows["nats per token", "all"], rows["bits per byte", "all"]
     lines = [f"Likelihood, {section['name']} ({nats.count} rows; exact for AR, an upper bound for diffusion):"]
     for name, kind in names.items():
-        token, byte = (f"{one.value:.3f} +- {one.error:.3f}" for one in (nats.values[name], bits.values[name]))
+        token, byte = (f"{mean.value:.3f} +- {mean.error:.3f}" for mean in (nats.values[name], bits.values[name]))
         lines.append(f"  {kind}: {token} nats per token, {byte} bits per byte")
     return lines
 
 
 def files(folder: Path) -> list[str]:
-    told = {
+    contents = {
         "report.md": "everything measured, with intervals and samples",
         "report.json": "the same, item by item",
         "exact_match.png": "right answers by group of questions",
@@ -112,9 +112,9 @@ def files(folder: Path) -> list[str]:
         "*_state_dict.pt": "the models; talk to one (/reset between questions):",
     }
     lines = []
-    for pattern, what in told.items():
-        if found := sorted(folder.glob(pattern)):
-            lines.append(f"  {', '.join(path.name for path in found)}: {what}")
+    for pattern, content in contents.items():
+        if paths := sorted(folder.glob(pattern)):
+            lines.append(f"  {', '.join(path.name for path in paths)}: {content}")
     chat = f"--checkpoint {folder / 'diffusion_sft_state_dict.pt'}"
     if (folder / "tokenizer").exists():
         chat += f" --tokenizer-dir {folder / 'tokenizer'} {SMALL_TALK}"
