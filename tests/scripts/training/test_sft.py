@@ -92,7 +92,8 @@ def rows(sft_argv, tokenizer, workspace):
 
 SCHEDULES = ["iid_t", "fixed_count"]
 OBJECTIVES = {"sft_ar": NextToken(sequence_mean=True)} | {
-    f"sft_dm-{name}": MaskedDiffusion(name, sequence_mean=True, variable_length_prob=0.0) for name in SCHEDULES
+    f"sft_dm-{name}": MaskedDiffusion(mask_schedule=name, sequence_mean=True, variable_length_prob=0.0)
+    for name in SCHEDULES
 }
 
 
