@@ -17,7 +17,6 @@ from typing import Annotated, Any, get_args, get_type_hints
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.answers import note_on_template
 from scripts.engine.decoding.generation import (
     Generation,
     generate,
@@ -33,7 +32,7 @@ from scripts.engine.decoding.watching import Typing, Watch
 from scripts.engine.files import require_output
 from scripts.engine.flags import settings_of
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
-from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, prompt_tokens
+from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, note_on_template, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 HELP = """\

@@ -106,6 +106,14 @@ class TypedPromptConfig(PromptConfig):
         return Blanks(text, blank_tokens, self.prompt(prompt, loaded).content, self.control_tokens)
 
 
+def note_on_template(loaded: Loaded, wraps: bool) -> str | None:
+    """A sentence for checkpoints to which a prompt means something else than one might think."""
+    if loaded.chat:
+        return None
+    effect = "the chat template is new to it" if wraps else "it goes on with the text that it is given"
+    return f"{loaded.path} was not trained on conversations: {effect}"
+
+
 def prompt_tokens(
     tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int
 ) -> list[int]:

@@ -22,7 +22,6 @@ from scripts.engine.decoding.answers import (
     answer_all,
     figures_of,
     judge,
-    note_on_template,
     questions_of,
     references,
     samples,
@@ -33,6 +32,7 @@ from scripts.engine.decoding.samplers import SamplerGrid
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.windows import report_skipped
 from scripts.engine.loaded import KINDS, circumstances, load_for_use, load_kind
+from scripts.engine.prompts import Prompt, note_on_template
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -94,9 +94,10 @@ def main(argv: list[str] | None = None) -> None:
     bad = BadRows(request.on_bad_row)
     questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room, bad)
     skipped = report_skipped(request.eval_data, bad)
+    prompts = [Prompt(question.messages) for question in questions]
     answers = {"reference": references(tokenizer, questions)}
     for name, (kind, config) in samplers.items():
-        answers[name] = answer_all(loaded[kind], questions, name, request.batch_size, continuation, config)
+        answers[name] = answer_all(loaded[kind], prompts, continuation, config, request.batch_size, name)
     if critic:
         answers = {name: judge(critic, questions, made) for name, made in answers.items()}
     figures = figures_of(tokenizer, answers, questions)

@@ -18,19 +18,19 @@ from typing import Annotated
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.answers import note_on_template, warm_up
 from scripts.engine.decoding.generation import (
     Generation,
     generate,
     idle_sampling_flags,
     in_effect,
+    warm_up,
 )
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.trace_terminal import on_screen, side_by_side
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
 from scripts.engine.loaded import KINDS, Loaded, circumstances, load_kind
-from scripts.engine.prompts import Prompt, TypedPromptConfig, prompt_tokens
+from scripts.engine.prompts import Prompt, TypedPromptConfig, note_on_template, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 RATES = ("tokens_per_second", "tokens_per_pass")

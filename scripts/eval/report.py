@@ -22,11 +22,10 @@ from typing import Any
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.answers import note_on_template
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import flags_of_models
 from scripts.engine.loaded import Loaded, circumstances, load_kind
-from scripts.engine.prompts import PromptConfig
+from scripts.engine.prompts import PromptConfig, note_on_template
 from scripts.engine.report.flags import Request, check_flags, require_folder
 from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report.measure import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of

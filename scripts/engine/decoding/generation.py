@@ -6,6 +6,7 @@
 `observe` streams: it is called with the canvas before the first step and returns the function that sees every step.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ import torch
 
 from dataset.tokenizer import decode
 from model.canvas import Canvas, Decoded, DecodingStep
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
 from model.decode import decode as fill
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
@@ -23,6 +24,8 @@ from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 Sampler = SamplingConfig | DenoisingConfig
 Watch = Callable[[DecodingStep], None]
 Observe = Callable[[Canvas], Watch]
+
+WARM_UP = 4  # steps
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,15 @@ def decode_timed(
         decoded = fill(loaded.model, canvas, sampler, seeds, watch)
     _synchronise(loaded.runtime.torch_device)
     return decoded, time.perf_counter() - started
+
+
+def warm_up(loaded: Loaded, prompts: Sequence[Prompt], continuation: ContinuationConfig, sampler: Sampler) -> None:
+    """Take the first steps of an answer on the canvas that will be timed: the first of a new shape are slower."""
+    canvas = canvas_of_prompts(loaded, prompts, continuation.max_new_tokens)
+    steps = denoise if isinstance(sampler, DenoisingConfig) else autoregress
+    with loaded.runtime.autocast():
+        for _ in itertools.islice(steps(loaded.model.eval(), canvas, sampler, [0] * len(prompts)), WARM_UP):
+            pass
 
 
 def _synchronise(device: torch.device) -> None:

@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from model.decode import DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
-from scripts.engine.decoding.answers import Answer, answer_batch, warm_up, with_seed
-from scripts.engine.decoding.generation import in_effect
+from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
+from scripts.engine.decoding.generation import in_effect, warm_up
 from scripts.engine.report.measure import ANSWERED, Section, Setup, recorded
 
 FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
@@ -118,8 +118,7 @@ def _round(
     loaded = setup.models[name]
     batch = items[first : first + (setup.config.batch_size or 1)]
     prompts = [setup.prompting.prompt(item["question"], loaded) for item in batch]
-    continuation = with_seed(loaded, setup.continuation, len(items))
-    continuation = replace(continuation, gen_seed=continuation.gen_seed + first)
+    continuation = seeded_at(loaded, setup.continuation, first, len(items))
     warm_up(loaded, prompts, continuation, tried[0].config)
     for sampler in tried:
         yield answer_batch(loaded, prompts, continuation, sampler.config)

@@ -29,7 +29,7 @@ from dataset.sft import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.decoding.answers import Answer, Question, answer_all
+from scripts.engine.decoding.answers import Answer, answer_all
 from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices
 from scripts.engine.likelihood.documents import add_nats, reply_canvas
@@ -369,11 +369,8 @@ def answers_of(
 ) -> list[dict[str, Any]]:
     """A model's answers to the questions of the items; the i-th is sampled with the seed plus i."""
     loaded = setup.models[name]
-    questions = [
-        Question(setup.prompting.prompt(item["question"], loaded).content, item["reference"], item["lang"])
-        for item in items
-    ]
-    answers = answer_all(loaded, questions, name, batch_size, setup.continuation, config)
+    prompts = [setup.prompting.prompt(item["question"], loaded) for item in items]
+    answers = answer_all(loaded, prompts, setup.continuation, config, batch_size, name)
     return recorded(setup, answers)
 
 

@@ -178,8 +178,8 @@ CONFIGS = [
     ("full", DenoisingConfig(gen_steps=4)),
     ("full", DenoisingConfig(gen_remasking="threshold", gen_confidence_threshold=0.2, gen_block_size=4)),
 ]
-QUESTIONS = [
-    Question(exchange(text), "the cat", "other")
+PROMPTS = [
+    Prompt(exchange(text))
     for text in ("the cat sees", "a", "一只小猫看见了老朋友", "my old friend likes the river. the cat", "b")
 ]
 
@@ -192,16 +192,16 @@ def test_the_batch_size_changes_no_answer(attention, config, gen_seed, tokenizer
     continuation = ContinuationConfig(8, gen_seed=gen_seed)
 
     def plain(size):
-        found = answer_all(loaded, QUESTIONS, "x", size, continuation, config)
+        found = answer_all(loaded, PROMPTS, continuation, config, size, "x")
         return [(a.text, a.num_tokens, a.ended, a.num_forward_passes) for a in found]
 
     alone = plain(1)
     assert len(set(alone)) > 1 and all(plain(size) == alone for size in (2, 3, 5, 9))
     if gen_seed != 2**32 - 1:
         first = 5 if gen_seed is None else gen_seed
-        for i, (question, answer) in enumerate(zip(QUESTIONS, alone, strict=True)):
+        for i, (prompt, answer) in enumerate(zip(PROMPTS, alone, strict=True)):
             seeded = ContinuationConfig(8, gen_seed=first + i)
-            g = generate(loaded, Prompt(question.messages), seeded, config)
+            g = generate(loaded, prompt, seeded, config)
             assert (g.text, g.num_tokens, g.ended, g.num_forward_passes) == answer
 
 
@@ -209,7 +209,7 @@ def test_the_seconds_of_a_batch_are_shared_by_its_answers(tokenizer, monkeypatch
     batches, generate_batch = [], answers.generate_batch
     monkeypatch.setattr(answers, "generate_batch", lambda *a: batches.append(generate_batch(*a)) or batches[-1])
     loaded = ready(untrained(tokenizer, "causal"), tokenizer, 128, RUNTIME)
-    found = answer_all(loaded, QUESTIONS, "x", 2, ContinuationConfig(4), SamplingConfig())
+    found = answer_all(loaded, PROMPTS, ContinuationConfig(4), SamplingConfig(), 2, "x")
     assert [len(batch) for batch in batches] == [2, 2, 1], "the warming up decodes no answer"
     assert sum(a.seconds for a in found) == pytest.approx(sum(batch[0].seconds for batch in batches))
 

@@ -9,7 +9,7 @@ from rich.cells import cell_len
 
 from dataset.tokenizer import encode, encode_chat, save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint, write_archive
-from scripts.engine.decoding import answers, generation
+from scripts.engine.decoding import generation
 from scripts.engine.decoding.generation import Generation
 from scripts.engine.decoding.trace_files import load_traces
 from scripts.eval import eval_sft_one_prompt as one_prompt
@@ -119,14 +119,14 @@ def test_a_few_steps_on_the_same_canvas_warm_a_model_up(more, ask, canvases, mon
         return steps
 
     for name in ("autoregress", "denoise"):
-        monkeypatch.setattr(answers, name, spied(getattr(answers, name)))
+        monkeypatch.setattr(generation, name, spied(getattr(generation, name)))
     generate = one_prompt.generate
     monkeypatch.setattr(one_prompt, "generate", lambda *a: events.append("answer") or generate(*a))
     ask(("ar", "dm"), "--max-new-tokens", "30", *more)
     first = events.index("answer")
     assert events[-1] == "answer" and events.count("answer") == 2
     for steps, canvas in zip((events[:first], events[first + 1 : -1]), canvases, strict=True):
-        assert 1 <= len(steps) <= answers.WARM_UP
+        assert 1 <= len(steps) <= generation.WARM_UP
         assert all(event[:2] == (tuple(canvas.ids.shape), given(canvas)) for event in steps)
 
 
