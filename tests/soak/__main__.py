@@ -4,11 +4,11 @@
     uv run python -m scripts.eval.soak --kills 1000 --parts training --json weights/soak.json
 
 Small trainings (AR pretraining, diffusion pretraining, diffusion fine-tuning) run undisturbed once, then again under
-every fault, on the CPU. After each the files are whole, --resume must goes on, and in the end weights, optimizer and
-log are those of the undisturbed run to the last bit. Exit code 1 where one is not.
+every fault, on the CPU. After each fault the files are whole, --resume auto goes on, and in the end weights, optimizer
+and log are those of the undisturbed run to the last bit. Exit code 1 if any are not.
 
-Parts: training (SIGKILL, --kills times, of which some hit processes started as users start them), distributed (SIGKILL
-to one of two processes), disk (full at a random moment), read-only, bytes (files cut off and changed), clock.
+Parts: training (SIGKILL, --kills times; some hit processes started as users start them), distributed (SIGKILL to one of
+two processes), disk (full at a random moment), read-only, bytes (files cut off and changed).
 """
 
 import math
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -24,9 +24,8 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
-from tests.soak.distributed import distributed
-from tests.soak.faults import Outcome, Workplace, clock, training
-from tests.soak.places import damaged_bytes, disk, read_only
+from tests.soak.faults import damaged_bytes, disk, distributed, read_only, training
+from tests.soak.workplace import Outcome, Workplace
 
 PARTS: dict[str, Callable[[Workplace, int], Iterator[Outcome]]] = {
     "training": training,
@@ -34,10 +33,9 @@ PARTS: dict[str, Callable[[Workplace, int], Iterator[Outcome]]] = {
     "disk": disk,
     "read-only": read_only,
     "bytes": damaged_bytes,
-    "clock": clock,
 }
-# Of the kills, how often the other faults are tried.
-SHARE = {"training": 1.0, "distributed": 0.2, "disk": 0.5, "read-only": 0.2, "clock": 0.2}
+# Tries of a part for each of --kills.
+SHARE = {"training": 1.0, "distributed": 0.2, "disk": 0.5, "read-only": 0.2}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             command = command_line(__spec__.name, argv)
             runtime = RuntimeConfig(device="cpu", dtype="float32", seed=config.seed)
             record = circumstances(command, runtime, place.tokenizer, place.folder / "corpus.jsonl", (), config)
-            write_json(config.json, {"outcomes": [asdict(outcome) for outcome in outcomes], **record})
+            write_json(config.json, {"outcomes": [vars(outcome) for outcome in outcomes], **record})
     if any(outcome.failures for outcome in outcomes):
         sys.exit(1)
 
@@ -89,13 +87,11 @@ def main(argv: list[str] | None = None) -> None:
 def soak(place: Workplace, config: SoakConfig) -> list[Outcome]:
     """All parts, each printed when it is done."""
     outcomes = []
-    print(f"{'part':<12} {'fault':<40} {'tries':>6} {'survived':>9}  where", flush=True)
     for part in config.parts:
         began = time.monotonic()
         for outcome in PARTS[part](place, config.tries(part)):
-            where = sorted(outcome.where.items(), key=lambda item: -item[1])
-            where = ", ".join(f"{name} {count}" for name, count in where) or outcome.note
-            print(f"{part:<12} {outcome.fault:<40} {outcome.tries:>6} {outcome.survived:>9}  {where}", flush=True)
+            where = ", ".join(f"{name} {count}" for name, count in outcome.where.most_common())
+            print(f"{part}: {outcome.fault}: survived {outcome.survived} of {outcome.tries} ({where})", flush=True)
             for failure in outcome.failures[:5]:
                 print(f"  failed: {failure}", flush=True)
             outcomes.append(outcome)

@@ -1,255 +1,248 @@
-"""Trainings that are killed again and again and must end as the run that was not."""
+"""The faults that a training must survive: kills, a lost partner, a full disk, a closed folder, damaged files."""
 
-import json
-import os
 import random
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-from dataset.corpus.bundled import conversations, pretraining_rows
-from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
-from model.checkpoint import load_checkpoint
-from tests.soak.processes import Command, Disturbance, Ended, FallingClock, die, forks, nothing, temporaries
-from tests.soak.state import difference_of_runs, unsound
+import torch.distributed as dist
 
-STEPS = 12
-EVERY = 4  # steps between validations; saves are every 3
-SHAPE = (
-    "--hidden-size 48 --num-hidden-layers 2 --num-attention-heads 4 --intermediate-size 96 --max-seq-len 48"
-    " --batch-size 4 --warmup-steps 2"
-)
-SHARED = (
-    f"--tokenizer-dir tokenizer --val-fraction 0.1 --eval-max-batches 10 --dtype float32 --device cpu"
-    f" --max-iters {STEPS} --log-interval 1 --eval-interval {EVERY} --save-interval 3"
-)
+from model.checkpoint import load_checkpoint, read_archive
+from tests.soak.processes import Command, Disturbance, Ended, FilesUpTo, Forbid, Kill
+from tests.soak.state import difference_of_runs, temporaries, unsound
+from tests.soak.workplace import AR, DIFFUSION, RECIPES, STEPS, Outcome, Recipe, Workplace
+
 KILLS_PER_RUN = 12  # at most; then it may end
-ALONE = 0.08  # share of the kills that meet processes started as users start them
+BOUND = 20  # seconds within which a process ends whose partner was killed while they trained
+SURVIVOR = r"error: another process of this training has ended.*--resume auto"
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A training: its run, its command, its flags."""
-
-    run: str
-    module: str
-    flags: str
-
-    def argv(self, save_dir: str, *more: str) -> list[str]:
-        return [*self.flags.split(), "--run-name", self.run, "--save-dir", save_dir, *more]
-
-
-PRETRAINING = f"--data corpus.jsonl {SHAPE} {SHARED}"
-DECODING = "--train --use-tokenizer --max-new-tokens 4 --gen-steps 2"
-AR = Recipe("ar", "scripts.train.train_pretrain", f"{PRETRAINING} --optimizer muon --ema-decay 0.9 --dropout 0.1")
-DIFFUSION = Recipe(
-    "diffusion",
-    "scripts.train.diffusion",
-    f"{PRETRAINING} {DECODING} --mask-schedule iid_t --topk-merge 2 --accumulation-steps 2",
-)
-SFT = Recipe(
-    "sft",
-    "scripts.train.train_sft_diffusion",
-    f"--data chats.jsonl --max-seq-len 64 --batch-size 4 --warmup-steps 2 {SHARED} --eos-fill 6 --ema-decay 0.9"
-    " --load-from whole/diffusion_state_dict.pt",
-)
-RECIPES = (AR, DIFFUSION, SFT)  # the last starts from the one before it
-
-
-@dataclass
-class Outcome:
-    """How often a fault was tried and survived, where it hit, and what was wrong where it was not."""
-
-    part: str
-    fault: str
-    tries: int = 0
-    survived: int = 0
-    where: dict[str, int] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    note: str = ""
-
-    def add(self, where: str, failure: str | None) -> None:
-        self.hit(where)
-        self.survived += failure is None
-        self.failures += [failure] if failure else []
-
-    def hit(self, where: str) -> None:
-        self.tries += 1
-        self.where[where] = self.where.get(where, 0) + 1
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A recipe's run from beginning to end: how long it took, and which files it opened, renamed and deleted."""
-
-    seconds: float
-    operations: list[str]
-
-
-class Workplace:
-    """A folder with corpora and a tokenizer, in which each recipe is run undisturbed once, into whole/."""
-
-    def __init__(self, folder: Path, seed: int):
-        self.folder, self.draw = folder, random.Random(seed)
-        self._known: dict[str, Undisturbed] = {}
-        self._alone = 0.0
-        texts = pretraining_rows()[:400]
-        for name, rows in (("corpus", texts), ("chats", conversations()[:300])):
-            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        save_tokenizer(train_bpe([row["text"] for row in texts], 400), folder / "tokenizer")
-        self.tokenizer = load_tokenizer(folder / "tokenizer")
-
-    @property
-    def record(self) -> Path:
-        return self.folder / "operations.txt"
-
-    def start(
-        self,
-        recipe: Recipe,
-        save_dir: str,
-        *more: str,
-        before: Callable[[], None] = nothing,
-        action: Callable[[], None] = nothing,
-        number: int = 0,
-        alone: bool = False,
-    ) -> Command:
-        """The recipe's command, with --resume must where there is something to continue, else auto. It does `before`
-        when it begins, `action` before its `number`-th file operation in `save_dir`; neither if it is started alone."""
-        resume = "must" if (self.folder / save_dir / f"{recipe.run}.pt").exists() else "auto"
-        disturbance = None if alone else Disturbance(before, self.folder / save_dir, self.record, number, action)
-        argv = recipe.argv(save_dir, "--resume", resume, *more)
-        return Command(self.folder, recipe.module, argv, disturbance, alone)
-
-    def whole(self, recipe: Recipe) -> Undisturbed:
-        """Run it undisturbed, unless that has been done. ValueError if it fails."""
-        if recipe is SFT:
-            self.whole(DIFFUSION)
-        if recipe.run not in self._known:
-            forks()  # whose start is no part of the time
-            began = time.monotonic()
-            ended = self.start(recipe, "whole").wait()
-            seconds = time.monotonic() - began
-            if ended.code != 0:
-                raise ValueError(f"{recipe.module} failed undisturbed: {ended.err.strip()}")
-            operations = self.record.read_text(encoding="utf-8").splitlines()
-            self._known[recipe.run] = Undisturbed(seconds, operations)
-        return self._known[recipe.run]
-
-    def start_up(self) -> float:
-        """Seconds until a command that is started as users start it has loaded what it needs; measured once."""
-        if not self._alone:
-            began = time.monotonic()
-            Command(self.folder, AR.module, AR.argv("whole", "--resume", "auto", "--dry-run"), alone=True).wait()
-            self._alone = time.monotonic() - began
-        return self._alone
-
-    def anew(self, save_dir: str = "parts") -> Path:
-        folder = self.folder / save_dir
-        shutil.rmtree(folder, ignore_errors=True)
-        return folder
-
-    def finish(self, recipe: Recipe, save_dir: str = "parts") -> str | None:
-        """Let the run go on to its end; what is not as in the run that was never disturbed."""
-        ended = self.start(recipe, save_dir).wait()
-        if ended.code != 0:
-            return f"{recipe.run} could not be continued, exit code {ended.code}: {ended.err.strip()[-500:]}"
-        left = temporaries(self.folder / save_dir)
-        if left:
-            return f"{recipe.run} has left {sorted(left)}"
-        return difference_of_runs(self.folder / "whole", self.folder / save_dir, recipe.run)
-
-
-def phase(ended: Ended, folder: Path, before: set[tuple[str, int]]) -> str:
-    """What a killed training was doing, by the files that it has left half-written and the lines that it has said."""
-    if temporaries(folder) - before:
-        return "saving"
-    said = re.findall(r"^(step \d+: (?:train|val)|saved \S+(?: \(step \d+\))?)", ended.out, re.MULTILINE)
-    if not said:
-        return "starting"
-    step = re.search(r"\(step (\d+)\)", said[-1])
-    if step and int(step[1]) % EVERY == 0:
-        return "evaluating"
-    return "finishing" if said[-1].startswith("saved") and not step else "training"
+# -- kills -------------------------------------------------------------------------------------------------------------
 
 
 def training(place: Workplace, kills: int, recipes: tuple[Recipe, ...] = RECIPES) -> Iterator[Outcome]:
-    """SIGKILL at random moments, `kills` times in all, and --resume must after each."""
+    """SIGKILL at random moments, `kills` times in all; the run goes on after each."""
     for number, recipe in enumerate(recipes):
         share = kills * (number + 1) // len(recipes) - kills * number // len(recipes)
         outcome = Outcome("training", f"SIGKILL, {recipe.module.rpartition('.')[2]}")
-        while outcome.tries < share and len(outcome.failures) < 5:
-            _kill_one_run(place, recipe, share - outcome.tries, outcome)
+        while outcome.tries < share and not outcome.failures:
+            _kill_one_run(place, recipe, min(share - outcome.tries, place.draw.randint(3, KILLS_PER_RUN)), outcome)
         yield outcome
-
-
-def clock(place: Workplace, tries: int) -> Iterator[Outcome]:
-    """A clock that falls at every look, files of any age, and a kill in the middle."""
-    outcome = Outcome("clock", "time goes backwards")
-    for number in range(tries):
-        recipe = RECIPES[number % len(RECIPES)]
-        known, folder = place.whole(recipe), place.anew()
-        step = place.draw.choice((0.1, 60.0, 86400.0))
-        moment = place.draw.randint(1, len(known.operations))
-        ended = place.start(recipe, "parts", before=FallingClock(step), action=die, number=moment).wait()
-        for path in (*folder.iterdir(), place.folder / "corpus.jsonl", place.folder / "chats.jsonl"):
-            age = place.draw.randrange(0, 2**32)
-            os.utime(path, (age, age))
-        fault = None if ended.killed or ended.code == 0 else f"exit code {ended.code}: {ended.err.strip()[-500:]}"
-        outcome.add(f"{step:g} s at every look", fault or place.finish(recipe))
-    yield outcome
 
 
 def _kill_one_run(place: Workplace, recipe: Recipe, kills: int, outcome: Outcome) -> None:
     """One run from its start to its end, killed up to `kills` times on the way."""
-    folder, hits, fault = place.anew(), [], None
-    for _ in range(min(kills, place.draw.randint(3, KILLS_PER_RUN))):
-        before = temporaries(folder)
+    folder, hits, fault = place.empty(), [], None
+    while len(hits) < kills and not fault:
         ended = _strike(place, recipe, folder)
         if ended.code == 0:
             break
-        if not ended.killed:
-            fault = f"exit code {ended.code}: {ended.err.strip()[-500:]}"
-            break
-        hits.append(phase(ended, folder, before))
-        fault = unsound(folder, recipe.run)
-        if fault:
-            break
-    fault = fault or place.finish(recipe)
-    if fault:
-        outcome.failures.append(f"after {', '.join(hits) or 'no kill'}: {fault}")
-        _keep(folder)
+        hits.append(_name_of(place.operations()[-1]))
+        fault = unsound(folder, recipe.run) if ended.killed else f"exit code {ended.code}: {ended.err.strip()[-500:]}"
+    fault = fault or place.fault_at_end(recipe)
     for hit in hits:
-        outcome.hit(hit)
-    outcome.survived += 0 if fault else len(hits)
+        outcome.add(hit, fault)
+    if fault:  # kept for whoever looks into it
+        shutil.copytree(folder, folder.with_name(f"failed_{time.monotonic_ns()}"), dirs_exist_ok=True)
 
 
 def _strike(place: Workplace, recipe: Recipe, folder: Path) -> Ended:
-    """Start the run, or go on with it, and kill it: before a file operation, while it saves or evaluates, or at any
-    time."""
-    known, draw = place.whole(recipe), place.draw
-    state = folder / f"{recipe.run}.pt"
-    step = load_checkpoint(state)["step"] if state.exists() else 0
-    left = 1 - step / STEPS
-    if draw.random() < ALONE:
-        seconds = place.start_up() + draw.uniform(-0.5, 1) * known.seconds
-        return place.start(recipe, "parts", alone=True).kill_after(max(seconds, 0))
-    how = draw.choice(("operation", "save", "save", "evaluation", "evaluation", "time"))
-    if how == "operation":
-        number = draw.randint(1, max(1, round(left * len(known.operations))))
-        return place.start(recipe, "parts", action=die, number=number).wait()
-    command = place.start(recipe, "parts")
-    if how == "evaluation":  # the state is saved just before
-        step = draw.randrange(step // EVERY * EVERY + EVERY, STEPS + EVERY, EVERY) if step < STEPS else STEPS
-        return command.kill_when_said(f"(step {step})", draw.uniform(0, 0.01))
-    if how == "save":
-        return command.kill_in_save(folder, draw.randint(1, max(1, round(left * STEPS / 2))), draw.expovariate(300))
-    return command.kill_after(draw.uniform(0, left * known.seconds))
+    """Start the run, or go on with it, and kill it near a random file operation."""
+    operations, draw, state = place.whole(recipe), place.draw, folder / f"{recipe.run}.pt"
+    left = 1 - (load_checkpoint(state)["step"] if state.exists() else 0) / STEPS
+    # Right before the operation, while it writes, or in the computation after it.
+    delay = draw.choice((0.0, draw.expovariate(300), draw.uniform(0, 0.2)))
+    number = draw.randint(1, max(1, round(left * len(operations))))
+    return place.start(recipe, "parts", number=number, action=Kill(delay)).wait()
 
 
-def _keep(folder: Path) -> None:
-    """What a failure has left, for whoever looks into it."""
-    shutil.copytree(folder, folder.with_name(f"failed_{time.monotonic_ns()}"), dirs_exist_ok=True)
+def _name_of(operation: str) -> str:
+    """An operation without the folder and the number of a temporary file."""
+    event, _, path = operation.partition(" ")
+    return f"{event.removeprefix('os.')} {re.sub(r'[.]tmp.*', '.tmp', Path(path).name)}"
+
+
+# -- two processes -----------------------------------------------------------------------------------------------------
+
+
+def distributed(place: Workplace, tries: int) -> Iterator[Outcome]:
+    """SIGKILL to one of two processes (gloo); two go on with the run."""
+    outcome, whole = Outcome("distributed", "SIGKILL of one of two processes"), place.empty("whole_two")
+    ended = [command.wait() for command in _start_pair(place, whole.name)]
+    if any(process.code for process in ended):
+        raise ValueError(f"two processes failed undisturbed: {ended}")
+    operations = len(place.operations())
+    for number in range(tries):
+        place.empty("parts")
+        victim = number % 2
+        commands = _start_pair(place, "parts", 0 if victim else place.draw.randint(3, operations))
+        if victim:  # it writes no files; and before the first step the other one waits longer
+            while commands[0].code is None and "\ndata " not in commands[0].outputs[0].read_text(encoding="utf-8"):
+                time.sleep(0.002)
+            time.sleep(place.draw.uniform(0, 0.5))
+            commands[1].kill()
+        ended = commands[victim].wait()
+        if ended.code:
+            outcome.add(f"rank {victim}", _fault_of_pair(place, commands, victim))
+    yield outcome
+
+
+def _start_pair(place: Workplace, save_dir: str, number: int = 0) -> list[Command]:
+    """Two processes as torchrun starts them; the first is killed before its `number`-th file operation. As under
+    torchrun, the store by which they find each other is in another process, this one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    disturbances = Disturbance(place.folder / save_dir, place.record, number, Kill(), place.before), place.before
+    commands = []
+    for rank, disturbance in enumerate(disturbances):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        argv = AR.argv(save_dir, "auto")
+        commands.append(Command(place.folder, AR.module, argv, disturbance, f"rank{rank}", environment))
+        commands[-1].store = store  # lives as long as the command
+    return commands
+
+
+def _fault_of_pair(place: Workplace, commands: list[Command], victim: int) -> str | None:
+    """One of two processes was killed: the other ends in time with one sentence, and two of them end the run."""
+    folder, killed, survivor = place.folder / "parts", commands[victim].wait(), commands[1 - victim].wait(BOUND)
+    state = folder / f"{AR.run}.pt"
+    finished = survivor.code == 0 and state.exists() and load_checkpoint(state)["step"] == STEPS
+    if not killed.killed:
+        return f"exit code {killed.code} without a kill: {killed.err.strip()[-500:]}"
+    if not finished and (survivor.code in (0, None) or not re.search(SURVIVOR, survivor.err)):
+        return f"the other process: exit code {survivor.code} within {BOUND} s: {survivor.err.strip()[-800:]}"
+    if "Traceback" in survivor.err:
+        return survivor.err
+    if fault := unsound(folder, AR.run):
+        return fault
+    ended = [command.wait() for command in _start_pair(place, folder.name)]
+    if any(process.code for process in ended):
+        return f"could not be continued: {ended}"
+    return difference_of_runs(place.folder / "whole_two", folder, AR.run)
+
+
+# -- files that cannot be written --------------------------------------------------------------------------------------
+
+
+def disk(place: Workplace, tries: int) -> Iterator[Outcome]:
+    """A disk that fills up in the middle of a training, and a cache that does not fit."""
+    outcome = Outcome("disk", "no file may grow beyond a random size")
+    for number in range(tries):
+        recipe = RECIPES[number % len(RECIPES)]
+        operations, whole = place.whole(recipe), place.folder / "whole"
+        sizes = [(whole / f"{recipe.run}{end}").stat().st_size for end in (".pt", "_log.jsonl", "_loss.png")]
+        size = place.draw.randrange(place.draw.choice(sizes))
+        cannot_write(place, recipe, place.draw.randint(1, len(operations)), FilesUpTo(size), outcome)
+    yield outcome
+    yield no_cache(place, max(1, tries // 5))
+
+
+def read_only(place: Workplace, tries: int) -> Iterator[Outcome]:
+    """A folder that may not be written, from the beginning or from some moment on."""
+    outcomes = Outcome("read-only", "from the beginning"), Outcome("read-only", "from a random moment on")
+    for number in range(tries):
+        recipe, later = RECIPES[number % len(RECIPES)], number % 2
+        moment = place.draw.randint(2, len(place.whole(recipe))) if later else 1
+        cannot_write(place, recipe, moment, Forbid(place.folder / "parts"), outcomes[later])
+    yield from outcomes
+
+
+def cannot_write(place: Workplace, recipe: Recipe, number: int, action: Callable[[], None], outcome: Outcome) -> None:
+    """From its `number`-th file operation on, a training cannot write: it says so in one sentence, leaves everything
+    whole, and once it can write again it goes on to the end of the undisturbed run."""
+    folder = place.empty()
+    ended = place.start(recipe, "parts", number=number, action=action).wait()
+    if ended.code == 0:
+        outcome.add("not reached", difference_of_runs(place.folder / "whole", folder, recipe.run))
+        return
+    fault = _fault_of_sentence(ended, folder.name)
+    # Where nothing may be deleted, half-written files stay until the run goes on.
+    left = [] if isinstance(action, Forbid) else temporaries(folder)
+    fault = fault or (f"{left} is left" if left else None) or unsound(folder, recipe.run)
+    named = re.search(r"\S*(\.pt|_log\.jsonl|_loss\.png|\.lock)\b", ended.err)
+    outcome.add(named[1].lstrip("_.") if named else folder.name, fault or place.fault_at_end(recipe))
+
+
+def no_cache(place: Workplace, tries: int) -> Outcome:
+    """A cache of tokenised data for which there is no room."""
+    outcome = Outcome("disk", "the cache does not fit")
+    place.whole(AR)
+    for _ in range(tries):
+        folder, cache = place.empty(), place.empty("cache")
+        limit = FilesUpTo(place.draw.randrange(2000))
+        ended = place.start(AR, "parts", "--cache-dir", str(cache), number=1, action=limit).wait()
+        fault = _fault_of_sentence(ended, cache.name, "--cache-dir")
+        left = [path.name for path in cache.iterdir()] if cache.is_dir() else []
+        fault = fault or (f"{left} is left in the cache" if left else None) or unsound(folder, AR.run)
+        outcome.add("tokenising", fault or place.fault_at_end(AR))
+    return outcome
+
+
+def _fault_of_sentence(ended: Ended, *words: str) -> str | None:
+    lines = [line for line in ended.err.strip().splitlines() if not line.startswith("tokenised")]
+    if (
+        ended.code == 2
+        and len(lines) == 1
+        and lines[0].startswith("error: ")
+        and all(word in lines[0] for word in words)
+    ):
+        return None
+    return f"exit code {ended.code}, expected 2 and one sentence with {' and '.join(words)}: {ended.err.strip()[-500:]}"
+
+
+# -- damaged files -----------------------------------------------------------------------------------------------------
+
+
+def damaged_bytes(place: Workplace, changes: int) -> Iterator[Outcome]:
+    """Checkpoints cut off at every 1 %, and with random bytes changed or blocks zeroed, `changes` in all."""
+    place.whole(DIFFUSION)
+    sources = [place.folder / "whole" / f"{DIFFUSION.run}{end}" for end in (".pt", "_best.pt", "_state_dict.pt")]
+    faults = ("cut off at every 1 %", "a byte changed", "a block zeroed")
+    cut, flipped, zeroed = (Outcome("bytes", fault) for fault in faults)
+    path, whole = place.folder / "damaged.pt", [source.read_bytes() for source in sources]
+    for source, data in zip(sources, whole, strict=True):
+        for percent in range(100):
+            cut.add(source.name, _fault_of_refusal(path, data[: len(data) * percent // 100]))
+    for number in range(changes):
+        chosen = place.draw.randrange(len(whole))
+        outcome, change = (zeroed, _zero) if number % 4 == 0 else (flipped, _flip)
+        outcome.add(sources[chosen].name, _fault_of_refusal(path, change(place.draw, whole[chosen])))
+    yield from (cut, flipped, zeroed)
+
+
+def _flip(draw: random.Random, data: bytes) -> bytes:
+    changed, at = bytearray(data), draw.randrange(len(data))
+    changed[at] ^= draw.randrange(1, 256)
+    return bytes(changed)
+
+
+def _zero(draw: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    while changed == data:
+        first, length = draw.randrange(len(data)), draw.choice((1, 16, 512, 4096))
+        length = min(length, len(data) - first)
+        changed[first : first + length] = bytes(length)
+    return bytes(changed)
+
+
+def _fault_of_refusal(path: Path, data: bytes) -> str | None:
+    """What is wrong with how the readers of checkpoints refuse a file of these bytes."""
+    path.write_bytes(data)
+    for load in (load_checkpoint, read_archive):
+        try:
+            load(path)
+        except ValueError as error:
+            if str(path) not in str(error):
+                return f"{load.__name__}: {error} does not name the file"
+        except Exception as error:  # any other would be a traceback
+            return f"{load.__name__}: {error!r}"
+        else:
+            return f"{load.__name__} takes {len(data)} damaged bytes for a checkpoint"
+    return None

@@ -1,4 +1,4 @@
-"""Whether what a run has left is whole, and the same as what another run has left, to the last bit."""
+"""Whether the files of a run are whole, and equal to those of another run to the last bit."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import torch
 from model.checkpoint import load_checkpoint
 from scripts.engine.files import read_log
 
-# Say where a run lies or when it ran, not what it computed.
+# Of a checkpoint: where and when a run was made, not what it computed.
 NOT_COMPUTED = {"settings", "command", "provenance", "seconds", "log_lines"}
 CLOCK = {"seconds", "tokens_per_second"}
 PNG_END = b"IEND\xaeB`\x82"
@@ -23,23 +23,23 @@ def difference(a: Any, b: Any, where: str = "") -> str | None:
     if isinstance(a, dict) and isinstance(b, dict):
         if a.keys() != b.keys():
             return f"{where}: {sorted(map(str, a.keys() ^ b.keys()))} on one side only"
-        found = (difference(a[key], b[key], f"{where}/{key}") for key in a)
+        differences = (difference(a[key], b[key], f"{where}/{key}") for key in a)
     elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return f"{where}: {len(a)} entries, {len(b)} entries"
-        found = (difference(x, y, f"{where}/{i}") for i, (x, y) in enumerate(zip(a, b, strict=True)))
+        differences = (difference(x, y, f"{where}/{i}") for i, (x, y) in enumerate(zip(a, b, strict=True)))
     else:
         return None if a == b else f"{where}: {a} is not {b}"
-    return next(filter(None, found), None)
+    return next(filter(None, differences), None)
 
 
 def computed(path: Path) -> dict[str, Any]:
-    """What a checkpoint says that does not depend on when and where it was written."""
+    """The contents of a checkpoint that do not depend on when and where it was written."""
     return {name: value for name, value in load_checkpoint(path).items() if name not in NOT_COMPUTED}
 
 
 def events(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log, less what it says of time and of being resumed."""
+    """The lines of a log without times, starts and resumptions."""
     return [
         {name: value for name, value in row.items() if name not in CLOCK}
         for row in read_log(path)
@@ -48,22 +48,27 @@ def events(path: Path) -> list[dict[str, Any]]:
 
 
 def difference_of_runs(whole: Path, parts: Path, run_name: str) -> str | None:
-    """What differs between the run `run_name` in one folder and that in another: weights of every file, optimizer,
+    """The first difference between the run `run_name` in two folders: in the weights of any file, the optimizer,
     averages, counters, or the log."""
     suffixes, others = ({path.name[len(run_name) :] for path in f.glob(f"{run_name}*.pt")} for f in (whole, parts))
     if suffixes != others:
         return f"{sorted(suffixes ^ others)} on one side only"
     for suffix in sorted(suffixes):
-        found = difference(computed(whole / (run_name + suffix)), computed(parts / (run_name + suffix)), suffix)
-        if found:
-            return found
+        name = run_name + suffix
+        if fault := difference(computed(whole / name), computed(parts / name), suffix):
+            return fault
     log = f"{run_name}_log.jsonl"
     return difference(events(whole / log), events(parts / log), "the log")
 
 
+def temporaries(folder: Path) -> list[str]:
+    """Files that are not yet under their names."""
+    return sorted(path.name for path in folder.glob("*.tmp*"))
+
+
 def unsound(folder: Path, run_name: str) -> str | None:
-    """What is wrong with the files under final names, whenever their run was stopped: a checkpoint that does not load,
-    a picture that is cut off, a line that the checkpoint counts on and is not in the log."""
+    """A fault of the files under final names, which must be whole whenever their run was stopped: a checkpoint that
+    does not load, a picture that is cut off, a line that the checkpoint counts on and that is not in the log."""
     try:
         for path in sorted(folder.glob("*.pt")):
             load_checkpoint(path)

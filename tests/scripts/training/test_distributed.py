@@ -54,7 +54,7 @@ def processes(workspace):
         for rank in range(size):
             told |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             arguments = module.__name__, [str(a) for a in argv], partial(begin, patch, rank)
-            started.append(Command(workspace, *arguments, name=f"rank{rank}", environment=dict(told), keep=store))
+            started.append(Command(workspace, *arguments, name=f"rank{rank}", environment=dict(told)))
         ended = [command.wait(60) for command in started]
         assert all(one.code is not None for one in ended), "it hangs"
         return [Result(*one) for one in ended]
