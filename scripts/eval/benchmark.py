@@ -3,7 +3,7 @@
     uv run python -m scripts.eval.benchmark --data dataset/pretrain_hq.jsonl --json weights/benchmark.json
     uv run python -m scripts.eval.benchmark --parts peak,training --hidden-size 768 --num-hidden-layers 12
 
-peak      what the device makes of a matrix product, float32 and bfloat16
+peak      operations per second of matrix products, float32 and bfloat16
 training  whole steps beside a plain float32 implementation: tokens/s, share of the peak, where the time goes, memory
 ablation  the same with one optimisation at a time left out
 scaling   how a step's cost grows with length, batch and parameters
@@ -11,12 +11,11 @@ decoding  tokens/s, forward passes and latency of every sampler, beside a KV-cac
 data      speed and memory of tokenising growing corpora, and of reading them shuffled
 
 In training, ablation and decoding the cases take turns, round by round, so that other work on the machine slows all
-alike; what is told is medians. Cases that give freed memory back to the system run after the others: they would slow
-these. On a GPU the parts of a step (forward, backward, ...) are waited for one by one, so a step is somewhat slower
-here than in training.
+alike; the tables hold medians. Cases that give freed memory back to the system run after the others, which they would
+slow. On a GPU the parts of a step (forward, backward, ...) are waited for one by one, so a step is somewhat slower here
+than in training.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,11 +25,7 @@ import torch
 from dataset.pretrain import PretrainData
 from dataset.tokenizer import load_tokenizer
 from model.config import ModelConfig
-from scripts.engine.bench import data as benchmark_data
-from scripts.engine.bench import decoding as benchmark_decoding
-from scripts.engine.bench import peak as benchmark_peak
-from scripts.engine.bench import scaling as benchmark_scaling
-from scripts.engine.bench import training as benchmark_training
+from scripts.engine.bench import data, decoding, flops, scaling, training
 from scripts.engine.bench.data import DataBenchmarkConfig
 from scripts.engine.bench.decoding import DecodingBenchmarkConfig
 from scripts.engine.bench.scaling import ScalingBenchmarkConfig
@@ -49,7 +44,15 @@ GROUPS = (
     DataBenchmarkConfig,
     PretrainData,
 )
-PARTS = ("peak", "training", "ablation", "scaling", "decoding", "data")
+MODULES = {
+    "peak": flops,
+    "training": training,
+    "ablation": training,
+    "scaling": scaling,
+    "decoding": decoding,
+    "data": data,
+}
+PARTS = tuple(MODULES)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class BenchmarkConfig:
 
 
 def _refuse(
-    config: BenchmarkConfig, training: TrainingBenchmarkConfig, runtime: RuntimeConfig, given: frozenset[str]
+    config: BenchmarkConfig, steps: TrainingBenchmarkConfig, runtime: RuntimeConfig, given: frozenset[str]
 ) -> None:
     """ValueError for flags that the chosen parts do not use, or that this machine cannot follow."""
     if "packing" in given:
@@ -77,41 +80,42 @@ def _refuse(
         mine = [name for name in given if name.startswith(prefix + "_")]
         refuse_idle(given, **dict.fromkeys(mine, (prefix in config.parts, f"--parts {prefix}")))
     trains = {"training", "ablation"} & set(config.parts), "--parts training or ablation"
-    steps = bool({"training", "ablation", "scaling"} & set(config.parts)), "--parts training, ablation or scaling"
-    refuse_idle(given, compile=trains, kinds=steps, batch_size=steps, block_size=steps, rounds=steps)
-    if trains[0] and training.compile:
+    any_step = bool({"training", "ablation", "scaling"} & set(config.parts)), "--parts training, ablation or scaling"
+    refuse_idle(given, compile=trains, kinds=any_step, batch_size=any_step, block_size=any_step, rounds=any_step)
+    if trains[0] and steps.compile:
         require_compiler("give --no-compile")
 
 
 def main(argv: list[str] | None = None) -> None:
     config, *groups, runtime, given = parse_args(__doc__, BenchmarkConfig, *GROUPS, RuntimeConfig, argv=argv)
-    shape, training, scaling, decoding, data_config, data = groups
-    _refuse(config, training, runtime, given)
-    tokenizers = data.tokenizer_dir, data_config.data_tokenizer_dir
-    require_output(config.json, "--json", data.data, *decoding.checkpoints.values(), *tokenizers)
-    setting, results = Setting(shape, data, training, runtime), {}
+    shape, step_config, scaling_config, decoding_config, data_config, corpus = groups
+    _refuse(config, step_config, runtime, given)
+    checkpoints = decoding_config.checkpoints.values()
+    require_output(
+        config.json, "--json", corpus.data, *checkpoints, corpus.tokenizer_dir, data_config.data_tokenizer_dir
+    )
+    setting, results = Setting(shape, corpus, step_config, runtime), {}
 
-    def peaks() -> dict[str, float]:
+    def peaks() -> list[dict[str, Any]]:
         if "peak" not in results:
-            results["peak"] = benchmark_peak.measure_peak(runtime.torch_device)
-        return benchmark_peak.best(results["peak"])
+            results["peak"] = flops.measure_peak(runtime.torch_device)
+        return results["peak"]
 
-    measures: dict[str, tuple[Callable[[], list[dict[str, Any]]], Any]] = {
-        "peak": (lambda: [*peaks()] and results["peak"], benchmark_peak),
-        "training": (lambda: benchmark_training.measure_training(setting, peaks()), benchmark_training),
-        "ablation": (lambda: benchmark_training.measure_ablation(setting), benchmark_training),
-        "scaling": (lambda: benchmark_scaling.measure_scaling(setting, scaling), benchmark_scaling),
-        "decoding": (lambda: benchmark_decoding.measure(decoding, shape, runtime), benchmark_decoding),
-        "data": (lambda: benchmark_data.measure(data_config), benchmark_data),
+    measures = {
+        "peak": peaks,
+        "training": lambda: training.measure_training(setting, flops.best(peaks())),
+        "ablation": lambda: training.measure_ablation(setting),
+        "scaling": lambda: scaling.measure_scaling(setting, scaling_config),
+        "decoding": lambda: decoding.measure(decoding_config, shape, runtime),
+        "data": lambda: data.measure(data_config),
     }
-    command, tokenizer = command_line(__spec__.name, argv), load_tokenizer(data.tokenizer_dir)
-    about = circumstances(command, runtime, tokenizer, data.source, [], *groups)
-    about["checkpoints"] = [{"checkpoint": str(p), "sha256": sha256_of(p)} for p in decoding.checkpoints.values()]
+    command, tokenizer = command_line(__spec__.name, argv), load_tokenizer(corpus.tokenizer_dir)
+    about = circumstances(command, runtime, tokenizer, corpus.source, [], *groups)
+    about["checkpoints"] = [{"checkpoint": str(p), "sha256": sha256_of(p)} for p in checkpoints]
     print(f"{about['device']}, {about['processor']}, torch {about['torch']}, commit {about['commit']}", flush=True)
     for part in sorted(config.parts, key=PARTS.index):
-        measure, module = measures[part]
-        results[part] = measure()
-        print(f"\n{part}\n{module.table(results[part])}", flush=True)
+        results[part] = measures[part]()
+        print(f"\n{part}\n{MODULES[part].table(results[part])}", flush=True)
         if config.json:
             write_json(config.json, about | {"results": results})
 

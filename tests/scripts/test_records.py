@@ -18,7 +18,7 @@ from dataset.tokenizer import fingerprint
 from model.checkpoint import load_checkpoint
 from scripts import chat
 from scripts.engine import files, runtime
-from scripts.engine.bench import peak as benchmark_peak
+from scripts.engine.bench import flops
 from scripts.engine.decoding.trace_files import load_traces
 from scripts.engine.files import read_log
 from scripts.engine.runtime import RuntimeConfig
@@ -95,7 +95,7 @@ def place(workspace, weights_of_one_step, texts, monkeypatch):
     rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(texts[:12]))
     (workspace / "chats.jsonl").write_text(rows, encoding="utf-8")
     monkeypatch.setattr(report, "draw", lambda *a: [])
-    monkeypatch.setattr(benchmark_peak, "SHAPES", {"cpu": ((64, 64, 64),)})
+    monkeypatch.setattr(flops, "SHAPES", {"cpu": ((64, 64, 64),)})
     return workspace
 
 

@@ -6,12 +6,10 @@ count the pages of mapped files besides, which the system takes back when it nee
 """
 
 import json
-import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,15 +21,12 @@ from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from scripts.engine.runtime import most_resident
+from scripts.engine.bench.memory import PrivatePeak, in_own_process, most_resident
+from scripts.engine.bench.timing import markdown
 
-ROOT = Path(__file__).resolve().parents[3]
 MEGABYTE = 10**6
-LARGE = 20 * 10**9  # bytes of the corpus for which the table extrapolates
-MEMORIES = ("resident", "private")
-PHASES = ("build", "read")
-SAMPLED_EVERY = 0.005  # seconds between two looks at the memory that the system keeps no peak of
-CHILD = "import sys; from scripts.engine.bench.data import _work; _work(*sys.argv[1:])"
+LARGE = 20 * 10**9  # bytes of the corpus to which the table extrapolates
+PEAKS = [f"{phase}_{memory}_bytes" for phase in ("build", "read") for memory in ("resident", "private")]
 
 
 @dataclass(frozen=True)
@@ -59,72 +54,35 @@ class DataBenchmarkConfig:
 
 
 def measure(config: DataBenchmarkConfig) -> list[dict[str, Any]]:
-    """A row for each kind and size, and behind those of a kind one for each fitted line.
+    """A row for each kind and size, and after those of a kind one for each fitted line.
 
     Of a corpus: seconds, bytes_per_second and tokens_per_second of tokenisation, batches_per_second of one epoch of
-    shuffled reading and one batch more, and the peaks build_resident_bytes, build_private_bytes, read_resident_bytes,
-    read_private_bytes (private: None where the system does not tell). Of a line: memory (the peak's name), slope and
-    intercept_bytes.
+    shuffled reading and one batch more, and PEAKS (private: None if the system does not tell). Of a line: memory (the
+    peak's name), slope and intercept_bytes.
     """
     rows = []
     for kind in config.data_kinds:
-        measured = []
+        corpora = []
         for megabytes in sorted(set(config.data_megabytes)):
             print(f"data: {megabytes} MB of {kind}", file=sys.stderr, flush=True)
-            measured.append(_measured(kind, megabytes * MEGABYTE, config))
-        rows += measured
-        sizes = [row["corpus_bytes"] for row in measured]
-        for name in (f"{phase}_{memory}_bytes" for phase in PHASES for memory in MEMORIES):
-            peaks = [row[name] for row in measured]
+            corpora.append(_measured(kind, megabytes * MEGABYTE, config))
+        rows += corpora
+        sizes = [corpus["corpus_bytes"] for corpus in corpora]
+        for name in PEAKS:
+            peaks = [corpus[name] for corpus in corpora]
             if None not in peaks:
                 slope, intercept = np.polyfit(sizes, peaks, 1).tolist()
                 rows.append({"kind": kind, "memory": name, "slope": slope, "intercept_bytes": intercept})
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Two Markdown tables of what `measure` returns: the corpora, and the lines of memory."""
-    lines = [
-        "| corpus | MB | tokenised MB/s | tokens/s | batches/s | build: peak MB (private) | read: peak MB (private) |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in rows:
-        if "corpus_bytes" in row:
-            peaks = [
-                f"{row[f'{phase}_resident_bytes'] / MEGABYTE:.0f} ({_megabytes(row[f'{phase}_private_bytes'])})"
-                for phase in PHASES
-            ]
-            lines.append(
-                f"| {row['kind']} | {row['corpus_bytes'] / MEGABYTE:.0f} | {row['bytes_per_second'] / MEGABYTE:.2f} | "
-                f"{row['tokens_per_second']:,.0f} | {row['batches_per_second']:,.0f} | {' | '.join(peaks)} |"
-            )
-    lines += [
-        "",
-        f"| corpus | memory | bytes per byte of corpus | intercept MB | at {LARGE / 1e9:.0f} GB: MB |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        if "slope" in row:
-            phase, memory, _ = row["memory"].split("_")
-            large = row["intercept_bytes"] + row["slope"] * LARGE
-            lines.append(
-                f"| {row['kind']} | {phase}, {memory} | {row['slope']:+.3f} | {row['intercept_bytes'] / MEGABYTE:.0f} "
-                f"| {large / MEGABYTE:,.0f} |"
-            )
-    return "\n".join(lines)
-
-
-def _megabytes(count: int | None) -> str:
-    return "unknown" if count is None else f"{count / MEGABYTE:.0f}"
-
-
 def _measured(kind: str, size: int, config: DataBenchmarkConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
-        _write(corpus, kind, size)
-        arguments = [kind, str(corpus), str(config.data_tokenizer_dir.resolve()), str(config.data_rows_per_batch)]
-        found = {phase: _in_a_process(phase, *arguments) for phase in PHASES}
-        build, corpus_bytes = found["build"], corpus.stat().st_size
+        write_corpus(corpus, kind, size)
+        build = in_own_process(build_cache, kind, corpus, config.data_tokenizer_dir)
+        read = in_own_process(read_epoch, kind, corpus, config.data_tokenizer_dir, config.data_rows_per_batch)
+        corpus_bytes = corpus.stat().st_size
     return {
         "kind": kind,
         "corpus_bytes": corpus_bytes,
@@ -132,114 +90,114 @@ def _measured(kind: str, size: int, config: DataBenchmarkConfig) -> dict[str, An
         "seconds": build["seconds"],
         "bytes_per_second": corpus_bytes / build["seconds"],
         "tokens_per_second": build["tokens"] / build["seconds"],
-        "batches_per_second": found["read"]["batches"] / found["read"]["seconds"],
-        **{f"{phase}_{memory}_bytes": found[phase][memory] for phase in PHASES for memory in MEMORIES},
+        "batches_per_second": read["batches"] / read["seconds"],
+        **dict(zip(PEAKS, [*build["peaks"], *read["peaks"]], strict=True)),
     }
 
 
-def _in_a_process(*arguments: str) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, "-c", CHILD, *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"the measuring process ended with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _work(phase: str, kind: str, corpus: str, tokenizer_dir: str, rows_per_batch: str) -> None:
-    """One measurement, in a process of its own; prints it as JSON."""
-    tokenizer = load_tokenizer(Path(tokenizer_dir))
-    path = Path(corpus)
-    with _PrivatePeak() as private:
+def build_cache(kind: str, corpus: Path, tokenizer_dir: Path) -> dict[str, Any]:
+    """Tokenise a corpus, in this process."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    with PrivatePeak() as private:
         began = time.perf_counter()
-        dataset = KINDS[kind].open(path, tokenizer)
-        if phase == "build":
-            found = {"tokens": sum(KINDS[kind].tokens(dataset.meta)), "seconds": time.perf_counter() - began}
-        else:
-            found = _read_an_epoch(dataset.train, int(rows_per_batch))
-    print(json.dumps(found | {"resident": most_resident(), "private": private.bytes}))
+        meta = KINDS[kind].open(corpus, tokenizer).meta
+        tokens = sum(meta[name] for name in KINDS[kind].token_counts)
+        seconds = time.perf_counter() - began
+    return {"tokens": tokens, "seconds": seconds, "peaks": (most_resident(), private.bytes)}
 
 
-def _read_an_epoch(rows: Any, size: int) -> dict[str, Any]:
-    """Shuffled as in training, and into the second epoch, which has an order of its own."""
-    began = time.perf_counter()
-    order, batches = rows.order(0, size), len(rows) // size + 1
-    for number in range(batches):
-        rows.batch(order(number * size, size))
-    return {"batches": batches, "seconds": time.perf_counter() - began}
+def read_epoch(kind: str, corpus: Path, tokenizer_dir: Path, batch_size: int) -> dict[str, Any]:
+    """Read a tokenised corpus shuffled as in training, and into the second epoch, which has an order of its own."""
+    tokenizer = load_tokenizer(tokenizer_dir)
+    with PrivatePeak() as private:
+        rows = KINDS[kind].open(corpus, tokenizer).train
+        began = time.perf_counter()
+        order, batches = rows.order(0, batch_size), len(rows) // batch_size + 1
+        for number in range(batches):
+            rows.batch(order(number * batch_size, batch_size))
+        seconds = time.perf_counter() - began
+    return {"batches": batches, "seconds": seconds, "peaks": (most_resident(), private.bytes)}
 
 
-class _PrivatePeak:
-    """The most memory seen that the process holds for itself alone; None where the system does not tell."""
-
-    def __enter__(self) -> "_PrivatePeak":
-        self.bytes = _status("RssAnon")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while self.bytes is not None and not self._ended.wait(SAMPLED_EVERY):
-            self.bytes = max(self.bytes, _status("RssAnon"))
-
-
-def _status(name: str) -> int | None:
-    """A field of /proc/self/status in bytes; None where there is none."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = [line.split()[1] for line in text.splitlines() if line.startswith(name + ":")]
-    return int(found[0]) * 1024 if found else None
-
-
-def _write(path: Path, kind: str, size: int) -> None:
+def write_corpus(path: Path, kind: str, size: int) -> None:
     """Rows of the kind, at least `size` bytes, made of the bundled texts in random order; the same for the same size,
     and a larger file begins with a smaller one."""
     texts, draw = [row["text"] for row in bundled.pretraining_rows()], np.random.default_rng(0)
 
-    def some(most: int) -> str:
+    def text(most: int) -> str:
         return " ".join(texts[i] for i in draw.integers(0, len(texts), draw.integers(1, most + 1)))
 
     written = 0
     with path.open("wb") as file:
         while written < size:
-            written += file.write((json.dumps(KINDS[kind].row(some), ensure_ascii=False) + "\n").encode("utf-8"))
+            written += file.write((json.dumps(KINDS[kind].row(text), ensure_ascii=False) + "\n").encode("utf-8"))
 
 
-@dataclass(frozen=True)
-class _Kind:
-    row: Callable[[Callable[[int], str]], dict[str, Any]]
-    open: Callable[..., Any]
-    tokens: Callable[[dict[str, Any]], Iterator[int]]
+def _conversation(text: Callable[[int], str]) -> dict[str, Any]:
+    turns = [("user", text(4)), ("assistant", text(16)), ("user", text(2)), ("assistant", text(8))]
+    return {"conversations": [{"role": role, "content": content} for role, content in turns]}
 
 
 def _cache(path: Path) -> dict[str, Path]:
     return {"data": path, "cache_dir": path.parent / "cache"}
 
 
-def _conversation(some: Callable[[int], str]) -> dict[str, Any]:
-    turns = [("user", some(4)), ("assistant", some(16)), ("user", some(2)), ("assistant", some(8))]
-    return {"conversations": [{"role": role, "content": content} for role, content in turns]}
+@dataclass(frozen=True)
+class Kind:
+    """A kind of corpus: a row made of texts, the dataset, and the entries of its `meta` that count tokens."""
+
+    row: Callable[[Callable[[int], str]], dict[str, Any]]
+    open: Callable[..., Any]
+    token_counts: tuple[str, ...]
 
 
 KINDS = {
-    "documents": _Kind(
-        lambda some: {"text": some(40)},
+    "documents": Kind(
+        lambda text: {"text": text(40)},
         lambda path, tokenizer: PretrainDataset(PretrainData(**_cache(path)), tokenizer),
-        lambda meta: (meta[name] for name in ("train_tokens", "validation_tokens")),
+        ("train_tokens", "validation_tokens"),
     ),
-    "conversations": _Kind(
+    "conversations": Kind(
         _conversation,
         lambda path, tokenizer: SFTDataset(DiffusionSFTData(**_cache(path)), tokenizer, False, 0),
-        lambda meta: (meta[name] for name in ("tokens",)),
+        ("tokens",),
     ),
-    "pairs": _Kind(
-        lambda some: {"prompt": some(4), "chosen": some(12), "rejected": some(12)},
+    "pairs": Kind(
+        lambda text: {"prompt": text(4), "chosen": text(12), "rejected": text(12)},
         lambda path, tokenizer: PreferenceDataset(PreferenceData(**_cache(path)), tokenizer, "full", 0),
-        lambda meta: (meta[name] for name in ("tokens",)),
+        ("tokens",),
     ),
 }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Two Markdown tables of what `measure` returns: the corpora, and the lines of memory."""
+    corpora = {
+        "corpus": lambda row: row["kind"],
+        "MB": lambda row: _megabytes(row["corpus_bytes"]),
+        "tokenised MB/s": lambda row: f"{row['bytes_per_second'] / MEGABYTE:.2f}",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "batches/s": lambda row: f"{row['batches_per_second']:,.0f}",
+    }
+    for phase in ("build", "read"):
+        corpora[f"{phase}: peak MB (private)"] = lambda row, phase=phase: (
+            f"{_megabytes(row[f'{phase}_resident_bytes'])} ({_megabytes(row[f'{phase}_private_bytes'])})"
+        )
+    lines = {
+        "corpus": lambda row: row["kind"],
+        "memory": lambda row: ", ".join(row["memory"].split("_")[:2]),
+        "bytes per byte of corpus": lambda row: f"{row['slope']:+.3f}",
+        "intercept MB": lambda row: _megabytes(row["intercept_bytes"]),
+        f"at {LARGE / 1e9:.0f} GB: MB": lambda row: (
+            f"{(row['intercept_bytes'] + row['slope'] * LARGE) / MEGABYTE:,.0f}"
+        ),
+    }
+    tables = (
+        markdown((row for row in rows if "corpus_bytes" in row), corpora),
+        markdown((row for row in rows if "slope" in row), lines),
+    )
+    return "\n\n".join(tables)
+
+
+def _megabytes(count: float | None) -> str:
+    return "unknown" if count is None else f"{count / MEGABYTE:.0f}"

@@ -5,9 +5,12 @@ Without checkpoints the weights are random: nothing is then said of quality, no 
 a fixed number of steps alone, since how sure random weights are says nothing about trained ones.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +25,7 @@ from model.decode import Canvas, Decoded, DenoisingConfig, SamplingConfig
 from model.decode import decode as fill
 from model.remasking import POLICIES, transfer_schedule
 from model.transformer import Transformer
-from scripts.engine.bench.timing import interleave
+from scripts.engine.bench.timing import markdown, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED
 from scripts.engine.loaded import load_for_use
 from scripts.engine.report.measure import read_asked
@@ -30,7 +33,8 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct, wilson
 
 NAIVE_STEPS = 64
-KINDS = {"AR": "causal", "diffusion": "full", "blocks": "block"}  # and the attention each was trained with
+NAIVE = f"{NAIVE_STEPS} full forward passes"
+ATTENTION = {"AR": "causal", "diffusion": "full", "blocks": "block"}  # of each kind of model
 NO_EOS = -1  # an end that no token is
 GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
 UNCAPPED = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0, gen_cap_start_ratio=1.0, gen_cap_end_ratio=1.0)
@@ -82,28 +86,31 @@ class DecodingBenchmarkConfig:
         """name -> settings. ValueError for an impossible threshold."""
         if kind == "AR":
             return {"greedy, KV cache": GREEDY}
-        found: dict[str, SamplingConfig | DenoisingConfig] = {}
+        samplers: dict[str, SamplingConfig | DenoisingConfig] = {}
         for policy in self.decoding_policies:
             config = replace(UNCAPPED, gen_remasking=policy, gen_steps=self.decoding_new_tokens)
             if kind == "diffusion":
                 config = replace(config, gen_block_size=0)
-            if policy in ADAPTIVE or policy in THRESHOLDED:
-                values = self.decoding_thresholds if policy in THRESHOLDED else (config.gen_factor,)
-                field = "gen_confidence_threshold" if policy in THRESHOLDED else "gen_factor"
-                found |= {f"{policy} {v:g}": replace(config, **{field: v}) for v in values if trained}
+            if policy in THRESHOLDED:
+                names = {
+                    f"{policy} {value:g}": {"gen_confidence_threshold": value} for value in self.decoding_thresholds
+                }
+            elif policy in ADAPTIVE:
+                names = {f"{policy} {config.gen_factor:g}": {}}
             else:
-                for number in self.decoding_tokens_per_step:
-                    steps = -(-self.decoding_new_tokens // number)
-                    found[f"{policy}, {number} per step"] = replace(config, gen_steps=steps)
-        return found
+                steps = {number: -(-self.decoding_new_tokens // number) for number in self.decoding_tokens_per_step}
+                names = {f"{policy}, {number} per step": {"gen_steps": count} for number, count in steps.items()}
+            if trained or policy not in (*THRESHOLDED, *ADAPTIVE):
+                samplers |= {name: replace(config, **changes) for name, changes in names.items()}
+        return samplers
 
 
 class Exam(NamedTuple):
-    """What every sampler is given; wanted answers are None where weights are random."""
+    """The prompts that every sampler answers; wanted answers and tokenizer are None if weights are random."""
 
     prompts: list[list[int]]
-    wanted: list[str] | None
-    tokenizer: PreTrainedTokenizerFast | None
+    wanted: list[str] | None = None
+    tokenizer: PreTrainedTokenizerFast | None = None
 
 
 def measure(config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig) -> list[dict[str, Any]]:
@@ -115,94 +122,91 @@ def measure(config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: Runtim
     range of the rounds as a share of it. of_ar, of_naive: tokens_per_second over that of the fastest AR, and of the
     fastest full forward passes, at this batch size (None: not measured). ValueError for a checkpoint of another kind.
     """
-    models, exam = _set_up(config, shape, runtime)
-    rows = []
+    models, exam = _models_and_exam(config, shape, runtime)
+    number, rows = len(exam.prompts), []
     for batch_size in config.decoding_batch_sizes:
-        cases, answers = {}, {}
-        for dtype in config.decoding_dtypes:
-            at = replace(runtime, dtype=dtype)
-            for kind, model in models.items():
-                for policy, decoder in _decoders(config, kind, model, exam.wanted is not None).items():
-                    name = kind, policy, str(at.torch_dtype).removeprefix("torch.")
-                    answers[name] = []
-                    cases[name] = _case(decoder, exam.prompts, batch_size, at, answers[name])
+        cases, turns = {}, {}
+        for dtype, (kind, model) in itertools.product(config.decoding_dtypes, models.items()):
+            precision = replace(runtime, dtype=dtype)
+            for policy, case in _cases(config, kind, model, exam.wanted is not None).items():
+                name = kind, policy, precision.dtype_name
+                cases[name], turns[name] = case, partial(case.answer, exam.prompts, batch_size, precision)
         print(f"decoding: {len(cases)} samplers at batch size {batch_size}", file=sys.stderr, flush=True)
-        timings = interleave(cases, config.decoding_rounds, device=runtime.torch_device)
-        batches = -(-len(exam.prompts) // batch_size)
-        made = [
-            dict(zip(("kind", "policy", "dtype"), name, strict=True))
-            | {"batch_size": batch_size, **_figures(exam, answers[name])}
-            | {"latency_seconds": timing.median / batches, "seconds": timing.median, "spread": timing.spread}
-            for name, timing in timings.items()
-        ]
-        rows += _compared(made, len(exam.prompts))
+        timings = take_turns(turns, config.decoding_rounds, device=runtime.torch_device)
+        of_size = []
+        for name, timing in timings.items():
+            row = dict(zip(("kind", "policy", "dtype"), name, strict=True))
+            row |= {"batch_size": batch_size, **_figures(exam, cases[name].answers)}
+            row["latency_seconds"] = timing.median / math.ceil(number / batch_size)
+            row |= {"seconds": timing.median, "spread": timing.spread}
+            row["tokens_per_second"] = row["tokens"] * number / timing.median
+            of_size.append(row)
+        rows += _compared(of_size)
     return rows
 
 
-def _set_up(
+def _models_and_exam(
     config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig
 ) -> tuple[dict[str, Transformer], Exam]:
-    if not config.checkpoints:
-        shape = replace(shape, eos_token_id=NO_EOS)
-        sizes = {"causal": 0, "full": 0, "block": config.decoding_block_size}
-        models = {
-            kind: Transformer(replace(shape, attention=attention, block_size=sizes[attention]))
-            for kind, attention in KINDS.items()
-        }
-        drawn = torch.Generator().manual_seed(runtime.seed)
-        size = config.decoding_questions, config.decoding_prompt_tokens
-        others = torch.arange(4, shape.vocab_size)
-        prompts = others[torch.randint(len(others), size, generator=drawn)].tolist()
-        return {kind: model.to(runtime.torch_device).eval() for kind, model in models.items()}, Exam(
-            prompts, None, None
-        )
+    if config.checkpoints:
+        return _trained(config, runtime)
+    models = {}
+    for kind, attention in ATTENTION.items():
+        block_size = config.decoding_block_size if attention == "block" else 0
+        random = replace(shape, attention=attention, block_size=block_size, eos_token_id=NO_EOS)
+        models[kind] = Transformer(random).to(runtime.torch_device).eval()
+    size, ordinary = (config.decoding_questions, config.decoding_prompt_tokens), torch.arange(4, shape.vocab_size)
+    drawn = torch.randint(len(ordinary), size, generator=torch.Generator().manual_seed(runtime.seed))
+    return models, Exam(ordinary[drawn].tolist())
+
+
+def _trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> tuple[dict[str, Transformer], Exam]:
     tokenizer = load_tokenizer(config.decoding_tokenizer_dir)
-    asked = sorted(
-        read_asked(bundled_file("questions"), "questions"), key=lambda one: content_hash(f"{one.text}\n{one.reference}")
+    questions = sorted(
+        read_asked(bundled_file("questions"), "questions"),
+        key=lambda question: content_hash(f"{question.text}\n{question.reference}"),
     )[: config.decoding_questions]
-    prompts = [encode_chat(tokenizer, [{"role": "user", "content": one.text}], True) for one in asked]
+    prompts = [encode_chat(tokenizer, [{"role": "user", "content": question.text}], True) for question in questions]
     longest = max(map(len, prompts)) + max(config.decoding_new_tokens, config.decoding_naive_tokens or 0)
     models = {}
     for kind, path in config.checkpoints.items():
         models[kind] = load_for_use(path, tokenizer, longest, runtime).model.eval()
-        if models[kind].config.attention != KINDS[kind]:
-            found = models[kind].config.attention
-            raise ValueError(f"{path}, given as --decoding-{kind.lower()}, has {found} attention, not {KINDS[kind]}")
-    return models, Exam(prompts, [one.wanted for one in asked], tokenizer)
+        attention = models[kind].config.attention
+        if attention != ATTENTION[kind]:
+            raise ValueError(
+                f"{path}, given as --decoding-{kind.lower()}, has {attention} attention, not {ATTENTION[kind]}"
+            )
+    return models, Exam(prompts, [question.wanted for question in questions], tokenizer)
 
 
-Decoder = Callable[[list[list[int]], torch.device], Decoded]  # prompts -> their answers
+@dataclass
+class Case:
+    """A decoder, which writes into a canvas of so many new tokens; called, it answers all prompts."""
+
+    model: Transformer
+    decoder: Callable[[Canvas], Decoded]
+    new_tokens: int
+    answers: list[Decoded] = field(default_factory=list)  # the last ones
+
+    def answer(self, prompts: list[list[int]], batch_size: int, runtime: RuntimeConfig) -> None:
+        self.answers.clear()
+        with runtime.autocast():  # one for all batches: it casts the weights anew whenever it is entered
+            for i in range(0, len(prompts), batch_size):
+                batch = prompts[i : i + batch_size]
+                canvas = Canvas.continuing(batch, self.new_tokens, self.model.config, runtime.torch_device)
+                self.answers.append(self.decoder(canvas))
 
 
-def _decoders(config: DecodingBenchmarkConfig, kind: str, model: Transformer, trained: bool) -> dict[str, Decoder]:
-    def sampler(settings: SamplingConfig | DenoisingConfig) -> Decoder:
-        def decoder(prompts: list[list[int]], device: torch.device) -> Decoded:
-            canvas = Canvas.continuing(prompts, config.decoding_new_tokens, model.config, device)
-            return fill(model, canvas, settings, range(len(prompts)))
+def _cases(config: DecodingBenchmarkConfig, kind: str, model: Transformer, trained: bool) -> dict[str, Case]:
+    def decoder(settings: SamplingConfig | DenoisingConfig) -> Callable[[Canvas], Decoded]:
+        return lambda canvas: fill(model, canvas, settings, range(len(canvas.ids)))
 
-        return decoder
-
-    def full_passes(prompts: list[list[int]], device: torch.device) -> Decoded:
+    samplers = config.samplers(kind, trained)
+    cases = {name: Case(model, decoder(settings), config.decoding_new_tokens) for name, settings in samplers.items()}
+    if kind == "diffusion":
         new_tokens = config.decoding_naive_tokens or config.decoding_new_tokens
-        return naive(model, Canvas.continuing(prompts, new_tokens, model.config, device), NAIVE_STEPS)
-
-    found = {name: sampler(settings) for name, settings in config.samplers(kind, trained).items()}
-    return found | ({_NAIVE: full_passes} if kind == "diffusion" else {})
-
-
-_NAIVE = f"{NAIVE_STEPS} full forward passes"
-
-
-def _case(
-    decoder: Decoder, prompts: list[list[int]], batch_size: int, runtime: RuntimeConfig, made: list[Decoded]
-) -> Callable[[], None]:
-    def case() -> None:
-        made.clear()
-        with runtime.autocast():  # one for all: it casts the weights anew whenever it is entered
-            for first in range(0, len(prompts), batch_size):
-                made.append(decoder(prompts[first : first + batch_size], runtime.torch_device))
-
-    return case
+        cases[NAIVE] = Case(model, lambda canvas: naive(model, canvas, NAIVE_STEPS), new_tokens)
+    return cases
 
 
 @torch.no_grad()
@@ -231,50 +235,48 @@ def _up_to_eos(ids: Tensor, opened: Tensor, eos: int, passes: int) -> Decoded:
     return Decoded(ids, new, ended, passes, [passes] * len(new))
 
 
-def _figures(exam: Exam, made: list[Decoded]) -> dict[str, Any]:
-    new = [tokens for decoded in made for tokens in decoded.new]
-    number, passes = len(new), sum(sum(decoded.row_passes) for decoded in made)
+def _figures(exam: Exam, answers: list[Decoded]) -> dict[str, Any]:
+    new = [tokens for decoded in answers for tokens in decoded.new]
+    number, passes = len(new), sum(sum(decoded.row_passes) for decoded in answers)
     right = low = high = None
     if exam.wanted is not None:
         texts = [decode(exam.tokenizer, tokens) for tokens in new]
         right = sum(map(is_correct, texts, exam.wanted)) / number
         low, high = wilson(right, number)
-    return {
-        "right": right,
-        "right_low": low,
-        "right_high": high,
-        "passes": passes / number,
-        "tokens": sum(map(len, new)) / number,
-    }
+    tokens = sum(map(len, new)) / number
+    return {"right": right, "right_low": low, "right_high": high, "passes": passes / number, "tokens": tokens}
 
 
-def _compared(rows: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
-    """The rows of one batch size, `number` answers in each, with their tokens per second and its ratios."""
-    rows = [row | {"tokens_per_second": row["tokens"] * number / row["seconds"]} for row in rows]
-    fastest = {
-        name: max((row["tokens_per_second"] for row in rows if chosen(row)), default=None)
-        for name, chosen in (("of_ar", lambda row: row["kind"] == "AR"), ("of_naive", lambda r: r["policy"] == _NAIVE))
-    }
-    return [
-        row | {name: row["tokens_per_second"] / best if best else None for name, best in fastest.items()}
-        for row in rows
-    ]
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one batch size with the ratios of their tokens per second to those of the fastest baselines."""
+    ar = max((row["tokens_per_second"] for row in rows if row["kind"] == "AR"), default=None)
+    full = max((row["tokens_per_second"] for row in rows if row["policy"] == NAIVE), default=None)
+    for row in rows:
+        row["of_ar"] = row["tokens_per_second"] / ar if ar else None
+        row["of_naive"] = row["tokens_per_second"] / full if full else None
+    return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    lines = [
-        "| model | policy | batch | dtype | right | passes per answer | tokens per answer | ms per batch | tokens/s "
-        f"| of AR's | of {_NAIVE} |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        right = "-" if row["right"] is None else "{right:.3f} [{right_low:.3f}, {right_high:.3f}]".format(**row)
-        ratios = ["-" if row[name] is None else f"{row[name]:.2f}" for name in ("of_ar", "of_naive")]
-        cells = [row["kind"], row["policy"], row["batch_size"], row["dtype"], right, f"{row['passes']:.1f}"]
-        cells += [f"{row['tokens']:.1f}", f"{row['latency_seconds'] * 1e3:.1f} +- {100 * row['spread']:.0f} %"]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{row['tokens_per_second']:,.0f}", *ratios])) + " |")
+    """Markdown, a line for each sampler, batch size and dtype."""
+    columns = {
+        "model": lambda row: row["kind"],
+        "policy": lambda row: row["policy"],
+        "batch": lambda row: row["batch_size"],
+        "dtype": lambda row: row["dtype"],
+        "right": _right,
+        "passes per answer": lambda row: f"{row['passes']:.1f}",
+        "tokens per answer": lambda row: f"{row['tokens']:.1f}",
+        "ms per batch": lambda row: f"{row['latency_seconds'] * 1e3:.1f} +- {100 * row['spread']:.0f} %",
+        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+        "of AR's": lambda row: "-" if row["of_ar"] is None else f"{row['of_ar']:.2f}",
+        f"of {NAIVE}": lambda row: "-" if row["of_naive"] is None else f"{row['of_naive']:.2f}",
+    }
     note = "Greedy; the ratios are to the fastest of their kind at that batch size."
     if any(row["right"] is None for row in rows):
         note += " Random weights: only the cost of a pass means anything, so policies that stop early are left out."
-    return "\n".join([*lines, "", note])
+    return f"{markdown(rows, columns)}\n\n{note}"
+
+
+def _right(row: dict[str, Any]) -> str:
+    return "-" if row["right"] is None else "{right:.3f} [{right_low:.3f}, {right_high:.3f}]".format(**row)

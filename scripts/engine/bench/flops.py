@@ -1,10 +1,12 @@
-"""Floating-point operations that a training step needs, counted from what is in it; a multiply and an add are two.
+"""Floating-point operations: those that a training step needs, and the most of them that this device makes of a matrix
+product. A multiply and an add are two.
 
 "Needs" is strict: no padding, no pair of positions of which one does not see the other, no logits nor last layer where
-nothing is scored, nothing computed twice. A backward pass is two forward ones, by inputs and by weights. Norms, softmax
-and other elementwise work is left out, as is usual; so is the embedding, which only copies.
+nothing is scored, nothing computed twice. A backward pass is two forward passes, by inputs and by weights. Norms,
+softmax and other elementwise work is left out, as is usual; so is the embedding, which only copies.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,22 +14,32 @@ from torch import Tensor
 
 from model.attention_mask import block_causal_mask, block_diffusion_mask, document_mask
 from model.config import ModelConfig
+from scripts.engine.bench.timing import markdown, take_turns
 
 FORWARD_AND_BACKWARD = 3
+# (rows, inner, columns): squares, and products as long as a batch and as wide as a layer. The best counts.
+SHAPES = {
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (4096, 512, 2816), (4096, 1024, 1024)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)),
+}
+DTYPES = ("float32", "bfloat16")
+ROUNDS = 7
 
 
 def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     """Of one forward and backward pass over a batch as `prepare` of NextToken or MaskedDiffusion made it."""
-    seen, scored = visible_keys(prepared), scored_queries(prepared)
-    kv_size = config.num_key_value_heads * config.head_dim
-    keys_and_values = 2 * config.hidden_size * kv_size
-    rest = 2 * config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size  # Q, O, MLP
-    positions, wanted = int((seen > 0).sum()), int(scored.sum())
-    inner = config.num_hidden_layers - 1
-    weights = positions * (inner + 1) * keys_and_values + (inner * positions + wanted) * rest
-    head = wanted * config.hidden_size * config.vocab_size
-    pairs = inner * int(seen.sum()) + int(seen[scored].sum())
-    return FORWARD_AND_BACKWARD * (2 * (weights + head) + 4 * config.hidden_size * pairs)
+    keys, scored = visible_keys(prepared), scored_queries(prepared)
+    num_positions, num_scored = int((keys > 0).sum()), int(scored.sum())
+    width, inner_layers = config.hidden_size, config.num_hidden_layers - 1
+    # Weights that every position meets in a layer, and those that the last layer applies at scored ones only.
+    keys_and_values = 2 * width * config.num_key_value_heads * config.head_dim
+    queries_output_mlp = 2 * width**2 + 3 * width * config.intermediate_size
+    weights = num_positions * (inner_layers + 1) * keys_and_values
+    weights += (inner_layers * num_positions + num_scored) * queries_output_mlp
+    weights += num_scored * width * config.vocab_size  # the head
+    # Each pair of a query and a key: a product of queries and keys, and one of probabilities and values.
+    pairs = inner_layers * int(keys.sum()) + int(keys[scored].sum())
+    return FORWARD_AND_BACKWARD * (2 * weights + 4 * width * pairs)
 
 
 def visible_keys(prepared: dict[str, Any]) -> Tensor:
@@ -51,3 +63,40 @@ def scored_queries(prepared: dict[str, Any]) -> Tensor:
     scored = torch.zeros(rows, halves * length, dtype=torch.bool)
     scored[prepared["positions"] // length, prepared["positions"] % length] = True
     return scored
+
+
+def measure_peak(device: torch.device) -> list[dict[str, Any]]:
+    """The median operations per second of every shape in both precisions."""
+    shapes = SHAPES.get(device.type, SHAPES["cpu"])
+    cases = {(dtype, shape): _product(device, getattr(torch, dtype), *shape) for dtype in DTYPES for shape in shapes}
+    timings = take_turns(cases, ROUNDS, 2, device)
+    return [
+        {
+            "dtype": dtype,
+            "shape": "x".join(map(str, shape)),
+            "flops_per_second": 2 * shape[0] * shape[1] * shape[2] / timing.median,
+            "spread": timing.spread,
+        }
+        for (dtype, shape), timing in timings.items()
+    ]
+
+
+def _product(device: torch.device, dtype: torch.dtype, rows: int, inner: int, columns: int) -> Callable[[], Tensor]:
+    a, b = (torch.randn(*shape, device=device).to(dtype) for shape in ((rows, inner), (columns, inner)))
+    out = torch.empty(rows, columns, device=device, dtype=dtype)  # memory that is new to the system is slow to write
+    return lambda: torch.mm(a, b.T, out=out)
+
+
+def best(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The most operations per second, by dtype."""
+    return {dtype: max(row["flops_per_second"] for row in rows if row["dtype"] == dtype) for dtype in DTYPES}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown, a line for each product."""
+    columns = {
+        "precision": lambda row: row["dtype"],
+        "product": lambda row: row["shape"],
+        "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.0f} +- {row['spread']:.0%}",
+    }
+    return markdown(rows, columns)

@@ -5,9 +5,9 @@ Rows are one random document each, and full; nothing is compiled, which would ta
 
 import math
 import sys
+from bisect import bisect_left
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from dataset.order import RowOrder
 from model.config import ModelConfig
 from model.transformer import Transformer
+from scripts.engine.bench.timing import markdown, take_turns
 from scripts.engine.bench.training import OURS, Case, Setting
 
 LAYERS_PER_WIDTH = 8 / 512  # of the default shape, kept at every size
@@ -57,39 +58,43 @@ class RandomRows:
         return {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool)}
 
 
+class Point(NamedTuple):
+    """A shape, and the batches that it is trained on."""
+
+    along: str  # what is varied: length, batch or parameters
+    shape: ModelConfig
+    length: int
+    batch_size: int
+
+
 def measure_scaling(setting: Setting, config: ScalingBenchmarkConfig) -> list[dict[str, Any]]:
-    """Every kind of --kinds along each of the three, the other two being those of the command line."""
-    length, batch, shape = setting.data.max_seq_len, setting.bench.batch_size, setting.shape
+    """A row for every kind of --kinds and every point along each of the three; the other two are the command line's."""
+    length, batch_size, shape = setting.data.max_seq_len, setting.bench.batch_size, setting.shape
     points = [
-        *(("length", shape, n, max(1, TOKENS_AT_LEAST // n)) for n in config.scaling_lengths),
-        *(("batch", shape, length, rows) for rows in config.scaling_batches),
-        *(("parameters", shape_of(millions, shape), length, batch) for millions in config.scaling_millions),
+        *(Point("length", shape, tokens, max(1, TOKENS_AT_LEAST // tokens)) for tokens in config.scaling_lengths),
+        *(Point("batch", shape, length, rows) for rows in config.scaling_batches),
+        *(Point("parameters", shape_of(number, shape), length, batch_size) for number in config.scaling_millions),
     ]
-    return list(chain.from_iterable(_measured(setting, kind, points) for kind in setting.bench.kinds))
+    return [_measured(setting, kind, point) for kind in setting.bench.kinds for point in points]
 
 
-def _measured(setting: Setting, kind: str, points: list[tuple]) -> list[dict[str, Any]]:
-    rows = []
-    for along, shape, length, batch in points:
-        print(f"{kind}: {length} tokens, {batch} rows, width {shape.hidden_size}", file=sys.stderr)
-        bench = replace(setting.bench, batch_size=batch)
-        source = RandomRows(length, shape.vocab_size)
-        case = Case(kind, replace(OURS, compiled=False), shape, source, bench, setting.runtime)
-        for _ in range(bench.rounds):
-            case.turn()
-        rows.append(
-            {
-                "kind": kind,
-                "along": along,
-                "tokens_per_row": length,
-                "rows": batch,
-                "parameters": case.network.num_parameters(),
-                "hidden_size": shape.hidden_size,
-                "layers": shape.num_hidden_layers,
-                **case.row(bench.rounds),
-            }
-        )
-    return rows
+def _measured(setting: Setting, kind: str, point: Point) -> dict[str, Any]:
+    """One case by itself: the largest ones leave no memory for another beside them."""
+    shape, rounds = point.shape, setting.bench.rounds
+    print(f"{kind}: {point.length} tokens, {point.batch_size} rows, width {shape.hidden_size}", file=sys.stderr)
+    bench, rows = replace(setting.bench, batch_size=point.batch_size), RandomRows(point.length, shape.vocab_size)
+    case = Case(kind, replace(OURS, compiled=False), shape, rows, bench, setting.runtime)
+    take_turns({kind: case.turn}, rounds, warm_up=0, device=setting.runtime.torch_device)
+    return {
+        "kind": kind,
+        "along": point.along,
+        "tokens_per_row": point.length,
+        "rows": point.batch_size,
+        "parameters": case.network.num_parameters(),
+        "hidden_size": shape.hidden_size,
+        "layers": shape.num_hidden_layers,
+        **case.row(rounds),
+    }
 
 
 def shape_of(millions: float, like: ModelConfig) -> ModelConfig:
@@ -105,21 +110,29 @@ def shape_of(millions: float, like: ModelConfig) -> ModelConfig:
         )
         for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM)
     ]
-    with torch.device("meta"):
-        return min(shapes, key=lambda shape: abs(math.log(Transformer(shape).num_parameters() / 1e6 / millions)))
+
+    def excess(shape: ModelConfig) -> float:
+        with torch.device("meta"):
+            return math.log(Transformer(shape).num_parameters() / 1e6 / millions)
+
+    first_larger = bisect_left(shapes, 0.0, key=excess)
+    return min(shapes[max(0, first_larger - 1) : first_larger + 1], key=lambda shape: abs(excess(shape)))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, a line for a point along length, batch or parameters, kinds side by side."""
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
-    heads = "".join(f" {kind} s per step | {kind} tokens/s | {kind} GFLOP/s |" for kind in kinds)
-    head = f"| along | parameters | tokens per row | rows |{heads}"
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for i, row in enumerate(of_kind := [row for row in rows if row["kind"] == kinds[0]]):
-        cells = [row["along"], f"{row['parameters'] / 1e6:.1f}M", str(row["tokens_per_row"]), str(row["rows"])]
-        for n in range(len(kinds)):
-            here = rows[n * len(of_kind) + i]
-            cells += [f"{here['seconds_per_step']:.3f}", f"{here['real_tokens_per_second']:,.0f}"]
-            cells.append(f"{here['flops_per_second'] / 1e9:,.0f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    points = zip(*([row for row in rows if row["kind"] == kind] for kind in kinds), strict=True)
+    columns = {
+        "along": lambda point: point[0]["along"],
+        "parameters": lambda point: f"{point[0]['parameters'] / 1e6:.1f}M",
+        "tokens per row": lambda point: point[0]["tokens_per_row"],
+        "rows": lambda point: point[0]["rows"],
+    }
+    for number, kind in enumerate(kinds):
+        columns |= {
+            f"{kind} s per step": lambda point, at=number: f"{point[at]['seconds_per_step']:.3f}",
+            f"{kind} tokens/s": lambda point, at=number: f"{point[at]['real_tokens_per_second']:,.0f}",
+            f"{kind} GFLOP/s": lambda point, at=number: f"{point[at]['flops_per_second'] / 1e9:,.0f}",
+        }
+    return markdown(points, columns)

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,32 +28,34 @@ from model.masked_diffusion import MaskedDiffusion
 from model.objective import NextToken, Objective
 from model.transformer import Transformer
 from scripts.engine.bench.flops import step_flops
-from scripts.engine.bench.timing import Timing, interleave, synchronise
-from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, peak_of, to_device
+from scripts.engine.bench.memory import peak_of
+from scripts.engine.bench.timing import Timing, markdown, synchronise, take_turns
+from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, to_device
 from scripts.engine.training.compiling import compile_layers
 from scripts.engine.training.loader import Rows
 from scripts.engine.training.optim import OptimConfig, make_optimizers, scale_and_clip
 
 KINDS = ("ar", "full", "block")
 PARTS = ("data", "forward", "backward", "optimizer")
+SECONDS = [f"{part}_seconds" for part in PARTS]
 
 
 @dataclass(frozen=True)
-class Made:
-    """How a step is made; what a field says is left out where it is False."""
+class Variant:
+    """How a step is made: the optimisations that are in it."""
 
     bfloat16: bool = True
     packing: bool = True
-    scored_logits: bool = True  # alone, in chunks, their gradient instead of them kept
+    scored_logits: bool = True  # logits at scored positions only, in chunks, their gradient kept instead of them
     compiled: bool = True
     explicit_attention: bool = True  # at short lengths on a CPU, instead of the fused kernel
     fused_optimizer: bool = True
     kept_memory: bool = True
 
 
-OURS = Made()
+OURS = Variant()
 # It keeps its memory, too: what one case gives back to the system, those beside it would have to ask for again.
-PLAIN = replace(Made(*[False] * 7), kept_memory=True)
+PLAIN = replace(Variant(*[False] * 7), kept_memory=True)
 WARM_UP = 2  # turns: the first compiles, and the allocator's store grows until it has room for every size
 
 
@@ -97,191 +99,209 @@ def plain_nats(network: Transformer, prepared: dict[str, Any]) -> Tensor:
     return (token_nats(logits, targets) * weight).sum()
 
 
+class Step(NamedTuple):
+    """What one step took and did."""
+
+    seconds: list[float]  # of each of PARTS
+    real_tokens: int
+    padded_tokens: int
+    flops: int
+
+
 class Case:
     """A model in training, a step at a time. Rows, noise and initial weights are the same in every case."""
 
-    def __init__(self, kind: str, made: Made, config: ModelConfig, rows: Rows, bench: TrainingBenchmarkConfig, runtime):
-        self.objective, self.made, self.rows, self.bench = objective_of(kind, bench.block_size), made, rows, bench
-        self.device, self.step_number = runtime.torch_device, 0
-        self.runtime = runtime if made.bfloat16 else replace(runtime, dtype="float32")
+    def __init__(
+        self,
+        kind: str,
+        variant: Variant,
+        config: ModelConfig,
+        rows: Rows,
+        bench: TrainingBenchmarkConfig,
+        runtime: RuntimeConfig,
+    ):
+        self.objective, self.variant = objective_of(kind, bench.block_size), variant
+        self.rows, self.batch_size = rows, bench.batch_size
+        self.runtime = runtime if variant.bfloat16 else replace(runtime, dtype="float32")
         self.order = rows.order(runtime.seed, bench.batch_size)
         torch.manual_seed(runtime.seed)
-        self.network = Transformer(config).to(self.device).train()
+        self.network = Transformer(config).to(runtime.torch_device).train()
         self.parameters = list(self.network.parameters())
         self.optimizers = make_optimizers(self.network, OptimConfig())
-        if not made.fused_optimizer:
-            groups = self.optimizers[0].param_groups
-            keys = {"params", "weight_decay"}
-            groups = [{k: v for k, v in group.items() if k in keys} for group in groups]
+        if not variant.fused_optimizer:
+            groups = [
+                {key: group[key] for key in ("params", "weight_decay")} for group in self.optimizers[0].param_groups
+            ]
             self.optimizers = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), foreach=False, fused=False)]
-        if made.compiled:
+        if variant.compiled:
             compile_layers(self.network)
-        self.parts, self.real, self.padded, self.flops = [], [], [], []
+        self.step_number, self.steps = 0, []
 
     def turn(self) -> None:
         """Two steps, of which the second counts: the first finds the caches and the allocator as another case left
         them."""
         with self._switched():
             self._step()
-            self._step()
+            self.steps.append(self._step())
 
-    def _step(self) -> None:
-        marks, count, device = [time.perf_counter()], self.bench.batch_size, self.device
-        batch = self.rows.batch(self.order(self.step_number * count, count))
-        noise = StepNoise(self.runtime.seed, self.step_number, count, width=self.rows.seq_len, progress=0.5)
-        host = self.objective.prepare(batch, self.network.config, noise)
+    def _step(self) -> Step:
+        device, config = self.runtime.torch_device, self.network.config
+        marks = [time.perf_counter()]
+
+        def mark() -> None:
+            synchronise(device)
+            marks.append(time.perf_counter())
+
+        batch = self.rows.batch(self.order(self.step_number * self.batch_size, self.batch_size))
+        noise = StepNoise(self.runtime.seed, self.step_number, self.batch_size, width=self.rows.seq_len, progress=0.5)
+        host = self.objective.prepare(batch, config, noise)
         prepared = to_device(host, device)
-        self._mark(marks)
+        mark()
         with self.runtime.autocast():
-            if self.made.scored_logits:
+            if self.variant.scored_logits:
                 nats = self.objective.loss(self.network, prepared).nats.sum()
             else:
                 nats = plain_nats(self.network, prepared)
-        self._mark(marks)
+        mark()
         (nats / batch["input_ids"].numel()).backward()
-        self._mark(marks)
+        mark()
         scale_and_clip(self.parameters, torch.ones((), device=device), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self._mark(marks)
-        self.parts.append([after - before for before, after in zip(marks, marks[1:], strict=False)])
-        self.real.append(int((batch["input_ids"] != self.network.config.pad_token_id).sum()))
-        self.padded.append(batch["input_ids"].numel())
-        self.flops.append(step_flops(self.network.config, host))
+        mark()
         self.step_number += 1
-
-    def _mark(self, marks: list[float]) -> None:
-        synchronise(self.device)
-        marks.append(time.perf_counter())
+        seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        real = int((batch["input_ids"] != config.pad_token_id).sum())
+        return Step(seconds, real, batch["input_ids"].numel(), step_flops(config, host))
 
     @contextmanager
     def _switched(self) -> Iterator[None]:
-        keep_freed_memory(self.made.kept_memory)
+        keep_freed_memory(self.variant.kept_memory)
         usual = model.attention.EXPLICIT_ATTENTION_KEYS
-        model.attention.EXPLICIT_ATTENTION_KEYS = usual if self.made.explicit_attention else 0
+        model.attention.EXPLICIT_ATTENTION_KEYS = usual if self.variant.explicit_attention else 0
         try:
             yield
         finally:
             model.attention.EXPLICIT_ATTENTION_KEYS = usual
 
     def row(self, rounds: int) -> dict[str, Any]:
-        """What is reported of the last `rounds` turns."""
-        last = slice(1 - 2 * rounds, None, 2)
-        parts = torch.tensor(self.parts[last], dtype=torch.float64)
-        timing = Timing(tuple(parts.sum(dim=1).tolist()))
-        seconds = timing.median
-        real, padded, flops = (sum(values[last]) / rounds for values in (self.real, self.padded, self.flops))
-        medians = parts.quantile(0.5, dim=0).tolist()
+        """The results of the last `rounds` turns: medians of seconds, means of counts."""
+        steps = self.steps[-rounds:]
+        timing = Timing(tuple(sum(step.seconds) for step in steps))
+        real, padded, flops = (sum(counts) / rounds for counts in list(zip(*steps, strict=True))[1:])
+        parts = torch.tensor([step.seconds for step in steps], dtype=torch.float64).quantile(0.5, dim=0).tolist()
         return {
-            "seconds_per_step": seconds,
+            "seconds_per_step": timing.median,
             "spread": timing.spread,
-            "real_tokens_per_second": real / seconds,
-            "padded_tokens_per_second": padded / seconds,
+            "real_tokens_per_second": real / timing.median,
+            "padded_tokens_per_second": padded / timing.median,
             "flops_per_step": flops,
-            "flops_per_second": flops / seconds,
-            **{f"{name}_seconds": value for name, value in zip(PARTS, medians, strict=True)},
+            "flops_per_second": flops / timing.median,
+            **dict(zip(SECONDS, parts, strict=True)),
         }
 
 
 @dataclass(frozen=True)
 class Setting:
-    """All that a case is built from, in a form that another process can be given."""
+    """All that a case is built from, in a form that can be sent to another process."""
 
     shape: ModelConfig
     data: PretrainData
     bench: TrainingBenchmarkConfig
     runtime: RuntimeConfig
 
-    def cases(self, kind: str, made: dict[str, Made]) -> dict[str, Case]:
+    def cases(self, kind: str, variants: dict[str, Variant]) -> dict[str, Case]:
         tokenizer = load_tokenizer(self.data.tokenizer_dir)
         config = replace(self.shape, **token_ids(tokenizer))
         rows = {
             packing: PretrainDataset(replace(self.data, packing=packing), tokenizer).train
-            for packing in {one.packing for one in made.values()}
+            for packing in {variant.packing for variant in variants.values()}
         }
         return {
-            name: Case(kind, one, config, rows[one.packing], self.bench, self.runtime) for name, one in made.items()
+            name: Case(kind, variant, config, rows[variant.packing], self.bench, self.runtime)
+            for name, variant in variants.items()
         }
 
-    def measured(self, kind: str, made: dict[str, Made]) -> dict[str, dict[str, Any]]:
-        """Rows by name; every case takes its turn in each round."""
-        torch._dynamo.reset()  # lest the shapes of another kind make these dynamic
-        cases, rounds = self.cases(kind, made), self.bench.rounds
-        for name in cases:
-            print(f"{kind}: {name}", file=sys.stderr)
-        interleave({name: case.turn for name, case in cases.items()}, rounds, WARM_UP, self.runtime.torch_device)
-        return {name: {"kind": kind, "case": name} | case.row(rounds) for name, case in cases.items()}
+    def measured(self, kind: str, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
+        """Rows by name. Every case takes its turn in each round; those that give memory back do so after the others."""
+        rows = {}
+        for kept_memory in (True, False):
+            torch._dynamo.reset()  # the shapes of another kind would make these dynamic
+            cases = self.cases(
+                kind, {n: variant for n, variant in variants.items() if variant.kept_memory == kept_memory}
+            )
+            print(f"{kind}: {'; '.join(cases)}", file=sys.stderr)
+            turns = {name: case.turn for name, case in cases.items()}
+            take_turns(turns, self.bench.rounds, WARM_UP, self.runtime.torch_device)
+            rows |= {name: {"kind": kind, "case": name} | case.row(self.bench.rounds) for name, case in cases.items()}
+        return rows
 
 
-def take_steps(setting: Setting, kind: str, made: Made) -> None:
+def take_steps(setting: Setting, kind: str, variant: Variant) -> None:
     """For `peak_of`."""
-    (case,) = setting.cases(kind, {"": made}).values()
-    case.turn()
+    setting.cases(kind, {"": variant})[""].turn()
 
 
 def measure_training(setting: Setting, peaks: dict[str, float]) -> list[dict[str, Any]]:
-    """Ours and the plain one, in turns, and the plain one by itself with the allocator as it is usually. peaks: matmul
-    operations per second, by dtype."""
-    rows, dtype = [], str(setting.runtime.torch_dtype).removeprefix("torch.")
+    """Ours, the plain one, and the plain one with the allocator's usual settings, of each kind.
+
+    peaks: operations per second of the best matrix product, by dtype.
+    """
+    ours = replace(OURS, compiled=setting.bench.compile)
+    variants = {"ours": ours, "plain": PLAIN, "plain, usual memory": replace(PLAIN, kept_memory=False)}
+    rows: list[dict[str, Any]] = []
     for kind in setting.bench.kinds:
-        made = {"ours": replace(OURS, compiled=setting.bench.compile), "plain": PLAIN}
-        usual = {"plain, usual memory": replace(PLAIN, kept_memory=False)}
-        found = setting.measured(kind, made) | setting.measured(kind, usual)
-        made |= usual
-        for name, row in found.items():
+        by_name = setting.measured(kind, variants)
+        for name, variant in variants.items():
             print(f"{kind}: memory of {name}", file=sys.stderr)
-            eager = replace(made[name], compiled=False)  # compiling takes memory of its own, once
+            row, eager = by_name[name], replace(variant, compiled=False)  # compiling takes memory of its own, once
             row["peak_bytes"] = peak_of(take_steps, setting.runtime.torch_device, setting, kind, eager)
-            row["mfu"] = row["flops_per_second"] / peaks[dtype if name == "ours" else "float32"]
-            row["speedup"] = row["real_tokens_per_second"] / found["plain"]["real_tokens_per_second"]
-        rows += found.values()
+            dtype = setting.runtime.dtype_name if variant.bfloat16 else "float32"
+            row["mfu"] = row["flops_per_second"] / peaks[dtype]
+            row["speedup"] = row["real_tokens_per_second"] / by_name["plain"]["real_tokens_per_second"]
+        rows += by_name.values()
     return rows
 
 
 def measure_ablation(setting: Setting) -> list[dict[str, Any]]:
-    """Ours, and ours with one thing left out; they take turns, but for the one that gives memory back."""
-    rows, ours = [], replace(OURS, compiled=setting.bench.compile)
-    made = {"ours": ours} | {
-        f"without {field.name.replace('_', ' ')}": replace(ours, **{field.name: False})
-        for field in fields(Made)
-        if getattr(ours, field.name)
-    }
-    unkept = made.popitem()  # by itself, and last
+    """Ours, and ours without one optimisation at a time, of each kind."""
+    ours = replace(OURS, compiled=setting.bench.compile)
+    names = [field.name for field in fields(Variant) if getattr(ours, field.name)]
+    variants = {"ours": ours} | {f"without {n.replace('_', ' ')}": replace(ours, **{n: False}) for n in names}
+    rows: list[dict[str, Any]] = []
     for kind in setting.bench.kinds:
-        found = setting.measured(kind, made) | setting.measured(kind, dict([unkept]))
-        for row in found.values():
-            row["worth"] = found["ours"]["real_tokens_per_second"] / row["real_tokens_per_second"]
-        rows += found.values()
+        by_name = setting.measured(kind, variants)
+        for row in by_name.values():
+            row["worth"] = by_name["ours"]["real_tokens_per_second"] / row["real_tokens_per_second"]
+        rows += by_name.values()
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
-    head = "| kind | case | s per step | real tokens/s | padded tokens/s | GFLOP/s |" + "".join(
-        f" {name} |" for name in (*PARTS, *EXTRA) if any(name in row or f"{name}_seconds" in row for row in rows)
-    )
-    lines = [head, "|" + "---|" * (head.count("|") - 1)]
-    for row in rows:
-        cells = [row["kind"], row["case"], f"{row['seconds_per_step']:.3f} +- {row['spread']:.0%}"]
-        cells += [f"{row[f'{name}_tokens_per_second']:,.0f}" for name in ("real", "padded")]
-        cells.append(f"{row['flops_per_second'] / 1e9:,.0f}")
-        whole = sum(row[f"{name}_seconds"] for name in PARTS)
-        cells += [f"{row[f'{name}_seconds'] / whole:.1%}" for name in PARTS]
-        cells += [form(row[name]) for name, form in EXTRA.items() if name in row]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *(NOTE if "mfu" in rows[0] else [])])
+    """Markdown, a line for each case."""
+    columns = {
+        "kind": lambda row: row["kind"],
+        "case": lambda row: row["case"],
+        "s per step": lambda row: f"{row['seconds_per_step']:.3f} +- {row['spread']:.0%}",
+        "real tokens/s": lambda row: f"{row['real_tokens_per_second']:,.0f}",
+        "padded tokens/s": lambda row: f"{row['padded_tokens_per_second']:,.0f}",
+        "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.0f}",
+    }
+    for name in PARTS:
+        columns[name] = lambda row, name=name: f"{row[f'{name}_seconds'] / sum(map(row.get, SECONDS)):.1%}"
+    columns |= {name: cell for name, cell in EXTRA.items() if name in rows[0]}
+    return markdown(rows, columns) + (NOTE if "mfu" in rows[0] else "")
 
 
-NOTE = [
-    "",
-    "mfu: operations that a step needs per second, as a share of the best product in that precision; needed are no",
-    "padding, no pair of positions that a mask hides, nothing twice, and for the backward pass two forward ones.",
-    "Peak memory is that of an eager step, also where the timed one is compiled.",
-]
 EXTRA = {
-    "mfu": lambda share: f"{share:.1%}",
-    "speedup": lambda ratio: f"{ratio:.2f}",
-    "peak_bytes": lambda number: f"{number / 2**30:.2f} GiB",
-    "worth": lambda ratio: f"{ratio:.2f}",
+    "mfu": lambda row: f"{row['mfu']:.1%}",
+    "speedup": lambda row: f"{row['speedup']:.2f}",
+    "peak_bytes": lambda row: f"{row['peak_bytes'] / 2**30:.2f} GiB",
+    "worth": lambda row: f"{row['worth']:.2f}",
 }
+NOTE = """
+
+mfu: operations that a step needs per second, as a share of the best product in that precision. Needed are no padding,
+no pair of positions that a mask hides, nothing twice, and two forward passes for the backward pass.
+Peak memory is that of an eager step, also if the timed one is compiled."""

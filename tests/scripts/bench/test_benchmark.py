@@ -1,6 +1,7 @@
 """A benchmark must measure what it says: the plain step computes our loss, and the operations are counted right."""
 
 import json
+import platform
 from dataclasses import replace
 
 import pytest
@@ -8,17 +9,18 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from dataset.pretrain import PretrainData
 from model.forward_process import StepNoise
 from model.masked_diffusion import MaskedDiffusion
 from model.objective import NextToken
-from scripts.engine.bench import peak as benchmark_peak
-from scripts.engine.bench import training as benchmark_training
-from scripts.engine.bench.flops import step_flops
+from model.transformer import Transformer
+from scripts.engine.bench import flops, training
+from scripts.engine.bench.memory import most_resident, peak_of
 from scripts.engine.bench.scaling import shape_of
-from scripts.engine.bench.timing import interleave
-from scripts.engine.bench.training import OURS, PLAIN, Case, Setting, TrainingBenchmarkConfig, plain_nats
+from scripts.engine.bench.timing import Timing, markdown, take_turns
+from scripts.engine.bench.training import OURS, PLAIN, Setting, TrainingBenchmarkConfig, plain_nats
 from scripts.engine.cli import run
-from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, most_resident, peak_of
+from scripts.engine.runtime import RuntimeConfig, keep_freed_memory
 from scripts.eval import benchmark
 from tests.conftest import TINY
 
@@ -62,7 +64,7 @@ def test_operations_are_those_that_a_counter_sees_where_nothing_is_masked_or_lef
     # Of the CPU's other kernels the counter knows nothing.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         KINDS[kind].loss(model, batch).nats.sum().backward()
-    found, counted = step_flops(model.config, batch), counter.get_total_flops()
+    found, counted = flops.step_flops(model.config, batch), counter.get_total_flops()
     if kind == "full":
         assert found == counted
     else:
@@ -76,13 +78,20 @@ def test_padding_and_unseen_positions_are_no_work(tiny_model):
         documents = torch.nn.functional.pad(alone, (0, 4), value=-1)
         of_padded, of_alone = prepared(kind, padded, documents), prepared(kind, ids, alone)
         of_padded["positions"] = of_alone["positions"]  # of the only row, so the same in either
-        assert step_flops(TINY, of_padded) == step_flops(TINY, of_alone)
+        assert flops.step_flops(TINY, of_padded) == flops.step_flops(TINY, of_alone)
 
 
 def test_cases_take_turns_and_warming_up_is_not_timed():
     calls = []
-    timings = interleave({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, warm_up=1)
-    assert calls == list("ab" * 3) and all(len(t.seconds) == 2 for t in timings.values())
+    timings = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, rounds=2, warm_up=1)
+    assert calls == list("ab" * 3) and all(len(timing.seconds) == 2 for timing in timings.values())
+    assert Timing((1.0, 2.0, 3.0, 4.0, 9.0)).median == 3 and Timing((1.0, 2.0, 3.0, 4.0, 9.0)).spread == 1 / 3
+
+
+def test_a_table_has_a_line_for_each_row():
+    columns = {"name": lambda row: row["name"], "double": lambda row: 2 * row["value"]}
+    lines = markdown([{"name": "a", "value": 1}, {"name": "b", "value": 2}], columns).splitlines()
+    assert lines == ["| name | double |", "| --- | --- |", "| a | 2 |", "| b | 4 |"]
 
 
 def test_a_peak_is_what_the_work_takes_and_not_what_the_process_had():
@@ -91,59 +100,65 @@ def test_a_peak_is_what_the_work_takes_and_not_what_the_process_had():
     assert 0.9 * 120e6 < taken < 1.5 * 120e6 and most_resident() > ballast.nbytes
 
 
-def test_the_allocator_can_be_told_to_keep_memory_where_it_is_glibcs(monkeypatch):
-    import platform
-
-    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
-    assert keep_freed_memory(False) == (platform.libc_ver()[0] == "glibc")
+def test_the_allocator_keeps_memory_if_it_is_glibcs():
+    glibc = platform.libc_ver()[0] == "glibc"
+    assert keep_freed_memory() == keep_freed_memory(False) == glibc
 
 
 @pytest.mark.parametrize("millions", [1, 10, 300])
 def test_shapes_of_a_size_are_about_that_size(millions):
+    shape = shape_of(millions, replace(TINY, vocab_size=6400))
     with torch.device("meta"):
-        from model.transformer import Transformer
-
-        found = Transformer(shape_of(millions, replace(TINY, vocab_size=6400))).num_parameters() / 1e6
-    assert 0.7 < found / millions < 1.4
+        assert 0.7 < Transformer(shape).num_parameters() / 1e6 / millions < 1.4
 
 
 @pytest.fixture
-def quick(monkeypatch):
-    monkeypatch.setattr(benchmark_peak, "SHAPES", {"cpu": ((64, 64, 64),)})
-    monkeypatch.setattr(benchmark_training, "peak_of", lambda *args: 1 << 30)
+def corpus(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("".join(f'{{"text": "document {i} {"word " * (i % 9)}"}}\n' for i in range(60)))
+    return path
 
 
-def flags(corpus, tmp_path):
-    shape = {"hidden-size": 32, "num-hidden-layers": 2, "num-attention-heads": 4, "max-seq-len": 32, "batch-size": 4}
-    shape = [part for name, value in shape.items() for part in (f"--{name}", str(value))]
-    return [*shape, "--rounds", "1", "--no-compile", "--data", str(corpus), "--cache-dir", str(tmp_path / "cache")]
+@pytest.fixture
+def measured(corpus, tmp_path, monkeypatch, capsys):
+    """measured(*flags) -> (the JSON, the output) of a run of the command on a tiny shape."""
+    monkeypatch.setattr(flops, "SHAPES", {"cpu": ((64, 64, 64),)})
+    monkeypatch.setattr(training, "peak_of", lambda *args: 1 << 30)
+    shape = "--hidden-size 32 --num-hidden-layers 2 --num-attention-heads 4 --max-seq-len 32 --batch-size 4"
+    argv = [*shape.split(), "--rounds", "1", "--no-compile", "--data", str(corpus), "--cache-dir", str(tmp_path)]
+
+    def measure(*flags):
+        out = tmp_path / "new" / "benchmark.json"
+        benchmark.main([*argv, *flags, "--json", str(out)])
+        return json.loads(out.read_text()), capsys.readouterr().out
+
+    return measure
 
 
-def test_the_command_measures_and_writes_what_it_says(quick, tmp_path, capsys):
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"text": "document {i} {"word " * (i % 9)}"}}\n' for i in range(60)))
-    out = tmp_path / "made" / "benchmark.json"
-    more = ["--scaling-lengths", "16", "--scaling-batches", "2", "--scaling-millions", "0.9", "--json", str(out)]
-    benchmark.main([*flags(corpus, tmp_path), "--parts", "scaling,training,ablation", *more])
-    found, shown = json.loads(out.read_text()), capsys.readouterr().out
-    assert set(found["results"]) == {"peak", "training", "ablation", "scaling"} and found["commit"]
-    training = found["results"]["training"]
-    assert [(row["kind"], row["case"]) for row in training] == [
+def test_the_command_measures_and_writes_what_it_says(measured):
+    points = ["--scaling-lengths", "16", "--scaling-batches", "2", "--scaling-millions", "0.9"]
+    written, shown = measured("--parts", "scaling,training", *points)
+    assert set(written["results"]) == {"peak", "training", "scaling"} and written["commit"]
+    rows = written["results"]["training"]
+    assert [(row["kind"], row["case"]) for row in rows] == [
         (kind, case) for kind in KINDS for case in ("ours", "plain", "plain, usual memory")
     ]
-    for row in training:
-        parts = sum(row[f"{name}_seconds"] for name in benchmark_training.PARTS)
-        assert row["seconds_per_step"] == pytest.approx(parts) and row["mfu"] > 0
+    for row in rows:
+        assert row["seconds_per_step"] == pytest.approx(sum(row[name] for name in training.SECONDS)) and row["mfu"] > 0
         assert row["real_tokens_per_second"] <= row["padded_tokens_per_second"]
-    ours, plain = training[:2]
+    ours, plain = rows[:2]
     assert ours["real_tokens_per_second"] > 0.95 * ours["padded_tokens_per_second"]  # packed
     assert plain["real_tokens_per_second"] < 0.8 * plain["padded_tokens_per_second"]  # padded
-    assert {row["case"] for row in found["results"]["ablation"] if row["kind"] == "ar"} == {"ours"} | {
-        f"without {name}"
-        for name in ("bfloat16", "packing", "scored logits", "explicit attention", "fused optimizer", "kept memory")
-    }
-    assert [row["along"] for row in found["results"]["scaling"]] == ["length", "batch", "parameters"] * 3
-    assert shown.count("| kind | case |") == 2 and "| along |" in shown
+    assert [row["along"] for row in written["results"]["scaling"]] == ["length", "batch", "parameters"] * 3
+    assert shown.count("| kind | case |") == 1 and shown.count("| along |") == 1
+
+
+def test_the_ablation_leaves_out_one_optimisation_at_a_time(measured):
+    written, shown = measured("--parts", "ablation", "--kinds", "ar")
+    names = ("bfloat16", "packing", "scored logits", "explicit attention", "fused optimizer", "kept memory")
+    rows = written["results"]["ablation"]
+    assert [row["case"] for row in rows] == ["ours", *(f"without {name}" for name in names)]
+    assert rows[0]["worth"] == 1 and "| worth |" in shown
 
 
 @pytest.mark.parametrize(
@@ -167,26 +182,22 @@ def test_what_cannot_be_measured_is_refused(wrong, capsys):
     assert exit.value.code == 2 and wrong[0] in capsys.readouterr().err
 
 
-def test_other_ways_of_making_a_step_move_the_weights_the_same_way(tmp_path):
+def test_other_ways_of_making_a_step_move_the_weights_the_same_way(corpus, tmp_path):
     """The plain one in float32, and ours; the same rows, packed, and the same noise."""
-    corpus = tmp_path / "corpus.jsonl"
-    corpus.write_text("".join(f'{{"text": "document {i} {"word " * (i % 9)}"}}\n' for i in range(60)))
-    from dataset.pretrain import PretrainData
-
     bench = TrainingBenchmarkConfig(batch_size=4, rounds=1, compile=False)
     data = PretrainData(data=corpus, max_seq_len=32, cache_dir=tmp_path / "cache")
     setting = Setting(TINY, data, bench, RuntimeConfig(device="cpu", dtype="bfloat16"))
     eager = replace(OURS, compiled=False)
-    made = {"ours": eager, "plain": replace(PLAIN, packing=True), "dense": replace(eager, scored_logits=False)}
-    cases = setting.cases("full", made)
-    weights = []
-    for case in cases.values():
-        assert isinstance(case, Case)
+    variants = {"ours": eager, "plain": replace(PLAIN, packing=True), "dense": replace(eager, scored_logits=False)}
+
+    def weights(case):
+        return torch.cat([parameter.detach().flatten() for parameter in case.network.parameters()])
+
+    start = weights(setting.cases("full", {"": eager})[""])
+    moves = {}
+    for name, case in setting.cases("full", variants).items():
         case.turn()
-        weights.append(torch.cat([p.detach().flatten() for p in case.network.parameters()]))
-    start = setting.cases("full", {"": eager})[""]
-    start = torch.cat([p.detach().flatten() for p in start.network.parameters()])
-    moved = [w - start for w in weights]
-    assert moved[0].norm() > 0
-    for other in moved[1:]:  # Adam's first step is the sign of the gradient: what is near zero may go either way
-        assert torch.nn.functional.cosine_similarity(moved[0], other, dim=0) > 0.8
+        moves[name] = weights(case) - start
+    assert moves["ours"].norm() > 0
+    for name in ("plain", "dense"):  # Adam's first step is the gradient's sign: what is near zero may go either way
+        assert torch.nn.functional.cosine_similarity(moves["ours"], moves[name], dim=0) > 0.8

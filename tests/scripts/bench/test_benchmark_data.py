@@ -1,13 +1,13 @@
 """The benchmark of the data pipeline: its corpora, one measurement, and the lines that it fits."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from dataset.corpus import bundled
-from scripts.engine.bench import data as benchmark_data
-from scripts.engine.bench.data import KINDS, DataBenchmarkConfig, measure, table
+from dataset.tokenizer import load_tokenizer
+from scripts.engine.bench import data
+from scripts.engine.bench.data import KINDS, DataBenchmarkConfig, build_cache, measure, read_epoch, table, write_corpus
 from tests.dataset.conftest import ROOT
 
 
@@ -16,41 +16,34 @@ def few_texts(monkeypatch):
     monkeypatch.setattr(bundled, "pretraining_rows", lambda: [{"text": f"sentence {i}."} for i in range(40)])
 
 
-def worked(capsys, phase: str, kind: str, corpus) -> dict:
-    benchmark_data._work(phase, kind, str(corpus), str(ROOT), "4")
-    return json.loads(capsys.readouterr().out)
-
-
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_measurement_counts_the_tokens_of_the_cache_and_the_batches_of_an_epoch(kind, tmp_path, capsys):
+def test_a_measurement_counts_the_tokens_of_the_cache_and_the_batches_of_an_epoch(kind, tmp_path):
     corpus = tmp_path / "corpus.jsonl"
-    benchmark_data._write(corpus, kind, 20_000)
-    build, read = (worked(capsys, phase, kind, corpus) for phase in ("build", "read"))
+    write_corpus(corpus, kind, 20_000)
+    build, read = build_cache(kind, corpus, ROOT), read_epoch(kind, corpus, ROOT, 4)
     tokens = sum(path.stat().st_size // 2 for path in (tmp_path / "cache").glob("*/*tokens"))
-    dataset = KINDS[kind].open(corpus, benchmark_data.load_tokenizer(ROOT))
     assert build["tokens"] == tokens > 3000 and build["seconds"] > 0
-    assert read["batches"] == len(dataset.train) // 4 + 1
-    for found in (build, read):
-        assert found["resident"] > 10**7 and (found["private"] is None or 10**6 < found["private"] <= found["resident"])
+    assert read["batches"] == len(KINDS[kind].open(corpus, load_tokenizer(ROOT)).train) // 4 + 1
+    for resident, private in (build["peaks"], read["peaks"]):
+        assert resident > 10**7 and (private is None or 10**6 < private <= resident)
 
 
 def test_a_larger_corpus_begins_with_a_smaller_one(tmp_path):
-    sizes = (3000, 9000)
-    for size in sizes:
-        benchmark_data._write(tmp_path / str(size), "pairs", size)
-    small, large = ((tmp_path / str(size)).read_bytes() for size in sizes)
+    for size in (3000, 9000):
+        write_corpus(tmp_path / str(size), "pairs", size)
+    small, large = ((tmp_path / str(size)).read_bytes() for size in (3000, 9000))
     assert large.startswith(small) and len(large) >= 9000
 
 
 def test_the_fitted_line_is_that_of_the_peaks(monkeypatch):
-    """Peaks that grow by two bytes for each byte, read from processes that are told nothing but the corpus."""
+    """Peaks that grow by two bytes for each byte, read from processes that are given nothing but the corpus."""
 
-    def pretended(phase, kind, corpus, *_):
-        size = Path(corpus).stat().st_size
-        slopes = {"resident": 5 * 10**6 + 2 * size, "private": None if phase == "read" else 10**6}
-        return {"tokens": 10, "seconds": 2.0, "batches": 7} | slopes
+    def pretended(work, kind, corpus, *_):
+        size = corpus.stat().st_size
+        peaks = (5 * 10**6 + 2 * size, None if work is read_epoch else 10**6)
+        return {"tokens": 10, "seconds": 2.0, "batches": 7, "peaks": peaks}
 
-    monkeypatch.setattr(benchmark_data, "_in_a_process", pretended)
+    monkeypatch.setattr(data, "in_own_process", pretended)
     rows = measure(DataBenchmarkConfig(data_kinds=("documents",), data_megabytes=(2, 1)))
     corpora = [row for row in rows if "corpus_bytes" in row]
     assert [row["corpus_bytes"] // 10**6 for row in corpora] == [1, 2]
@@ -64,9 +57,8 @@ def test_the_fitted_line_is_that_of_the_peaks(monkeypatch):
 
 
 def test_the_measuring_process_runs_on_its_own(tmp_path):
-    benchmark_data._write(tmp_path / "corpus.jsonl", "documents", 5000)
-    found = benchmark_data._in_a_process("build", "documents", str(tmp_path / "corpus.jsonl"), str(ROOT), "4")
-    assert found["tokens"] > 500
+    write_corpus(tmp_path / "corpus.jsonl", "documents", 5000)
+    assert data.in_own_process(build_cache, "documents", tmp_path / "corpus.jsonl", ROOT)["tokens"] > 500
 
 
 @pytest.mark.parametrize(

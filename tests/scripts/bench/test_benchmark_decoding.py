@@ -76,15 +76,14 @@ def test_random_weights_have_a_fixed_number_of_passes_and_no_quality():
 
 def test_every_sampler_answers_the_same_questions_as_it_would_alone(checkpoints, monkeypatch):
     """Greedy answers do not depend on the batch; ratios are to the fastest of both precisions at that batch size."""
-    asked, answered = [], []
-    monkeypatch.setattr(benchmark, "is_correct", lambda text, wanted: asked.append(wanted) or is_correct(text, wanted))
-    case = benchmark._case
-    monkeypatch.setattr(benchmark, "_case", lambda *a: answered.append(a[1]) or case(*a))
+    wanted, prompts, answer = [], [], benchmark.Case.answer
+    monkeypatch.setattr(benchmark, "is_correct", lambda text, right: wanted.append(right) or is_correct(text, right))
+    monkeypatch.setattr(benchmark.Case, "answer", lambda case, *args: prompts.append(args[0]) or answer(case, *args))
     flags = SMALL | checkpoints | {"decoding_policies": ("threshold", "left_to_right"), "decoding_thresholds": (0.5,)}
     rows = measure(DecodingBenchmarkConfig(**flags), TINY, RUNTIME)
     found = by_sampler(rows)
     assert len(found) == 1 + 3 + 2 and len(rows) == 2 * len(found)
-    assert all(prompts == answered[0] for prompts in answered) and asked == asked[:3] * len(rows)
+    assert all(these == prompts[0] for these in prompts) and wanted == wanted[:3] * len(rows)
     for alone, together in found.values():
         assert [alone[name] for name in ("right", "passes", "tokens")] == [
             together[name] for name in ("right", "passes", "tokens")
@@ -130,7 +129,7 @@ def test_settings_that_cannot_be_are_refused(settings, words):
 
 
 def test_random_prompts_hold_no_special_token():
-    _, exam = benchmark._set_up(DecodingBenchmarkConfig(), TINY, RUNTIME)
+    _, exam = benchmark._models_and_exam(DecodingBenchmarkConfig(), TINY, RUNTIME)
     ids = torch.tensor(exam.prompts)
     special = [TINY.pad_token_id, TINY.bos_token_id, TINY.eos_token_id, TINY.mask_token_id]
     assert not torch.isin(ids, torch.tensor(special)).any() and len(ids.unique()) > 10
