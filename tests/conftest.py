@@ -9,8 +9,29 @@ import torch
 from model.config import ModelConfig
 from model.transformer import Transformer
 
-if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):  # which share the cores
-    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
+    torch.set_num_threads(1)
+
+# Files of more than some seconds, the longest first: they start first, so that the processes end together, and
+# `-m "not slow"` leaves them out.
+SLOW = (
+    "test_resume.py",
+    "test_readme.py",
+    "test_quickstart_learns.py",
+    "test_mutated_rows.py",
+    "test_crash.py",
+    "test_distributed.py",
+    "test_experiments.py",
+    "test_bundled.py",
+    "test_evaluation.py",
+    "test_benchmark.py",
+    "test_quickstart.py",
+    "test_invariance.py",
+    "test_dpo.py",
+    "test_benchmark_decoding.py",
+    "test_report.py",
+    "test_health.py",
+)
 
 TINY = ModelConfig(
     hidden_size=32,
@@ -20,6 +41,15 @@ TINY = ModelConfig(
     vocab_size=24,
     max_position_embeddings=64,
 )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(SLOW)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+    for item in items:
+        if item.path.name in places:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Bad data, tokenizers and checkpoints: one sentence that names the file, exit code 2, nothing written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from dataset.tokenizer import save_tokenizer, train_bpe
 from model.checkpoint import load_checkpoint
 from scripts.engine.files import read_log
-from scripts.eval import eval_diffusion, eval_minimind, likelihood
+from scripts.eval import likelihood
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind, train_tokenizer
 from tests.scripts.commands import EVALS, TRAINS
 
@@ -29,31 +30,27 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
-@pytest.mark.parametrize("name", TRAINS)
-def test_training_on_a_bad_file(name, kind, train_argv, refused, workspace):
-    content, words = BAD_FILES[kind]
+@pytest.fixture(params=BAD_FILES)
+def words(request, workspace):
+    """Words of the error for bad.jsonl, a file of each kind in turn."""
+    content, words = BAD_FILES[request.param]
     if content is not None:
         (workspace / "bad.jsonl").write_bytes(content)
+    return words
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_training_on_a_bad_file(name, words, train_argv, refused):
     refused(TRAINS[name], [*train_argv[name], "--data", "bad.jsonl"], "bad.jsonl", words)
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_evaluating_a_bad_file(kind, eval_argv, refused, workspace):
-    content, words = BAD_FILES[kind]
-    if content is not None:
-        (workspace / "bad.jsonl").write_bytes(content)
+def test_evaluating_a_bad_file(words, eval_argv, refused):
     for name, module in EVALS.items():
         refused(module, [*eval_argv[name], "--eval-data", "bad.jsonl"], "bad.jsonl", words)
 
 
-@pytest.mark.parametrize("kind", BAD_FILES)
-def test_character_mode_and_tokenizer_training_on_a_bad_file(kind, refused, workspace, train_argv):
-    content, words = BAD_FILES[kind]
-    if kind == "only empty texts":
-        words = "no text"
-    if content is not None:
-        (workspace / "bad.jsonl").write_bytes(content)
+def test_character_mode_and_tokenizer_training_on_a_bad_file(words, refused, workspace):
+    words = "no text" if words == "empty" else words
     refused(train_tokenizer, ["--data", "bad.jsonl", "--target-vocab-size", "300"], words)
     refused(diffusion, ["--train", "--data", "bad.jsonl", "--run-name", "x"], words)
 
@@ -171,54 +168,30 @@ def test_everything_held_out_for_validation(name, train_argv, refused):
 # -- tokenizers --------------------------------------------------------------------------------------------------------
 
 
-BAD_TOKENIZERS = {
-    "missing": "does not exist",
-    "empty": "holds no tokenizer.json",
-    "no config": "holds no tokenizer_config.json",
-    "not JSON": "tokenizer.json is not JSON",
-    "cut short": "tokenizer.json is not JSON",
-    "not a tokenizer": "tokenizer.json is not a tokenizer",
-    "not UTF-8": "tokenizer_config.json is not JSON",
-    "no EOS": "eos_token",
+BAD_TOKENIZERS = {  # files to write over those of a good directory, or to delete (None)
+    "missing": (None, "does not exist"),
+    "empty": ({"tokenizer.json": None, "tokenizer_config.json": None}, "holds no tokenizer.json"),
+    "no config": ({"tokenizer_config.json": None}, "holds no tokenizer_config.json"),
+    "not JSON": ({"tokenizer.json": lambda good: b"hello"}, "tokenizer.json is not JSON"),
+    "cut short": ({"tokenizer.json": lambda good: good[:500]}, "tokenizer.json is not JSON"),
+    "not a tokenizer": ({"tokenizer.json": lambda good: b'{"a": 1}'}, "tokenizer.json is not a tokenizer"),
+    "not UTF-8": ({"tokenizer_config.json": lambda good: b"\xff\xfe"}, "tokenizer_config.json is not JSON"),
+    "no EOS": ({"tokenizer_config.json": lambda good: good.replace(b'"eos_token"', b'"other"')}, "eos_token"),
 }
 
 
-@pytest.fixture
-def bad_tokenizer(workspace, tokenizer_dir):
-    def make(kind):
-        directory = workspace / "bad"
-        if kind == "missing":
-            return directory
-        directory.mkdir()
-        if kind == "empty":
-            return directory
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (directory / name).write_bytes((tokenizer_dir / name).read_bytes())
-        main, config = directory / "tokenizer.json", directory / "tokenizer_config.json"
-        if kind == "no config":
-            config.unlink()
-        elif kind == "not JSON":
-            main.write_text("hello")
-        elif kind == "cut short":
-            main.write_bytes(main.read_bytes()[:500])
-        elif kind == "not a tokenizer":
-            main.write_text('{"a": 1}')
-        elif kind == "not UTF-8":
-            config.write_bytes(b"\xff\xfe")
-        else:
-            config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "eos_token"}))
-        return directory
-
-    return make
-
-
 @pytest.mark.parametrize("kind", BAD_TOKENIZERS)
-def test_a_bad_tokenizer_directory(kind, bad_tokenizer, train_argv, eval_argv, refused):
-    flags = ["--tokenizer-dir", bad_tokenizer(kind)]
-    for name, module in TRAINS.items():
-        refused(module, [*train_argv[name], "--run-name", "new", *flags], "bad", BAD_TOKENIZERS[kind])
-    for name, module in EVALS.items():
-        refused(module, [*eval_argv[name], *flags], "bad", BAD_TOKENIZERS[kind])
+def test_a_bad_tokenizer_directory(kind, tokenizer_dir, workspace, train_argv, eval_argv, refused):
+    changes, words = BAD_TOKENIZERS[kind]
+    if changes is not None:
+        shutil.copytree(tokenizer_dir, "bad")
+        for name, change in changes.items():
+            path = workspace / "bad" / name
+            path.unlink() if change is None else path.write_bytes(change(path.read_bytes()))
+    for commands, argv in ((TRAINS, train_argv), (EVALS, eval_argv)):
+        for name, module in commands.items():
+            run = ["--run-name", "new"] if commands is TRAINS else []
+            refused(module, [*argv[name], *run, "--tokenizer-dir", workspace / "bad"], "bad", words)
 
 
 def test_another_tokenizer_than_the_one_trained_with(texts, workspace, train_argv, eval_argv, refused):
@@ -240,23 +213,19 @@ class Trap:
         return Path.touch, (Path("sprung"),)
 
 
-BAD_CHECKPOINTS = {
-    "missing": None,
-    "zero bytes": lambda good: b"",
-    "text": lambda good: b"hello\n",
-    "first half": lambda good: good[: len(good) // 2],
-    "all but the end": lambda good: good[:-100],
-    "code": lambda good: _file(Trap()),
-    "tensor": lambda good: _file(torch.zeros(3)),
-    "foreign dict": lambda good: _file({"epoch": 3, "note": "x"}),
-}
-
-
 def _file(value) -> bytes:
     torch.save(value, "made.tmp")
     content = Path("made.tmp").read_bytes()
     Path("made.tmp").unlink()
     return content
+
+
+BAD_CHECKPOINTS = {  # more kinds, for every reader, are in test_checkpoint_damage.py
+    "missing": None,
+    "first half": lambda good: good[: len(good) // 2],
+    "code": lambda good: _file(Trap()),
+    "foreign dict": lambda good: _file({"epoch": 3, "note": "x"}),
+}
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
@@ -273,12 +242,6 @@ def test_a_bad_checkpoint(kind, train_argv, eval_argv, refused, workspace):
         for resume in ("must", "auto"):
             refused(train_pretrain, [*train_argv["train_pretrain"], "--resume", resume], "weights/ar.pt")
     assert not Path("sprung").exists()
-
-
-def test_the_other_kind_of_checkpoint_names_the_command_for_it(eval_argv, refused):
-    ar, dm = ["--checkpoint", "weights/ar_state_dict.pt"], ["--checkpoint", "weights/dm_state_dict.pt"]
-    refused(eval_diffusion, [*eval_argv["eval_diffusion"], *ar], "ar_state_dict.pt", "scripts.eval.eval_minimind")
-    refused(eval_minimind, [*eval_argv["eval_minimind"], *dm], "dm_state_dict.pt", "scripts.eval.eval_diffusion")
 
 
 def test_generating_without_a_trained_run(refused, tokenizer_dir, train_argv, command):

@@ -16,12 +16,11 @@ import torch
 
 import scripts.eval
 import scripts.train
-from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine import cli
 from scripts.engine.training.run import SILENT, TOLD, RunConfig
-from scripts.eval import eval_diffusion, eval_minimind, likelihood
+from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import module_of
 
@@ -186,45 +185,6 @@ def test_the_commands_in_a_docstring_parse_and_fail_for_want_of_their_files_only
         assert re.search(r"does not exist|there is no|holds no", result.err), result.err
 
 
-# The project's published commands (README.md), shortened in nothing but their prompts.
-PUBLISHED = """
-scripts.train.train_pretrain --data ./dataset/pretrain_hq.jsonl --jsonl-field text --tokenizer-dir .
-  --run-name minimind_pretrain --hidden-size 512 --num-hidden-layers 8 --num-attention-heads 8
-  --max-seq-len 256 --epochs 1 --batch-size 96
-scripts.eval.eval_minimind --checkpoint weights/minimind_pretrain_state_dict.pt --tokenizer-dir .
-  --prompt "请介绍你自己。" --max-new-tokens 200
-scripts.train.diffusion --train --use-tokenizer --data ./dataset/pretrain_hq.jsonl
-  --inference-rope-scaling --learning-rate 4e-4 --warmup-steps 2000 --min-lr-ratio 0.025 --mask-schedule iid_t
-  --repeat-penalty-weight 0 --init-from-minimind weights/minimind_pretrain_state_dict.pt
-  --run-name diffusion_from_ar_eq3 --early-stop-patience 5 --early-stop-min-delta 0.001 --max-iters 40000
-  --batch-size 96
-scripts.eval.eval_diffusion --checkpoint weights/diffusion_from_ar_eq3.pt --tokenizer-dir .
-  --seq-len 256 --prompt "请介绍你自己。" --max-new-tokens 200
-"""
-
-
-def published() -> list[tuple[str, list[str]]]:
-    lines = PUBLISHED.strip().replace("\n  ", " ").splitlines()
-    return [(module, rest) for module, *rest in map(shlex.split, lines)]
-
-
-def test_the_published_commands_run_one_after_the_other(command, workspace, tokenizer_dir):
-    """As written, but for a tiny shape and few steps: each finds what those before it wrote."""
-    (workspace / "dataset").mkdir()
-    (workspace / "corpus.jsonl").rename(workspace / "dataset" / "pretrain_hq.jsonl")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (workspace / name).write_bytes((tokenizer_dir / name).read_bytes())
-    tiny = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--batch-size", "4"]
-    for module, argv in published():
-        smaller = []
-        if module == "scripts.train.train_pretrain":
-            smaller = [*tiny, "--dtype", "float32"]
-        elif module == "scripts.train.diffusion":
-            smaller = ["--max-iters", "2", "--batch-size", "4", "--dtype", "float32"]
-        result = command(module_of(module), argv + smaller)
-        assert result.code == 0, (module, result.err)
-
-
 def test_a_command_in_a_process_of_its_own_reports_a_mistake_without_a_traceback(workspace):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "ascii"}
     line = [sys.executable, "-m", "scripts.eval.likelihood", "--checkpoint", "没有.pt", "--eval-data", "x.jsonl"]
@@ -234,12 +194,10 @@ def test_a_command_in_a_process_of_its_own_reports_a_mistake_without_a_traceback
 
 
 @pytest.mark.parametrize("module", [train_pretrain, diffusion])
-def test_documented_aliases_reach_their_fields(module, command, pretrain_argv, diffusion_argv):
-    argv = pretrain_argv if module is train_pretrain else diffusion_argv
-    run = argv[argv.index("--run-name") + 1]
-    argv = [*argv, "--lr", "0.00321", "--seq_len", "16", "--max_iters", "1"]
+def test_documented_aliases_reach_their_fields(module, command, train_argv):
+    argv = [*train_argv[module.__name__.rpartition(".")[2]], "--lr", "0.00321", "--seq_len", "16", "--max_iters", "1"]
     assert command(module, argv).code == 0
-    settings = load_checkpoint(Path(f"weights/{run}.pt"))["settings"]
+    settings = load_checkpoint(Path(f"weights/{argv[argv.index('--run-name') + 1]}.pt"))["settings"]
     assert (settings["learning_rate"], settings["max_seq_len"], settings["max_iters"]) == (0.00321, 16, 1)
 
 
@@ -254,93 +212,6 @@ def test_settings_that_may_change_are_settings():
         f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)
     }
     assert known >= SILENT | TOLD and not SILENT & TOLD
-
-
-# -- character mode and a tokenizer of the run's own -------------------------------------------------------------------
-
-
-@pytest.fixture
-def character_argv(workspace, tiny_flags, texts):
-    """Character-level training on a .txt file: no tokenizer directory at all."""
-    (workspace / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
-    flags = [*tiny_flags, "--train", "--run-name", "chars", "--max-new-tokens", "4", "--data", "corpus.txt"]
-    at = flags.index("--tokenizer-dir")
-    return flags[:at] + flags[at + 2 :]
-
-
-GENERATE = ["--run-name", "chars", "--max-new-tokens", "6", "--gen-steps", "3", "--max-seq-len", "32"]
-
-
-def test_character_mode_trains_and_generates(command, character_argv, texts):
-    assert command(diffusion, character_argv).code == 0
-    tokenizer = load_tokenizer(Path("weights/chars_tokenizer"))
-    assert len(tokenizer) == 16 + len(set("\n".join(texts)))
-    result = command(diffusion, [*GENERATE, "--prompt", "the cat"])
-    assert result.code == 0 and result.out.startswith("the cat│")
-    argv = ["--checkpoint", "weights/chars_state_dict.pt", "--tokenizer-dir", "weights/chars_tokenizer"]
-    result = command(
-        eval_diffusion, [*argv, "--prompt", "老朋友", "--max-new-tokens", "4", "--eval-data", "corpus.txt"]
-    )
-    assert result.code == 0 and "documents" in result.out
-
-
-def test_character_mode_resumes_with_its_own_tokenizer(command, character_argv):
-    assert command(diffusion, [*character_argv, "--max-iters", "5"]).code == 0
-    before = Path("weights/chars_tokenizer/tokenizer.json").read_bytes()
-    assert command(diffusion, [*character_argv, "--resume", "must"]).code == 0
-    assert Path("weights/chars_tokenizer/tokenizer.json").read_bytes() == before
-    assert load_checkpoint(Path("weights/chars.pt"))["step"] == 12
-
-
-def test_a_character_outside_the_vocabulary_is_named(command, character_argv, refused):
-    assert command(diffusion, character_argv).code == 0
-    refused(diffusion, [*GENERATE, "--prompt", "the € cat"], "€", "U+20AC")
-
-
-def test_a_refused_run_keeps_the_tokenizer_of_the_existing_one(command, character_argv, refused, workspace):
-    """With other data it would be another tokenizer, and the existing run worthless."""
-    assert command(diffusion, character_argv).code == 0
-    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
-    refused(diffusion, [*character_argv, "--data", "other.txt"], "--overwrite")
-
-
-@pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
-def test_a_preview_keeps_the_tokenizer_of_the_existing_run(flag, command, character_argv, workspace):
-    assert command(diffusion, character_argv).code == 0
-    before = Path("weights/chars_tokenizer/tokenizer.json").read_bytes()
-    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
-    assert command(diffusion, [*character_argv, "--data", "other.txt", flag]).code == 0
-    assert Path("weights/chars_tokenizer/tokenizer.json").read_bytes() == before
-
-
-def test_a_new_run_whose_closing_sample_is_impossible_writes_no_tokenizer(character_argv, refused):
-    refused(diffusion, [*character_argv, "--prompt", "the € cat"], "€", "U+20AC")
-
-
-def test_an_overwriting_run_that_is_refused_keeps_the_tokenizer_of_the_old_one(
-    command, character_argv, refused, workspace
-):
-    assert command(diffusion, character_argv).code == 0
-    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
-    argv = [*character_argv, "--data", "other.txt", "--overwrite", "--load-from", "missing.pt"]
-    refused(diffusion, argv, "missing.pt")
-
-
-def test_resume_must_without_a_run_writes_no_tokenizer(character_argv, refused):
-    refused(diffusion, [*character_argv, "--resume", "must"], "--resume must")
-
-
-def test_a_retrained_tokenizer_is_accepted_by_every_other_command(command, tiny_flags):
-    at = tiny_flags.index("--tokenizer-dir")
-    argv = tiny_flags[:at] + tiny_flags[at + 2 :]
-    argv += ["--train", "--use-tokenizer", "--retrain-tokenizer", "--target-vocab-size", "320", "--run-name", "own"]
-    assert command(diffusion, [*argv, "--max-new-tokens", "4"]).code == 0
-    own = ["--tokenizer-dir", "weights/own_tokenizer"]
-    assert len(load_tokenizer(Path("weights/own_tokenizer"))) == 320
-    use = ["--checkpoint", "weights/own_state_dict.pt", *own, "--eval-data", "corpus.jsonl", "--nmc", "1"]
-    assert command(eval_diffusion, use).code == 0
-    assert command(likelihood, use).code == 0
-    assert command(train_pretrain, [*tiny_flags, *own, "--max-iters", "1", "--run-name", "ar"]).code == 0
 
 
 # -- generation through the commands -----------------------------------------------------------------------------------
@@ -370,25 +241,16 @@ def test_every_prompt_comes_back_as_it_was_given(prompt, trained, command):
         assert "<|mask|>" not in generation["text"]
 
 
-def hot(module) -> list[str]:
-    """Flags under which the seed decides the text."""
-    if module is eval_minimind:
-        return ["--prompt", "the", "--ar-temperature", "5", "--ar-top-k", "0"]
-    return ["--prompt", "the", "--gen-temp", "5", "--gen-top-k", "0"]
-
-
-def test_generation_repeats_with_its_seed(trained, command):
+def test_generation_repeats_with_its_seed_which_is_that_of_the_command_unless_it_has_its_own(trained, command):
     for module, argv in trained:
-        one, two, other = (command(module, [*argv, *hot(module), "--gen-seed", seed]).out for seed in ("0", "0", "2"))
-        assert one.splitlines()[0] == two.splitlines()[0] != other.splitlines()[0]
+        name = "ar-temperature" if module is eval_minimind else "gen-temp"
+        argv = [*argv, "--prompt", "the", f"--{name}", "5", f"--{name.partition('-')[0]}-top-k", "0"]
 
+        def text(*seed, module=module, argv=argv):
+            return command(module, [*argv, *seed]).out.splitlines()[0]
 
-def test_generation_takes_the_seed_of_the_command_unless_it_has_its_own(trained, command):
-    for module, argv in trained:
-        argv = [*argv, *hot(module)]
-        seeds = (["--gen-seed", "2"], ["--seed", "2"], ["--seed", "1", "--gen-seed", "2"], ["--seed", "1"])
-        said = [command(module, [*argv, *more]).out.splitlines()[0] for more in seeds]
-        assert said[0] == said[1] == said[2] != said[3]
+        assert text("--gen-seed", "2") == text("--gen-seed", "2") == text("--seed", "2")
+        assert text("--gen-seed", "2") == text("--seed", "1", "--gen-seed", "2") != text("--seed", "1")
 
 
 def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):

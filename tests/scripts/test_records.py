@@ -1,10 +1,12 @@
 """Every file of a result says what it depends on, and truly; it appears whole; the same command writes it again."""
 
+import functools
 import hashlib
 import importlib.metadata
 import io
 import json
 import math
+import operator
 import platform
 import shlex
 import shutil
@@ -101,9 +103,9 @@ def place(workspace, weights_of_one_step, texts, monkeypatch):
 
 @pytest.fixture
 def run(place, command, tokenizer_dir, monkeypatch):
-    """run(name) -> (what was typed, what the command wrote)."""
+    """run(name) -> (the arguments of a command, the JSON that it wrote)."""
 
-    def of(name):
+    def start(name):
         module, argv, _, where = COMMANDS[name]
         argv = [*argv, "--tokenizer-dir", str(tokenizer_dir), *COMMON]
         monkeypatch.setattr(sys, "stdin", io.StringIO("a\nb\n/trace c.json\n"))
@@ -111,7 +113,7 @@ def run(place, command, tokenizer_dir, monkeypatch):
         assert result.code == 0, result.err
         return argv, json.loads(result.out if where == "stdout" else Path(where).read_text(encoding="utf-8"))
 
-    return of
+    return start
 
 
 def sha256(path):
@@ -119,24 +121,24 @@ def sha256(path):
 
 
 def commit():
-    """Of the code under test; None where there is no repository."""
-    asked = ["git", "rev-parse", "HEAD"]
-    found = subprocess.run(asked, cwd=Path(files.__file__).parent, capture_output=True, text=True)
-    return found.stdout.strip() if found.returncode == 0 else None
+    """That of the code under test; "unknown" if there is no repository."""
+    line = ["git", "rev-parse", "HEAD"]
+    head = subprocess.run(line, cwd=Path(files.__file__).parent, capture_output=True, text=True)
+    return head.stdout.strip() if head.returncode == 0 else "unknown"
 
 
 def assert_provenance(record, seed):
     assert {name: record[name] for name in VERSIONS} == {name: importlib.metadata.version(name) for name in VERSIONS}
     assert record["python"] == platform.python_version() and record["processor"]
     assert record["device"].startswith("cpu (") and record["dtype"] == "float32" and record["seed"] == seed
-    assert (commit() or "unknown").startswith(record["commit"].rstrip("+"))
+    assert commit().startswith(record["commit"].rstrip("+"))
 
 
-def test_the_processor_is_named_where_the_system_names_it():
-    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
-    if "model name" not in told:
+def test_the_processor_is_named_if_the_system_names_it():
+    names = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    if "model name" not in names:
         pytest.skip("this system names no model")
-    assert f": {runtime.provenance(RuntimeConfig(device='cpu'))['processor']}\n" in told
+    assert f": {runtime.provenance(RuntimeConfig(device='cpu'))['processor']}\n" in names
 
 
 def test_the_commit_is_that_of_the_projects_own_repository_and_marked_where_code_differs(tmp_path):
@@ -163,40 +165,47 @@ def test_the_commit_is_that_of_the_projects_own_repository_and_marked_where_code
     assert runtime._commit(tmp_path) == head + "+"
 
 
+TIMED = "seconds", "tokens_per_second"
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {name: without_seconds(entry) for name, entry in value.items() if name not in TIMED}
+    return [without_seconds(entry) for entry in value] if isinstance(value, list) else value
+
+
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_result_says_what_it_depends_on(name, run, tokenizer):
+def test_a_result_says_what_it_depends_on_and_comes_again_to_the_last_digit(name, run, tokenizer):
     module, _, judged, _ = COMMANDS[name]
-    argv, found = run(name)
-    if name in ("trace", "chat"):
-        found = found["traces"][-1]["info"]["record"]
-    assert_provenance(found, 7)
-    assert shlex.split(found["command"]) == ["uv", "run", "python", "-m", module.__name__, *argv]
-    assert found["tokenizer"] == fingerprint(tokenizer)
+    argv, written = run(name)
+    if name not in ("likelihood", "one prompt", "benchmark", "chat"):
+        assert without_seconds(run(name)[1]) == without_seconds(written)
+    record = written["traces"][-1]["info"]["record"] if name in ("trace", "chat") else written
+    assert_provenance(record, 7)
+    assert shlex.split(record["command"]) == ["uv", "run", "python", "-m", module.__name__, *argv]
+    assert record["tokenizer"] == fingerprint(tokenizer)
     stages = {path: load_checkpoint(Path(path))["stage"] for path in judged}
     expected = [{"checkpoint": path, "sha256": sha256(path), "stage": stages[path]} for path in judged]
-    assert found["checkpoints"] == expected
+    assert record["checkpoints"] == expected
     data = {part: sha256(part) for arg in argv for part in arg.split(",") if part in ("corpus.jsonl", "chats.jsonl")}
-    assert found["data_sha256"] == (data if name == "report" else next(iter(data.values()), None))
-    settings = found["settings"]
+    assert record["data_sha256"] == (data if name == "report" else next(iter(data.values()), None))
+    settings = record["settings"]
     assert settings["seed"] == 7 and settings["dtype"] == "float32" and settings["device"] == "cpu"
     if "--gen-seed" in argv:
         assert (settings["gen_seed"], settings["max_new_tokens"]) == (3, 5)
+    for (command, *way), expected in SAMPLED.items():
+        if command == name:
+            assert expected.items() <= functools.reduce(operator.getitem, way, written).items()
 
 
-def test_the_sampler_is_recorded_with_what_was_left_to_the_checkpoint(run):
-    for name in ("eval_diffusion", "one prompt"):
-        settings = run(name)[1]["settings"]
-        assert settings | {"gen_steps": 3, "gen_temp": 0.7, "gen_block_size": 8, "gen_cache": "none"} == settings
-    assert run("one prompt")[1]["settings"]["ar_temperature"] == 0.8
-    samplers = run("eval_sft")[1]["samplers"]
-    assert samplers["AR"]["ar_temperature"] == 0.8
-    assert samplers["low_confidence, 3 steps"]["gen_temp"] == 0.7
-
-
-def test_a_trace_of_a_chat_says_how_its_reply_was_sampled(run):
-    _, found = run("chat")
-    info = found["traces"][0]["info"]
-    assert (info["prompt"], info["gen_steps"], info["gen_temp"], info["gen_seed"]) == ("b", 3, 0.7, 4)
+DIFFUSION = {"gen_steps": 3, "gen_temp": 0.7, "gen_block_size": 8, "gen_cache": "none"}
+SAMPLED = {  # a command and the way to an entry of what it writes: settings, also those left to the checkpoint
+    ("eval_diffusion", "settings"): DIFFUSION,
+    ("one prompt", "settings"): DIFFUSION | {"ar_temperature": 0.8},
+    ("eval_sft", "samplers", "AR"): {"ar_temperature": 0.8},
+    ("eval_sft", "samplers", "low_confidence, 3 steps"): {"gen_temp": 0.7},
+    ("chat", "traces", 0, "info"): {"prompt": "b", "gen_steps": 3, "gen_temp": 0.7, "gen_seed": 4},  # the reply
+}
 
 
 def test_a_page_holds_the_record_and_shows_it_to_nobody(place, command, tokenizer_dir):
@@ -217,23 +226,6 @@ def test_a_run_says_in_its_log_and_checkpoint_what_it_depends_on(workspace, comm
         assert record["stage"] == "scripts.train.train_pretrain" and record["settings"]["seed"] == 9
         assert record["data"]["data_sha256"] and record["command"]
         assert record["tokenizer"] == fingerprint(tokenizer)
-
-
-TIMED = "seconds", "tokens_per_second"
-
-
-def without_seconds(value):
-    if isinstance(value, dict):
-        return {name: without_seconds(one) for name, one in value.items() if name not in TIMED}
-    return [without_seconds(one) for one in value] if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize(
-    "name", ["eval_minimind", "eval_diffusion", "eval_sft", "schedule_variance", "report", "trace"]
-)
-def test_the_same_command_gives_the_same_to_the_last_digit(name, run):
-    one, other = (without_seconds(run(name)[1]) for _ in range(2))
-    assert one == other and "settings" in json.dumps(one)
 
 
 TOKENIZER = "--tokenizer-dir", "t"

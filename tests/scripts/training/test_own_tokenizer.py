@@ -1,0 +1,77 @@
+"""Character mode, and a tokenizer of the run's own: it is trained, used and kept with the run."""
+
+from pathlib import Path
+
+import pytest
+
+from dataset.tokenizer import load_tokenizer
+from model.checkpoint import load_checkpoint
+from scripts.eval import eval_diffusion, likelihood
+from scripts.train import diffusion, train_pretrain
+
+TOKENIZER = Path("weights/chars_tokenizer")
+GENERATE = ["--run-name", "chars", "--max-new-tokens", "6", "--gen-steps", "3", "--max-seq-len", "32"]
+
+
+@pytest.fixture
+def character_argv(workspace, tiny_flags, texts):
+    """Character-level training on a .txt file: no tokenizer directory at all. other.txt has other characters."""
+    (workspace / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
+    (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
+    flags = [*without_tokenizer(tiny_flags), "--train", "--run-name", "chars", "--max-new-tokens", "4"]
+    return [*flags, "--data", "corpus.txt"]
+
+
+def without_tokenizer(flags):
+    at = flags.index("--tokenizer-dir")
+    return flags[:at] + flags[at + 2 :]
+
+
+def test_character_mode_trains_and_generates(command, character_argv, texts, refused):
+    assert command(diffusion, character_argv).code == 0
+    assert len(load_tokenizer(TOKENIZER)) == 16 + len(set("\n".join(texts)))
+    result = command(diffusion, [*GENERATE, "--prompt", "the cat"])
+    assert result.code == 0 and result.out.startswith("the cat│")
+    argv = ["--checkpoint", "weights/chars_state_dict.pt", "--tokenizer-dir", TOKENIZER, "--max-new-tokens", "4"]
+    result = command(eval_diffusion, [*argv, "--prompt", "老朋友", "--eval-data", "corpus.txt"])
+    assert result.code == 0 and "documents" in result.out
+    refused(diffusion, [*GENERATE, "--prompt", "the € cat"], "€", "U+20AC")
+
+
+def test_character_mode_resumes_with_its_own_tokenizer(command, character_argv):
+    assert command(diffusion, [*character_argv, "--max-iters", "5"]).code == 0
+    before = (TOKENIZER / "tokenizer.json").read_bytes()
+    assert command(diffusion, [*character_argv, "--resume", "must"]).code == 0
+    assert (TOKENIZER / "tokenizer.json").read_bytes() == before
+    assert load_checkpoint(Path("weights/chars.pt"))["step"] == 12
+
+
+def test_the_tokenizer_of_an_existing_run_outlives_previews_and_refused_commands(command, character_argv, refused):
+    """With other data it would be another tokenizer, and the existing run worthless."""
+    assert command(diffusion, [*character_argv, "--max-iters", "2"]).code == 0
+    other = [*character_argv, "--data", "other.txt"]
+    refused(diffusion, other, "--overwrite")
+    refused(diffusion, [*other, "--overwrite", "--load-from", "missing.pt"], "missing.pt")
+    before = (TOKENIZER / "tokenizer.json").read_bytes()
+    for flag in ("--dry-run", "--show-batch"):
+        assert command(diffusion, [*other, flag]).code == 0
+        assert (TOKENIZER / "tokenizer.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--prompt", "the € cat"], "U+20AC"), (["--resume", "must"], "--resume must")]
+)
+def test_a_new_run_that_is_refused_writes_no_tokenizer(flags, words, character_argv, refused):
+    """The impossible prompt is that of the sample which closes a training."""
+    refused(diffusion, [*character_argv, *flags], words)
+
+
+def test_a_retrained_tokenizer_is_accepted_by_every_other_command(command, tiny_flags):
+    argv = [*without_tokenizer(tiny_flags), "--train", "--use-tokenizer", "--retrain-tokenizer", "--run-name", "own"]
+    assert command(diffusion, [*argv, "--target-vocab-size", "320", "--max-new-tokens", "4"]).code == 0
+    own = ["--tokenizer-dir", "weights/own_tokenizer"]
+    assert len(load_tokenizer(Path("weights/own_tokenizer"))) == 320
+    use = ["--checkpoint", "weights/own_state_dict.pt", *own, "--eval-data", "corpus.jsonl", "--nmc", "1"]
+    assert command(eval_diffusion, use).code == 0
+    assert command(likelihood, use).code == 0
+    assert command(train_pretrain, [*tiny_flags, *own, "--max-iters", "1", "--run-name", "ar"]).code == 0
