@@ -1,5 +1,6 @@
 """Result files, each of which appears whole or not at all."""
 
+import errno
 import hashlib
 import json
 import math
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from model.files import replacing
 
 TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"
+NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP  # errors of file systems without locks
 
 
 def require_output(path: Path | None, flag: str, *inputs: Path | str | None) -> None:
@@ -122,5 +124,7 @@ def _acquire(lock: FileLock, path: Path, flag: str) -> None:
             f"{path}: this run is in use by {holder or 'another process'}; wait for its end, stop it, "
             f"or choose another {flag}"
         ) from None
-    except OSError as error:  # a file system without locks
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
         print(f"note: {path} cannot be locked ({error.strerror}); start no other command of this run", file=sys.stderr)
