@@ -1,6 +1,7 @@
 """A canvas: rows of given tokens and of open positions, and what decoding writes into these.
 
-Shapes: B rows, L positions of the longest row. A position is given, open or padding; open ones are written once.
+Shapes: B rows, L positions of the longest row, R active rows, N positions written, V vocabulary. A position is given,
+open or padding; an open one is masked until it is written, once.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.sampling import Draw, noise_width, penalise_repeats, sample_tokens
 from model.transformer import Transformer
 
 
@@ -20,27 +22,28 @@ class Canvas:
 
     ids: Tensor  # (B, L) int64: given tokens, [MASK] where open, padding
     open: Tensor  # (B, L) bool: to be filled
-    lengths: Tensor  # (B,) int64: tokens of the row, padding not counted
-    may_end: bool = True  # whether EOS may be written; a text around blanks goes on behind them
+    lengths: Tensor  # (B,) int64: tokens of the row without padding
+    may_end: bool = True  # whether EOS may be written: not if the text goes on after its blanks
 
     @classmethod
     def continuing(
         cls, prompts: list[list[int]], num_new: int, config: ModelConfig, device: torch.device | str = "cpu"
     ) -> "Canvas":
         """Each prompt followed by `num_new` open positions; ValueError if that is more than the model accepts."""
-        return cls._of([[*prompt, *[None] * num_new] for prompt in prompts], config, device, may_end=True)
+        return cls.from_rows([[*prompt, *[None] * num_new] for prompt in prompts], config, device, may_end=True)
 
     @classmethod
     def infilling(
         cls, rows: list[list[int | None]], config: ModelConfig, device: torch.device | str = "cpu"
     ) -> "Canvas":
         """None = a blank of one token; no blank is filled with EOS. ValueError if a row is too long for the model."""
-        return cls._of(rows, config, device, may_end=False)
+        return cls.from_rows(rows, config, device, may_end=False)
 
     @classmethod
-    def _of(
+    def from_rows(
         cls, rows: list[list[int | None]], config: ModelConfig, device: torch.device | str, may_end: bool
     ) -> "Canvas":
+        """Rows of token ids, None where open. ValueError for a row without given tokens or with a [MASK] given."""
         if not rows or any(all(token is None for token in row) for row in rows):
             raise ValueError("a canvas needs rows, and each of them a given token: at least BOS")
         if any(config.mask_token_id in row for row in rows):
@@ -48,10 +51,13 @@ class Canvas:
         lengths = [len(row) for row in rows]
         width = max(lengths)
         config.require_length(width, "prompt and continuation" if may_end else "the text with its blanks")
-        padded = [[config.mask_token_id if token is None else token for token in row] for row in rows]
-        ids = torch.tensor([row + [config.pad_token_id] * (width - len(row)) for row in padded])
-        blank = torch.tensor([[token is None for token in row] + [False] * (width - len(row)) for row in rows])
-        return cls(ids.to(device), blank.to(device), torch.tensor(lengths, device=device), may_end)
+        # Fill (B, L) from the left: what is right of a row's end is padding, and not open.
+        ids = torch.full((len(rows), width), config.pad_token_id)
+        is_open = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor([config.mask_token_id if token is None else token for token in row])
+            is_open[i, : len(row)] = torch.tensor([token is None for token in row])
+        return cls(ids.to(device), is_open.to(device), torch.tensor(lengths, device=device), may_end)
 
     @property
     def given(self) -> Tensor:
@@ -64,9 +70,9 @@ class Canvas:
 class DecodingStep:
     """What one step wrote. Its tensors are its own copies, on the CPU."""
 
-    canvas: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
+    ids: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
     written: Tensor  # (B, L) bool, written in this step
-    # (B, L) float32, the probability of what was written in the distribution that it was drawn from: after guidance,
+    # (B, L) float32, the probability of each token written, in the distribution that it was drawn from: after guidance,
     # repetition penalty and forbidden tokens, before temperature, top-k and top-p. 0 elsewhere.
     confidence: Tensor
     num_forward_passes: int  # network calls so far
@@ -74,41 +80,38 @@ class DecodingStep:
 
 @dataclass(frozen=True)
 class Decoded:
-    canvas: Tensor  # (B, L) final, on the CPU; what a row that ended had left open is EOS
+    """A filled canvas."""
+
+    ids: Tensor  # (B, L) final, on the CPU; what a row left open after its EOS is EOS
     new: list[list[int]]  # per row the filled tokens, in order, up to and including the first EOS
     ended: list[bool]  # EOS was produced
     num_forward_passes: int  # network calls of the whole batch
-    row_passes: list[int]  # per row, those made while it was unfinished: what it would have cost alone
+    row_passes: list[int]  # per row, calls made while it was active: what it would have cost alone
 
 
-def require_context(model: Transformer) -> None:
-    """ValueError where the rotary frequencies would follow the longest row of a batch (YaRN without set_context)."""
-    if model.config.inference_rope_scaling and model.context_length is None:
-        raise ValueError("call model.set_context(length) first: a stretched rotary embedding depends on the context")
+class CanvasState:
+    """A canvas while it is being filled, with one random generator and one count of passes per row.
 
+    A row is active until all of it is written, or an EOS and everything open to the left of it: what would follow
+    belongs to no text. Each row draws from a generator of its own, so no row's text depends on its neighbours.
 
-class Draft:
-    """A canvas while it is being filled, with one random generator and one pass count per row.
-
-    A row is unfinished until all of it is written, or an EOS and everything open to the left of it: what would follow
-    belongs to no text. Rows draw from generators of their own, so no row's text depends on its neighbours.
-
-    What is written where is kept on the CPU, whatever computes the logits: an accelerator would be asked after it, and
-    waited for, several times a step. What is asked of single rows is kept in lists, not tensors: in a small network's
-    time there is room for few tensor operations. Noise is drawn where the canvas was.
+    The tokens are kept on the CPU, whatever computes the logits: reading them from a GPU would synchronise several
+    times per step. What is asked of single rows is kept in lists, because a small network's step leaves time for few
+    tensor operations. Noise is drawn on the canvas's own device.
     """
 
     def __init__(self, canvas: Canvas, config: ModelConfig, seeds: Sequence[int]):
         if len(seeds) != len(canvas.ids):
             raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
         self.device, self.seeds = canvas.ids.device, list(seeds)
-        self.eos_token_id, self.mask_token_id, self.open = config.eos_token_id, config.mask_token_id, canvas.open.cpu()
+        self.eos_token_id, self.mask_token_id = config.eos_token_id, config.mask_token_id
+        self.open = canvas.open.cpu()
         self.ids = canvas.ids.cpu().clone(memory_format=torch.contiguous_format)
-        self.open_columns = [[i for i, blank in enumerate(row) if blank] for row in self.open.tolist()]
-        # Per row the columns still to be written, in order; dicts, so that each is crossed out in constant time.
-        self.left: list[dict[int, None]] = [dict.fromkeys(columns) for columns in self.open_columns]
+        # Per row: the columns open at first, and those of them that are still masked, both ascending.
+        self.open_columns = [[column for column, is_open in enumerate(row) if is_open] for row in self.open.tolist()]
+        self.masked_columns = [list(columns) for columns in self.open_columns]
         self.end = [self.ids.shape[1]] * len(seeds)  # the column of the leftmost EOS written
-        self.rows = [row for row, left in enumerate(self.left) if left]  # unfinished
+        self.active_rows = [row for row, masked in enumerate(self.masked_columns) if masked]
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
 
     @property
@@ -121,61 +124,105 @@ class Draft:
         """(B, L) bool: open at first, written since."""
         return self.open & (self.ids != self.mask_token_id)
 
-    @cached_property
-    def generators(self) -> list[torch.Generator]:
-        """One per row; float64 is drawn, which MPS does not have."""
-        device = "cpu" if self.device.type == "mps" else self.device
-        return [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
-
-    def spent(self, rows: Sequence[int]) -> None:
-        """Note a network call for these rows."""
+    def count_pass(self, rows: Sequence[int]) -> None:
+        """Count a network call that computes these rows."""
         self.num_forward_passes += 1
         for row in rows:
             self.row_passes[row] += 1
 
-    def unfinished(self, values: Tensor) -> Tensor:
-        """values (B, ...) -> (R, ...), those of the unfinished rows."""
-        return values if len(self.rows) == len(values) else values[self.rows]
+    def of_active_rows(self, values: Tensor) -> Tensor:
+        """values (B, ...) -> (R, ...)."""
+        return values if len(self.active_rows) == len(values) else values[self.active_rows]
 
     def uniform(self, counts: list[int], *shape: int) -> Tensor:
-        """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th unfinished row's generator."""
-        draws = [
-            torch.rand(count, *shape, generator=generator, dtype=torch.float64, device=generator.device)
-            for count, generator in zip(counts, (self.generators[row] for row in self.rows), strict=True)
-        ]
+        """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th active row's generator."""
+        generators = [self._generators[row] for row in self.active_rows]
+        draws = []
+        for count, generator in zip(counts, generators, strict=True):
+            draws.append(torch.rand(count, *shape, generator=generator, dtype=torch.float64, device=generator.device))
         return torch.cat(draws) if len(draws) > 1 else draws[0]
 
+    @cached_property
+    def _generators(self) -> list[torch.Generator]:
+        # float64 is drawn, which MPS does not have.
+        device = "cpu" if self.device.type == "mps" else self.device
+        return [torch.Generator(device).manual_seed(seed) for seed in self.seeds]
+
+    def penalise(self, logits: Tensor, rows: Tensor, columns: Tensor, draw: Draw) -> Tensor:
+        """logits (N, V) of positions rows, columns (N,), less the penalty for tokens written nearby."""
+        if draw.repeat_penalty == 0:
+            return logits
+        ids, written, columns = (values.to(logits.device) for values in (self.ids[rows], self.written[rows], columns))
+        exempt = self.eos_token_id
+        return penalise_repeats(logits, ids, written, columns, draw.repeat_penalty, draw.repeat_window, exempt)
+
+    def sample(self, logits: Tensor, counts: list[int], draw: Draw) -> tuple[Tensor, Tensor]:
+        """logits (N, V), counts[i] of them of the i-th active row -> tokens and their probabilities, both (N,)."""
+        uniform = None
+        if draw.temperature > 0:
+            uniform = self.uniform(counts, noise_width(logits.shape[1], draw.top_k))
+        return sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
+
     def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor) -> DecodingStep:
-        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it leaves `rows`.
+        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it becomes inactive.
 
         ValueError for a position that is not masked, or a [MASK] to be written.
         """
         rows, columns, tokens, confidence = (values.cpu() for values in (rows, columns, tokens, confidence))
-        changes, mask = list(zip(rows.tolist(), columns.tolist(), tokens.tolist(), strict=True)), self.mask_token_id
-        if any(column not in self.left[row] or token == mask for row, column, token in changes):
+        places = rows * self.ids.shape[1] + columns  # (N,) among the B * L positions
+        if (tokens == self.mask_token_id).any() or not self.masked.view(-1)[places].all():
             raise ValueError("only masked positions can be written, and only with tokens other than [MASK]")
-        for row, column, token in changes:
-            self.left[row].pop(column, None)
-            if token == self.eos_token_id and column < self.end[row]:
-                self.end[row] = column
-        places, shape = rows * self.ids.shape[1] + columns, self.ids.shape
-        written, probability = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        # 1. The lists of single rows.
+        for row, column, token in zip(rows.tolist(), columns.tolist(), tokens.tolist(), strict=True):
+            self.masked_columns[row].remove(column)
+            if token == self.eos_token_id:
+                self.end[row] = min(column, self.end[row])
+        self.active_rows = [row for row in self.active_rows if not self._has_ended(row)]
+        # 2. The tensors (B, L).
+        self.ids.view(-1)[places] = tokens
+        written, probability = torch.zeros(self.ids.shape, dtype=torch.bool), torch.zeros(self.ids.shape)
         written.view(-1)[places] = True
         probability.view(-1)[places] = confidence
-        self.ids.view(-1)[places] = tokens
-        self.rows = [row for row in self.rows if not self._has_ended(row)]
         return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes)
 
     def _has_ended(self, row: int) -> bool:
-        left = self.left[row]
-        return not left or self.end[row] < next(iter(left))
+        masked = self.masked_columns[row]
+        return not masked or self.end[row] < masked[0]
+
+    def finish(self) -> Decoded:
+        """The result; ValueError while a row is active."""
+        if self.active_rows:
+            raise ValueError(f"{len(self.active_rows)} rows are unfinished")
+        ids = self.ids.masked_fill(self.masked, self.eos_token_id)
+        new, ended = [], []
+        for row, columns in zip(ids.tolist(), self.open_columns, strict=True):
+            tokens = [row[column] for column in columns]
+            ended.append(self.eos_token_id in tokens)
+            new.append(tokens[: tokens.index(self.eos_token_id) + 1] if ended[-1] else tokens)
+        return Decoded(ids, new, ended, self.num_forward_passes, list(self.row_passes))
+
+
+class Decoder:
+    """Fills a canvas step by step. Rows share forward passes, and each comes out as it would alone."""
+
+    def __init__(self, model: Transformer, canvas: Canvas, seeds: Sequence[int]):
+        """seeds: one per row. ValueError if rotary frequencies would depend on the longest row: YaRN without
+        set_context."""
+        if model.config.inference_rope_scaling and model.context_length is None:
+            raise ValueError(
+                "call model.set_context(length) first: a stretched rotary embedding depends on the context"
+            )
+        self.model, self.state = model, CanvasState(canvas, model.config, seeds)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every row is."""
+        return not self.state.active_rows
+
+    def step(self) -> DecodingStep:
+        """Write at least one token in every row that is not finished."""
+        raise NotImplementedError
 
     def finish(self) -> Decoded:
         """The result; ValueError while a row is unfinished."""
-        if self.rows:
-            raise ValueError(f"{len(self.rows)} rows are unfinished")
-        canvas, eos = self.ids.masked_fill(self.masked, self.eos_token_id), self.eos_token_id
-        new = [[ids[c] for c in columns] for ids, columns in zip(canvas.tolist(), self.open_columns, strict=True)]
-        ended = [eos in tokens for tokens in new]
-        new = [tokens[: tokens.index(eos) + 1] if end else tokens for tokens, end in zip(new, ended, strict=True)]
-        return Decoded(canvas, new, ended, self.num_forward_passes, list(self.row_passes))
+        return self.state.finish()

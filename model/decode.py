@@ -1,10 +1,10 @@
-"""Filling a canvas, autoregressively or by diffusion. Shapes: B rows, L positions, V vocabulary.
+"""Filling a canvas, autoregressively or by diffusion. Shapes: B rows, R active rows, L positions, V vocabulary.
 
-`autoregress` and `denoise` yield a DecodingStep for each step; `decode` runs the one that a checkpoint was trained for
-to its end. Rows of any lengths share forward passes, and each comes out as it would alone.
+A Decoder writes a DecodingStep at a time; `decode` runs the one that a checkpoint was trained for to its end. Rows of
+any lengths share forward passes, and each comes out as it would alone.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from model.attention_mask import block_causal_mask, document_mask
-from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
-from model.config import ModelConfig
-from model.denoiser import DenoisingConfig, denoise
+from model.canvas import Canvas, Decoded, Decoder, DecodingStep
+from model.denoiser import Denoiser, DenoisingConfig
 from model.kv_cache import KVCache
 from model.losses import forbid
-from model.sampling import Draw, noise_width, penalise_repeats, require_draw, sample_tokens
+from model.sampling import Draw, require_draw
 from model.transformer import Transformer
 
 
@@ -55,82 +54,77 @@ class SamplingConfig:
         return Draw(self.ar_temperature, self.ar_top_k, self.ar_top_p, self.ar_repeat_penalty, self.ar_repeat_window)
 
 
-def autoregress(
-    model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]
-) -> Generator[DecodingStep, None, Decoded]:
+class AutoregressiveDecoder(Decoder):
     """One token per row and step, from a key/value cache, until every row has produced EOS or is full.
+
+    In the cache the prompts end together: shorter ones are padded on the left, where columns are negative.
+
+        prompts            ids fed first      columns
+        [7 8 9]            7 8 9               0  1  2
+        [5]                0 0 5              -2 -1  0
 
     ValueError unless each row's open positions are its last ones.
     """
-    if model.config.attention != "causal":
-        raise ValueError(
-            "this checkpoint was trained by diffusion; it is used by: "
-            "uv run python -m scripts.eval.eval_diffusion --checkpoint FILE"
-        )
-    require_context(model)
-    start, draft, draw = _prompt_lengths(canvas), Draft(canvas, model.config, seeds), config.draw
-    rows = draft.rows
-    with torch.inference_mode():
-        fed = _Fed.prompts(model.config, canvas.ids, start, rows, int((canvas.lengths - start).max()))
-    while rows:
+
+    def __init__(self, model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]):
+        if not model.config.autoregressive:
+            raise ValueError(
+                "this checkpoint was trained by diffusion; autoregressive sampling needs an autoregressive one"
+            )
+        super().__init__(model, canvas, seeds)
+        start, self.draw = _prompt_lengths(canvas), config.draw
+        rows = self.state.active_rows
         with torch.inference_mode():
-            logits = forbid(fed.logits(model), model.config.mask_token_id)
-            draft.spent(rows)
-            if draw.repeat_penalty > 0:
-                ids, written = (draft.unfinished(values).to(start.device) for values in (draft.ids, draft.written))
-                near = ids, written, fed.columns[:, 0], draw.repeat_penalty, draw.repeat_window
-                logits = penalise_repeats(logits, *near, model.config.eos_token_id)
-            uniform = None
-            if draw.temperature > 0:
-                uniform = draft.uniform([1] * len(rows), noise_width(logits.shape[1], draw.top_k))
-            tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
-        yield draft.write(torch.tensor(rows), fed.columns[:, 0], tokens, confidence)
+            max_new = int((canvas.lengths - start).max())
+            ids, start = self.state.of_active_rows(canvas.ids), self.state.of_active_rows(start)
+            # 1. What the network is fed next, (R, W): at first the prompts, later the token just written.
+            longest = int(start.max()) if rows else 0
+            padding = (longest - start)[:, None]
+            self.columns = torch.arange(longest, device=start.device) - padding
+            self.ids = ids.gather(1, self.columns.clamp(min=0))
+            # 2. What it remembers, and which of the cache's columns hold no padding: (R, C), None = all.
+            self.cache = KVCache(model.config, len(rows), longest + max_new)
+            self.visible = None
+            if padding.any():
+                self.visible = torch.arange(self.cache.max_length, device=start.device) >= padding
+
+    def step(self) -> DecodingStep:
+        rows = self.state.active_rows
+        row_numbers = torch.tensor(rows)
         with torch.inference_mode():
-            fed.ids = tokens[:, None]
-            going = set(draft.rows)
-            fed.keep([place for place, row in enumerate(rows) if row in going])
-        rows = draft.rows
-    return draft.finish()
+            # 1. Logits (R, V) of the next token, whose columns (R,) follow those fed.
+            logits = forbid(self._logits(), self.model.config.mask_token_id)
+            columns = self.columns[:, -1] + 1
+            logits = self.state.penalise(logits, row_numbers, columns, self.draw)
+            # 2. A token for every row.
+            tokens, confidence = self.state.sample(logits, [1] * len(rows), self.draw)
+        step = self.state.write(row_numbers, columns, tokens, confidence)
+        with torch.inference_mode():
+            # 3. It is fed next, if the row goes on.
+            self.ids, self.columns = tokens[:, None], columns[:, None]
+            self._keep([place for place, row in enumerate(rows) if row in set(self.state.active_rows)])
+        return step
 
-
-class _Fed:
-    """What the network is fed next, and what it remembers, of the R unfinished rows. In the cache the prompts end
-    together: they are padded on the left."""
-
-    def __init__(self, cache: KVCache, ids: Tensor, columns: Tensor, padding: Tensor | None):
-        self.cache, self.ids, self.columns = cache, ids, columns  # (R, W), (R, W); columns are negative on padding
-        self.visible = None if padding is None else torch.arange(cache.max_length, device=ids.device) >= padding
-
-    @classmethod
-    def prompts(cls, config: ModelConfig, ids: Tensor, start: Tensor, rows: list[int], num_new: int) -> "_Fed":
-        if len(rows) < len(ids):
-            ids, start = ids[rows], start[rows]
-        longest = int(start.max()) if rows else 0
-        padding = (longest - start)[:, None]
-        columns = torch.arange(longest, device=start.device) - padding
-        cache = KVCache(config, len(rows), longest + num_new)
-        return cls(cache, ids.gather(1, columns.clamp(min=0)), columns, padding if padding.any() else None)
-
-    def logits(self, model: Transformer) -> Tensor:
-        """(R, V) float32 of the next token, whose column becomes the one fed next."""
-        rows, width = self.ids.shape
+    def _logits(self) -> Tensor:
+        """(R, V) float32 after the last token fed."""
+        num_rows, width = self.ids.shape
         if self.visible is None:
             attention = {"is_causal": True}
         elif self.cache.length:
             visible = self.visible[:, None, None, : self.cache.length + 1]
             attention = {"attn_mask": visible, "position_ids": self.columns}
         else:
-            causal = block_causal_mask(width, 1, self.ids.device)
-            attention = {"attn_mask": document_mask((self.columns < 0).long()) & causal}
-            attention["position_ids"] = self.columns.clamp(min=0)
-        last = torch.arange(1, rows + 1, device=self.ids.device) * width - 1
-        logits = model(self.ids, cache=self.cache, select=last, **attention).float()
+            # Padding is a document of its own, so that none of its queries is blind.
+            causal, real = block_causal_mask(width, 1, self.ids.device), document_mask((self.columns < 0).long())
+            attention = {"attn_mask": real & causal, "position_ids": self.columns.clamp(min=0)}
+        last = torch.arange(1, num_rows + 1, device=self.ids.device) * width - 1
+        logits = self.model(self.ids, cache=self.cache, select=last, **attention).float()
         self.cache.advance(width)
-        self.columns = self.columns[:, -1:] + 1
+        self.state.count_pass(self.state.active_rows)
         return logits
 
-    def keep(self, places: list[int]) -> None:
-        """Go on with these rows alone."""
+    def _keep(self, places: list[int]) -> None:
+        """Drop all rows except those at these places of the R."""
         if 0 < len(places) < len(self.ids):
             self.ids, self.columns = self.ids[places], self.columns[places]
             self.visible = None if self.visible is None else self.visible[places]
@@ -146,6 +140,18 @@ def _prompt_lengths(canvas: Canvas) -> Tensor:
     return start
 
 
+def decoder_of(
+    model: Transformer, canvas: Canvas, config: SamplingConfig | DenoisingConfig, seeds: Sequence[int]
+) -> Decoder:
+    """The decoder that `config` is for; ValueError if the checkpoint is of the other kind.
+
+    seeds: one per row; a row's text depends on its own alone.
+    """
+    if isinstance(config, DenoisingConfig):
+        return Denoiser(model, canvas, config, seeds)
+    return AutoregressiveDecoder(model, canvas, config, seeds)
+
+
 def decode(
     model: Transformer,
     canvas: Canvas,
@@ -153,15 +159,10 @@ def decode(
     seeds: Sequence[int],
     watch: Callable[[DecodingStep], None] | None = None,
 ) -> Decoded:
-    """Fill the canvas as `config` says, showing every step to `watch`.
-
-    seeds: one per row; a row's text depends on its own alone. ValueError if the checkpoint is of the other kind.
-    """
-    steps = (denoise if isinstance(config, DenoisingConfig) else autoregress)(model, canvas, config, seeds)
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as end:
-            return end.value
+    """Fill the canvas by `decoder_of`, showing every step to `watch`."""
+    decoder = decoder_of(model, canvas, config, seeds)
+    while not decoder.finished:
+        step = decoder.step()
         if watch is not None:
             watch(step)
+    return decoder.finish()

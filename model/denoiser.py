@@ -5,31 +5,31 @@ Rows are independent processes that share forward passes: each has its own block
 
 import math
 from bisect import bisect_left
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from model.canvas import Canvas, Decoded, DecodingStep, Draft, require_context
+from model.canvas import Canvas, Decoder, DecodingStep
 from model.config import ModelConfig
 from model.denoiser_cache import (
-    Active,
-    BlockCached,
-    DualCached,
-    Forward,
-    PrefixCached,
-    Recomputed,
-    UnfusedBlockCached,
+    Block,
+    BlockCache,
+    DenoiserCache,
+    DualCache,
+    NoCache,
+    PrefixCache,
+    UnfusedBlockCache,
 )
 from model.losses import forbid
-from model.remasking import POLICIES, Step, commit, padded, transfer_schedule
-from model.sampling import Draw, guide, noise_width, penalise_repeats, require_draw, sample_tokens
+from model.remasking import POLICIES, Step, choose, padded, transfer_schedule
+from model.sampling import Draw, guide, require_draw
 from model.transformer import Transformer
 
-DEFAULT_BLOCK_SIZE = 8  # on larger canvases a small model commits to the EOS at their end first: report, section 10
+# On larger canvases a small model writes the EOS at their end first: report, section 10.
+DEFAULT_BLOCK_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -100,51 +100,43 @@ class DenoisingConfig:
         return Draw(self.gen_temp, self.gen_top_k, self.gen_top_p, self.gen_repeat_penalty, self.gen_repeat_window)
 
     def fitted(self, model: ModelConfig) -> "DenoisingConfig":
-        """With the block size and the cache that the checkpoint is decoded with in place of `none` and `auto`.
+        """The config with the checkpoint's own block size and cache in place of `none` and `auto`.
 
-        ValueError for an autoregressive checkpoint, and for settings that its attention does not go with.
+        ValueError for an autoregressive checkpoint, and for settings that do not go with its attention.
         """
-        if model.attention == "causal":
-            raise ValueError(
-                "this checkpoint is autoregressive; it is used by: "
-                "uv run python -m scripts.eval.eval_minimind --checkpoint FILE"
-            )
-        blocks, size, cache = model.attention == "block", self.gen_block_size, self.gen_cache
-        if blocks and size not in (None, model.block_size):
+        if model.autoregressive:
+            raise ValueError("this checkpoint is autoregressive; denoising needs one that was trained by diffusion")
+        # 1. What goes with the checkpoint, the default first: K/V are kept exactly in blocks, else on request.
+        in_blocks = model.attention == "block"
+        caches = ("block", "none") if in_blocks else ("none", "prefix", "dual")
+        default_size = model.block_size if in_blocks else DEFAULT_BLOCK_SIZE
+        # 2. What it is decoded with.
+        cache = caches[0] if self.gen_cache == "auto" else self.gen_cache
+        size = default_size if self.gen_block_size is None else self.gen_block_size
+        if in_blocks and size != model.block_size:
             raise ValueError(
                 f"--gen-block-size {size} is not {model.block_size}, the block size that this checkpoint was trained "
                 "for; leave it out"
             )
-        if blocks and cache in ("prefix", "dual"):
-            raise ValueError(
-                f"--gen-cache {cache} is for checkpoints of full attention; this one was trained by block diffusion: "
-                "give block, which is exact, or none"
-            )
-        if not blocks and cache == "block":
-            raise ValueError(
-                "--gen-cache block is for checkpoints of block diffusion; this one has full attention: give none, "
-                "prefix or dual"
-            )
-        if cache == "auto":
-            cache = "block" if blocks else "none"
+        if cache not in caches:
+            kind = "block diffusion" if in_blocks else "full attention"
+            raise ValueError(f"--gen-cache {cache} is not for this checkpoint of {kind}; give {' or '.join(caches)}")
         if not self.gen_fuse_commit and cache != "block":
             raise ValueError(
                 "--no-gen-fuse-commit has no effect without the cache of finished blocks, which checkpoints of block "
                 "diffusion have; leave it out"
             )
-        if size is None:
-            size = model.block_size if blocks else DEFAULT_BLOCK_SIZE
         return replace(self, gen_block_size=size, gen_cache=cache)
 
     def steps_of(self, first: int, last: int, num_open: int) -> int:
-        """Steps of the block from open position `first` to before `last`: its share by length, at least one."""
+        """Steps of the block of open positions `first` to `last` - 1: its share by length, at least one."""
         return max(1, self.gen_steps * last // num_open - self.gen_steps * first // num_open)
 
     def budget(self, num_masked: int, step: int, num_steps: int) -> int:
-        """The most tokens to keep in `step` of a block (from 0), `num_masked` of whose tokens are still masked."""
+        """The most tokens to keep in `step` of a block (from 0) that has `num_masked` masked tokens left."""
         progress = min(1.0, step / max(1, num_steps - 1))
         ratio = self.gen_cap_start_ratio + (self.gen_cap_end_ratio - self.gen_cap_start_ratio) * progress
-        # 25 x 0.08 must be 2, not the next number above it.
+        # Rounded before the ceiling: 25 tokens at a ratio of 0.08 are 2, even if float arithmetic gives a bit more.
         return max(1, min(math.ceil(round(num_masked * ratio, 9)), self.gen_max_decode_per_step))
 
 
@@ -155,133 +147,132 @@ class Candidates:
     rows: Tensor  # (N,) int64
     columns: Tensor  # (N,) int64
     tokens: Tensor  # (N,) int64
-    confidence: Tensor  # (N,) float32, of each; see DecodingStep
-    kept: Tensor  # (N,) bool, what the remasking policy writes; the rest stays [MASK]
+    confidence: Tensor  # (N,) float32, of each token; see DecodingStep
+    kept: Tensor  # (N,) bool, chosen by the remasking policy to be written; the rest stays [MASK]
 
 
-class Denoiser:
-    """LLaDA's sampler, a step at a time: predict all masked tokens of each row's active block, keep some.
+class Denoiser(Decoder):
+    """LLaDA's sampler, a step at a time: predict all masked tokens of each row's active block, write some of them.
 
     A row whose block is full goes on to the next at once. Under full attention, block b of a row is its open positions
-    b * size to (b + 1) * size, in order, and the whole canvas is visible throughout. A checkpoint of block diffusion
-    has the grid that it was trained on: block b is the columns b * size to (b + 1) * size, whatever is given or open in
-    them, and later blocks are not visible, given tokens in them included (an infilled blank is written for what stands
-    before it and in its own block). To drive it oneself, with a say in what is written:
+    b * size to (b + 1) * size - 1, in order, and the whole canvas is visible throughout. A checkpoint of block
+    diffusion has the grid that it was trained on: block b is the columns b * size to (b + 1) * size - 1, whatever is
+    given or open in them. Later blocks are not visible, not even given tokens in them, so an infilled blank is written
+    to suit what stands before it and in its own block. To choose by hand what is written:
 
         denoiser = Denoiser(model, canvas, config, seeds)
         while not denoiser.finished:
             candidates = denoiser.predict()
-            step = denoiser.commit(candidates)  # or dataclasses.replace(candidates, kept=..., tokens=...)
+            step = denoiser.write(candidates)  # or dataclasses.replace(candidates, kept=..., tokens=...)
         decoded = denoiser.finish()
     """
 
     def __init__(self, model: Transformer, canvas: Canvas, config: DenoisingConfig, seeds: Sequence[int]):
         self.config = config = config.fitted(model.config)
-        require_context(model)
-        self.model_config, self.may_end = model.config, canvas.may_end
-        self.draft, self.lengths = Draft(canvas, model.config, seeds), canvas.lengths.tolist()
-        self.forward = forward_of(model, canvas, config, self.draft)
+        super().__init__(model, canvas, seeds)
+        self.may_end = canvas.may_end
+        self.cache = cache_of(model.config, canvas, config)
         if config.gen_cfg_scale > 0:
-            self.unprompted, self.given = forward_of(model, canvas, config, self.draft), canvas.given.cpu()
+            self.unprompted_cache, self.given = cache_of(model.config, canvas, config), canvas.given.cpu()
         self.on_grid = model.config.attention == "block"
-        self.block_size = config.gen_block_size or max(map(len, self.draft.open_columns)) or 1
-        # Per row: the active block, its columns, the steps made in it, and its transfer schedule.
-        self.block, self.step = [-1] * len(seeds), [0] * len(seeds)
-        self.span: list[tuple[int, int]] = [(0, 0)] * len(seeds)
-        self.schedule: list[list[int]] = [[] for _ in seeds]
+        self.block_size = config.gen_block_size or max(map(len, self.state.open_columns)) or 1
+        self.blocks = [Block(row, length) for row, length in enumerate(canvas.lengths.tolist())]
 
-    @property
-    def finished(self) -> bool:
-        return not self.draft.rows
+    def step(self) -> DecodingStep:
+        """Predict, and write what the policy keeps."""
+        return self.write(self.predict())
 
     def predict(self) -> Candidates:
-        """One forward pass, or two with guidance; writes nothing. ValueError once every row is finished."""
+        """The candidates of one step, by one forward pass, or two with guidance (and those that commit finished
+        blocks); writes nothing. ValueError once every row is finished."""
         if self.finished:
             raise ValueError("every row is finished; call finish()")
-        wanted = [self._wanted(row) for row in self.draft.rows]
-        counts = [len(columns) for columns in wanted]
+        # 1. The masked columns of each active row's block: N in all, counts[i] of them in the i-th row.
+        blocks = self._active_blocks()
+        counts = [len(block.masked) for block in blocks]
+        rows = torch.tensor([block.row for block in blocks for _ in block.masked])
+        columns = torch.tensor([column for block in blocks for column in block.masked])
         with torch.inference_mode():
-            logits = self._logits(wanted)
-            draw, uniform = self.config.draw, None
-            if draw.temperature > 0:
-                uniform = self.draft.uniform(counts, noise_width(logits.shape[1], draw.top_k))
-            tokens, confidence = sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
-            tokens, confidence = tokens.cpu(), confidence.cpu()
-            kept = self._keep(counts, logits, tokens, confidence)
-        rows = torch.tensor([row for row, count in zip(self.draft.rows, counts, strict=True) for _ in range(count)])
-        columns = torch.tensor([column for columns in wanted for column in columns])
-        # Copies: what inference mode makes can be changed in it alone.
+            # 2. Logits (N, V), less what may not or should not be written.
+            logits = self._guided_logits(blocks)
+            logits = self.state.penalise(logits, rows, columns, self.config.draw)
+            if self.config.gen_eos == "never" or not self.may_end:
+                forbid(logits, self.model.config.eos_token_id)
+            forbid(logits, self.model.config.mask_token_id)
+            # 3. A token for every masked position, with its probability, both (N,).
+            tokens, confidence = (x.cpu() for x in self.state.sample(logits, counts, self.config.draw))
+            # 4. Those that the remasking policy keeps, (N,) bool.
+            kept = self._kept(blocks, logits, tokens, confidence)
+        # Copies, because inference tensors could not be changed outside of inference mode.
         return Candidates(rows, columns, tokens.clone(), confidence.clone(), kept.clone())
 
     @torch.no_grad()
-    def commit(self, candidates: Candidates) -> DecodingStep:
+    def write(self, candidates: Candidates) -> DecodingStep:
         """Write the candidates that are kept."""
-        for row in self.draft.rows:
-            self.step[row] += 1
+        for row in self.state.active_rows:
+            self.blocks[row].steps_done += 1
         kept = candidates.kept
-        return self.draft.write(
+        return self.state.write(
             candidates.rows[kept], candidates.columns[kept], candidates.tokens[kept], candidates.confidence[kept]
         )
 
-    def finish(self) -> Decoded:
-        """The result; ValueError while a row is unfinished."""
-        return self.draft.finish()
+    def _active_blocks(self) -> list[Block]:
+        """The blocks of this step; a row whose block is full enters the next one."""
+        for row in self.state.active_rows:
+            masked = self.state.masked_columns[row]
+            if masked[0] >= self.blocks[row].stop:
+                self.blocks[row] = self._block_at(row, masked[0])
+            self.blocks[row].masked = masked[: bisect_left(masked, self.blocks[row].stop)]
+        return [self.blocks[row] for row in self.state.active_rows]
 
-    def _wanted(self, row: int) -> list[int]:
-        """The masked columns of the row's active block, which is the next one if that of the step before is full."""
-        left = self.draft.left[row]
-        first, stop = next(iter(left)), self.span[row][1]
-        if first < stop:
-            return list(takewhile(stop.__gt__, left))
-        opened = self.draft.open_columns[row]
-        block = (first if self.on_grid else bisect_left(opened, first)) // self.block_size
-        begin, end = block * self.block_size, (block + 1) * self.block_size
+    def _block_at(self, row: int, column: int) -> Block:
+        """The block that `column`, the leftmost masked one of a row, is in."""
+        size, length, open_columns = self.block_size, self.blocks[row].length, self.state.open_columns[row]
+        # 1. Its columns, start to stop - 1, and which of the row's open positions they are, first to last - 1.
         if self.on_grid:
-            self.span[row] = begin, min(end, self.lengths[row])
-            begin, end = bisect_left(opened, begin), bisect_left(opened, end)
+            number = column // size
+            start, stop = number * size, min((number + 1) * size, length)
+            first, last = bisect_left(open_columns, start), bisect_left(open_columns, stop)
         else:
-            end = min(end, len(opened))
-            self.span[row] = opened[begin], opened[end - 1] + 1
-        columns = list(takewhile(self.span[row][1].__gt__, left))
-        self.block[row], self.step[row] = block, 0
-        self.schedule[row] = transfer_schedule(len(columns), self.config.steps_of(begin, end, len(opened)))
-        return columns
+            number = bisect_left(open_columns, column) // size
+            first, last = number * size, min((number + 1) * size, len(open_columns))
+            start, stop = open_columns[first], open_columns[last - 1] + 1
+        # 2. The tokens to write there are spread over the block's share of the steps.
+        num_masked = bisect_left(self.state.masked_columns[row], stop)
+        schedule = transfer_schedule(num_masked, self.config.steps_of(first, last, len(open_columns)))
+        return Block(row, length, number, start, stop, schedule)
 
-    def _logits(self, wanted: list[list[int]]) -> Tensor:
-        """(N, V) float32 of the columns wanted in each row, as they are drawn from."""
-        draft, rows = self.draft, self.draft.rows
-        start, stop = ([self.span[row][side] for row in rows] for side in (0, 1))
-        at = Active(rows, draft.unfinished(draft.ids), [self.lengths[row] for row in rows], start, stop, wanted)
-        logits = self.forward.logits(at)
+    def _guided_logits(self, blocks: list[Block]) -> Tensor:
+        """(N, V) float32 on the model's device, after classifier-free guidance."""
+        logits = self._forward(self.cache, self.state.ids, blocks)
         if self.config.gen_cfg_scale > 0:
-            given = draft.unfinished(self.given)
-            without = replace(at, ids=torch.where(given, self.model_config.mask_token_id, at.ids))
-            logits = guide(logits, self.unprompted.logits(without), self.config.gen_cfg_scale)
-        draw, eos = self.config.draw, self.model_config.eos_token_id
-        if draw.repeat_penalty > 0:
-            place = torch.tensor([place for place, columns in enumerate(wanted) for _ in columns])
-            columns = torch.tensor([column for columns in wanted for column in columns])
-            near = at.ids[place], draft.unfinished(draft.written)[place], columns
-            ids, written, columns = (values.to(logits.device) for values in near)
-            logits = penalise_repeats(logits, ids, written, columns, draw.repeat_penalty, draw.repeat_window, eos)
-        if self.config.gen_eos == "never" or not self.may_end:
-            forbid(logits, eos)
-        return forbid(logits, self.model_config.mask_token_id)
+            # The second branch sees [MASK] in place of every given token.
+            unprompted_ids = self.state.ids.masked_fill(self.given, self.model.config.mask_token_id)
+            unprompted = self._forward(self.unprompted_cache, unprompted_ids, blocks)
+            logits = guide(logits, unprompted, self.config.gen_cfg_scale)
+        return logits
 
-    def _keep(self, counts: list[int], logits: Tensor, tokens: Tensor, confidence: Tensor) -> Tensor:
-        """(N,) bool: what the remasking policy keeps of the candidates, counts[i] of which are the i-th row's."""
-        masked = torch.ones(len(counts), max(counts), dtype=torch.bool)
-        if min(counts) < masked.shape[1]:
-            masked = torch.arange(masked.shape[1]) < torch.tensor(counts)[:, None]
+    def _forward(self, cache: DenoiserCache, ids: Tensor, blocks: list[Block]) -> Tensor:
+        """Run and count the passes that the cache plans; (N, V) float32 of the last one."""
+        for forward_pass in cache.passes(ids, blocks):
+            self.state.count_pass(forward_pass.rows)
+            logits = forward_pass.logits(self.model)
+        return logits
+
+    def _kept(self, blocks: list[Block], logits: Tensor, tokens: Tensor, confidence: Tensor) -> Tensor:
+        """(N,) bool: what the policy keeps of the candidates, block by block."""
+        counts = [len(block.masked) for block in blocks]
+        # 1. The candidates of each row from the left, (R, W) with W the most of a row; the rest is padding.
+        masked = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+        # 2. An EOS may have to wait for all others of its block.
         held_back = torch.zeros_like(tokens, dtype=torch.bool)
         if self.config.gen_eos == "confidence":
-            held_back = tokens == self.model_config.eos_token_id
+            held_back = tokens == self.model.config.eos_token_id
             confidence = confidence.masked_fill(held_back, 0.0)
-        quotas, budgets = [], []
-        for row, left in zip(self.draft.rows, counts, strict=True):
-            step, schedule = self.step[row], self.schedule[row]
-            quotas.append(schedule[step] if step < len(schedule) - 1 else left)
-            budgets.append(self.config.budget(left, step, len(schedule)))
+        # 3. How many each row should keep, and how many it may, both (R,).
+        quotas = [block.quota() for block in blocks]
+        budgets = [self.config.budget(len(block.masked), block.steps_done, len(block.schedule)) for block in blocks]
+        # 4. The policy's choice, (R, W), read out at the candidates.
         step = Step(
             confidence=padded(confidence, masked),
             masked=masked,
@@ -291,26 +282,16 @@ class Denoiser:
             threshold=self.config.gen_confidence_threshold,
             factor=self.config.gen_factor,
             logits=logits,
-            noise=lambda: self.draft.uniform(counts).float(),
+            noise=lambda: self.state.uniform(counts).float(),
         )
-        return commit(self.config.gen_remasking, step)[masked]
+        return choose(self.config.gen_remasking, step)[masked]
 
 
-def forward_of(model: Transformer, canvas: Canvas, config: DenoisingConfig, draft: Draft) -> Forward:
-    """How a fitted config computes the logits of a step."""
+def cache_of(model: ModelConfig, canvas: Canvas, config: DenoisingConfig) -> DenoiserCache:
+    """The cache that a fitted config names."""
+    device = canvas.ids.device
     if config.gen_cache == "none":
-        block_size = config.gen_block_size if model.config.attention == "block" else 0
-        return Recomputed(model, draft.device, block_size, draft.spent)
-    block = BlockCached if config.gen_fuse_commit else UnfusedBlockCached
-    kinds = {"block": block, "prefix": PrefixCached, "dual": DualCached}
-    return kinds[config.gen_cache](model, draft.device, canvas.ids.shape, draft.spent)
-
-
-def denoise(
-    model: Transformer, canvas: Canvas, config: DenoisingConfig, seeds: Sequence[int]
-) -> Generator[DecodingStep, None, Decoded]:
-    """Every step of a Denoiser until it has finished; returns its result."""
-    denoiser = Denoiser(model, canvas, config, seeds)
-    while not denoiser.finished:
-        yield denoiser.commit(denoiser.predict())
-    return denoiser.finish()
+        return NoCache(model.block_size, device)
+    block = BlockCache if config.gen_fuse_commit else UnfusedBlockCache
+    caches = {"block": block, "prefix": PrefixCache, "dual": DualCache}
+    return caches[config.gen_cache](model, canvas.ids.shape, device)

@@ -1,210 +1,251 @@
-"""The forward pass of a denoising step: all that the active blocks may see, computed anew or kept from earlier steps.
+"""What a denoising step feeds the network, and which keys and values it keeps from earlier steps.
 
-Shapes: R unfinished rows of a batch of B, L columns, W of them fed, N wanted positions, V vocabulary. Rows are at
-different places of their texts; in a pass each feeds what it needs, padded to the widest.
+Shapes: R active rows of a batch of B, L columns, W of them fed, N masked positions of the active blocks, V vocabulary.
+Rows are at different places of their texts; in a pass each feeds what it needs, padded to the widest.
 
-Two things may be visible: under full attention the whole row, under block-causal attention the blocks of the grid up
-to the active one. Block-causal K/V of a finished block never change, so keeping them is exact; under full attention
-they depend on everything that is yet to be written, and keeping them is approximate (unless there is one layer, whose
-K/V depend on their own tokens alone).
+A DenoiserCache plans the forward passes of a step, and Denoiser runs and counts them. Two things may be visible: under
+full attention the whole row, under block-causal attention the blocks of the grid up to the active one. Block-causal
+K/V of a finished block never change, so keeping them is exact; under full attention they depend on everything that is
+yet to be written, and keeping them is approximate (unless there is one layer, whose K/V depend on their own tokens
+alone).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from model.kv_cache import ColumnCache
+from model.config import ModelConfig
+from model.kv_cache import Cache, ColumnCache
 from model.transformer import Transformer
 
-Spend = Callable[[Sequence[int]], None]  # told the rows of the batch that a network call computes
+
+@dataclass
+class Block:
+    """The active block of a row. At first there is none: every column comes after its end."""
+
+    row: int  # number in the batch
+    length: int  # tokens of the row without padding
+    number: int = -1  # of the block in the row, from 0
+    start: int = 0  # its columns are start to stop - 1
+    stop: int = 0
+    schedule: Sequence[int] = ()  # tokens to write at each of its steps
+    steps_done: int = 0
+    masked: Sequence[int] = ()  # columns in it that are still masked, ascending
+
+    def quota(self) -> int:
+        """Tokens to write in the next step by the schedule: in its last one and later, all that are masked."""
+        last = self.steps_done >= len(self.schedule) - 1
+        return len(self.masked) if last else self.schedule[self.steps_done]
 
 
 @dataclass(frozen=True)
-class Active:
-    """The active block of each unfinished row, and where in it logits are wanted."""
+class ForwardPass:
+    """One call of the network."""
 
-    rows: list[int]  # R, of the batch
-    ids: Tensor  # (R, L) int64, on the CPU
-    lengths: list[int]  # tokens of the row, padding not counted
-    start: list[int]  # first column of the block
-    stop: list[int]  # column behind its last
-    wanted: list[list[int]]  # columns, ascending, of each row; N in all
+    rows: list[int]  # numbers in the batch of the R rows that it computes
+    ids: Tensor  # (R, W) int64
+    select: Tensor  # (N,) int64, flat places among R * W whose logits are wanted
+    attn_mask: Tensor | None  # bool, see `visibility`
+    position_ids: Tensor | None = None  # (R or 1, W); None = 0 to W - 1
+    cache: Cache | None = None
 
-    def unasked(self, places: list[int]) -> "Active":
-        """The rows at these places, with no logits wanted."""
-        rows, lengths, start, stop = (
-            [values[place] for place in places] for values in (self.rows, self.lengths, self.start, self.stop)
-        )
-        return Active(rows, self.ids[places], lengths, start, stop, [[] for _ in places])
-
-    def among(self, first: Sequence[int], width: int) -> Tensor:
-        """(N,) int64: the places of what is wanted among R x width tokens, each row's from column first[r] on."""
-        begins = [place * width - begin for place, begin in enumerate(first)]
-        places = [begin + c for begin, columns in zip(begins, self.wanted, strict=True) for c in columns]
-        return torch.tensor(places, dtype=torch.long)
+    def logits(self, model: Transformer) -> Tensor:
+        """(N, V) float32."""
+        return model(
+            self.ids,
+            attn_mask=self.attn_mask,
+            position_ids=self.position_ids,
+            cache=self.cache,
+            select=self.select,
+        ).float()
 
 
-class Forward(Protocol):
-    def logits(self, at: Active) -> Tensor:
-        """float32 (N, V) on the model's device."""
+class DenoiserCache(Protocol):
+    """A way to compute the logits of a step. To add one, write a class and name it in `denoiser.cache_of`."""
+
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        """The forward passes of a step, in order; the last one's logits (N, V) are those at the blocks' masked columns.
+
+        ids (B, L) on the CPU; blocks of the R active rows.
+        """
 
 
-class Recomputed:
-    """No cache: the whole row, or with a block_size all of it up to the end of the active block, at each step."""
-
-    def __init__(self, model: Transformer, device: torch.device, block_size: int, spend: Spend):
-        self.model, self.device, self.block_size, self.spend = model, device, block_size, spend
-        self.stops: list[int] = []  # of the last pass; the next one's are mostly the same
-        self.attn_mask: Tensor | None = None
-
-    def logits(self, at: Active) -> Tensor:
-        stops = at.stop if self.block_size else at.lengths
-        width = max(stops)
-        if stops != self.stops:
-            columns, size = torch.arange(width, device=self.device)[None], self.block_size
-            self.stops, self.attn_mask = stops, visibility(columns, stops, size if width > size else 0)
-        self.spend(at.rows)
-        select = at.among([0] * len(stops), width).to(self.device)
-        return self.model(at.ids[:, :width].to(self.device), attn_mask=self.attn_mask, select=select).float()
+def flat_places(blocks: list[Block], first: Sequence[int], width: int) -> Tensor:
+    """Places (N,) int64 of the masked columns among R x `width` tokens, the i-th row's being its columns from first[i]
+    on."""
+    places = []
+    for i, block in enumerate(blocks):
+        places += [i * width + column - first[i] for column in block.masked]
+    return torch.tensor(places, dtype=torch.long)
 
 
 def visibility(columns: Tensor, stops: list[int], block_size: int) -> Tensor | None:
     """What queries at `columns` (R or 1, W) see of the keys 0 to max(stops) - 1: those of their row before stops[r],
-    and with a block_size of blocks up to their own. Bool (R or 1, 1, W or 1, keys), None = everything.
+    and with a block_size those of blocks up to their own. Bool (R or 1, 1, W or 1, keys), None = everything.
 
-    Padding sees no less than the row's first block, so no query is blind.
+    Padding sees no less than the row's first block, so that no query is blind.
     """
     attn_mask, ragged = None, min(stops) < max(stops)
     if not ragged and not block_size:
         return None
     keys = torch.arange(max(stops), device=columns.device)
+    # 1. Nothing past the end of the row's visible text: (R, 1, 1, keys).
     if ragged:
         attn_mask = (keys < torch.tensor(stops, device=columns.device)[:, None])[:, None, None]
+    # 2. No later block of the grid: (R or 1, 1, W, keys).
     if block_size:
-        before = (keys // block_size <= columns[:, :, None] // block_size)[:, None]
-        attn_mask = before if attn_mask is None else attn_mask & before
+        no_later = (keys // block_size <= columns[:, :, None] // block_size)[:, None]
+        attn_mask = no_later if attn_mask is None else attn_mask & no_later
     return attn_mask
 
 
+class NoCache:
+    """The whole row in one pass, or with a block_size all of it up to the end of the active block."""
+
+    def __init__(self, block_size: int, device: torch.device):
+        self.block_size, self.device = block_size, device
+        # Most steps see as far as the one before: their mask is kept.
+        self.stops: list[int] = []
+        self.attn_mask: Tensor | None = None
+
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        rows = [block.row for block in blocks]
+        stops = [block.stop if self.block_size else block.length for block in blocks]
+        width = max(stops)
+        if stops != self.stops:
+            columns = torch.arange(width, device=self.device)[None]
+            self.stops = stops
+            self.attn_mask = visibility(columns, stops, self.block_size if width > self.block_size else 0)
+        select = flat_places(blocks, [0] * len(blocks), width).to(self.device)
+        return [ForwardPass(rows, ids[rows, :width].to(self.device), select, self.attn_mask)]
+
+
 class Span(NamedTuple):
-    """What a row feeds in a pass."""
+    """What a row feeds in a pass: columns first to last - 1, which see those before `stop`."""
 
-    first: int  # the columns from here
-    last: int  # to before here
-    stop: int  # which see those before here
+    first: int
+    last: int
+    stop: int
 
 
-class Cached:
-    """A pass feeds a span of each row, and its K/V stay; which span, is up to the subclass."""
+class SpanCache:
+    """K/V of every column of every active row. A pass feeds a span of each row and overwrites its K/V; a subclass
+    decides which span."""
 
-    def __init__(self, model: Transformer, device: torch.device, shape: torch.Size, spend: Spend):
-        self.model, self.device, self.block_size, self.spend = model, device, model.config.block_size, spend
-        self.rows = list(range(shape[0]))  # of the batch, that are in the cache
-        self.cache = ColumnCache(model.config, *shape)
+    def __init__(self, config: ModelConfig, shape: torch.Size, device: torch.device):
+        self.device, self.block_size = device, config.block_size
+        self.rows = list(range(shape[0]))  # numbers in the batch of the rows in the cache
+        self.cache = ColumnCache(config, *shape)
 
-    def forget_finished(self, at: Active) -> None:
-        if at.rows != self.rows:
-            self.cache.keep(torch.tensor([self.rows.index(row) for row in at.rows], device=self.device))
-            self.rows = at.rows
+    def drop_finished(self, blocks: list[Block]) -> None:
+        """Free the K/V of rows that are not active any more."""
+        rows = [block.row for block in blocks]
+        if rows != self.rows:
+            self.cache.keep(torch.tensor([self.rows.index(row) for row in rows], device=self.device))
+            self.rows = rows
 
-    def feed(self, at: Active, spans: list[Span]) -> Tensor:
-        """(N, V) float32."""
+    def forward_pass(self, ids: Tensor, blocks: list[Block], spans: list[Span]) -> ForwardPass:
+        """The pass that feeds spans[i] of the row of blocks[i]."""
+        rows = [block.row for block in blocks]
         first, last, stops = (list(values) for values in zip(*spans, strict=True))
-        if at.rows == self.rows and len(set(spans)) == 1:
-            rows, target = None, slice(first[0], last[0])
-            columns, ids = torch.arange(first[0], last[0])[None], at.ids[:, target]
+        if rows == self.rows and len(set(spans)) == 1:
+            # 1. All rows feed the same columns (1, W): no padding, and a slice says where the K/V go.
+            target, columns = slice(first[0], last[0]), torch.arange(first[0], last[0])[None]
+            fed = ids[rows, target]
         else:
-            rows = None if at.rows == self.rows else torch.tensor([self.rows.index(row) for row in at.rows])
+            # 1. Columns (R, W) of the widest span; past the end of its own, a row writes to the scratch column.
             columns = torch.tensor(first)[:, None] + torch.arange(max(span.last - span.first for span in spans))
-            columns[columns >= torch.tensor(last)[:, None]] = self.cache.max_length
-            ids = at.ids.gather(1, columns.clamp(max=at.ids.shape[1] - 1))
-            target = columns.to(self.device)
-        self.cache.aim(None if rows is None else rows.to(self.device), target, max(stops))
-        columns = columns.to(self.device)
-        several = self.block_size and any(a // self.block_size < (b - 1) // self.block_size for a, b, _ in spans)
-        select = at.among(first, ids.shape[1])
-        self.spend(at.rows)
-        return self.model(
-            ids.to(self.device),
-            attn_mask=visibility(columns, stops, self.block_size if several else 0),
+            columns[columns >= torch.tensor(last)[:, None]] = self.cache.scratch_column
+            target, fed = columns.to(self.device), ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1))
+        # 2. The rows' places in the cache (R,); None = all.
+        places = None if rows == self.rows else torch.tensor([self.rows.index(row) for row in rows], device=self.device)
+        # 3. What they see: a mask of blocks is needed only if a row feeds more than one.
+        columns, size = columns.to(self.device), self.block_size
+        several = size and any(span.first // size < (span.last - 1) // size for span in spans)
+        return ForwardPass(
+            rows=rows,
+            ids=fed.to(self.device),
+            select=flat_places(blocks, first, fed.shape[1]).to(self.device),
+            attn_mask=visibility(columns, stops, size if several else 0),
             position_ids=columns,
-            cache=self.cache,
-            select=select.to(self.device),
-        ).float()
+            cache=self.cache.view(places, target, max(stops)),
+        )
 
 
-class BlockCached(Cached):
+class BlockCache(SpanCache):
     """Block-causal attention, exact: the K/V of every finished block, computed from its final tokens.
 
-    A row feeds its finished blocks that are not in the cache yet, and the active one behind them. What enters the cache
-    for good is the finished blocks: at first those of the prompt (prefill), later the block just left (commit), both
-    in the pass of the next block's first step. The active block's K/V are overwritten by each step, and never kept.
+    A row feeds its finished blocks whose K/V are not final yet, and the active one after them. K/V become final
+    (they are committed) in the pass of the next block's first step: at first those of the prompt (prefill), later those
+    of the block just left. Every step overwrites the active block's K/V, and none of them are ever kept.
 
-    A pass is as wide as the widest of its rows, so where the rows of a batch change blocks at different steps, and
-    arithmetic rather than the number of calls takes the time, UnfusedBlockCached may be the faster one.
+    A pass is as wide as the widest of its rows. If the rows of a batch change blocks at different steps, and arithmetic
+    rather than the number of calls takes the time, UnfusedBlockCache may be the faster one.
     """
 
-    def __init__(self, model: Transformer, device: torch.device, shape: torch.Size, spend: Spend):
-        super().__init__(model, device, shape, spend)
+    def __init__(self, config: ModelConfig, shape: torch.Size, device: torch.device):
+        super().__init__(config, shape, device)
         self.committed = [0] * shape[0]  # columns of each row of the batch whose K/V are final
 
-    def logits(self, at: Active) -> Tensor:
-        self.forget_finished(at)
-        logits = self.feed(at, [self._span(row, stop) for row, stop in zip(at.rows, at.stop, strict=True)])
-        self._commit(at)
-        return logits
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        self.drop_finished(blocks)
+        spans = [self._span(block.row, block.stop) for block in blocks]
+        self._commit(blocks)
+        return [self.forward_pass(ids, blocks, spans)]
 
     def _span(self, row: int, stop: int) -> Span:
         return Span(self.committed[row], stop, stop)
 
-    def _commit(self, at: Active) -> None:
-        for row, start in zip(at.rows, at.start, strict=True):
-            self.committed[row] = start
+    def _commit(self, blocks: list[Block]) -> None:
+        for block in blocks:
+            self.committed[block.row] = block.start
 
 
-class UnfusedBlockCached(BlockCached):
+class UnfusedBlockCache(BlockCache):
     """The same, with prefill and commits in passes of their own."""
 
-    def logits(self, at: Active) -> Tensor:
-        self.forget_finished(at)
-        starts = enumerate(zip(at.rows, at.start, strict=True))
-        behind = [(place, self._span(row, start)) for place, (row, start) in starts if self.committed[row] < start]
-        if behind:
-            places, spans = zip(*behind, strict=True)
-            self.feed(at.unasked(list(places)), list(spans))
-            self._commit(at)
-        return super().logits(at)
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        self.drop_finished(blocks)
+        # 1. What rows have finished before their active block: its K/V become final, and no logits are wanted.
+        behind = [replace(block, masked=()) for block in blocks if self.committed[block.row] < block.start]
+        if not behind:
+            return super().passes(ids, blocks)
+        commit = self.forward_pass(ids, behind, [self._span(block.row, block.start) for block in behind])
+        self._commit(behind)
+        # 2. The active blocks of all rows.
+        return [commit, *super().passes(ids, blocks)]
 
 
-class PrefixCached(Cached):
+class PrefixCache(SpanCache):
     """Full attention, approximate (Fast-dLLM's PrefixCache): while a block is active, the K/V of all before it stay as
     they were in its first step, whose pass computes the whole row; later ones compute the block and what follows.
 
-    A row refreshes its own when it comes to a block of its own; a pass is as wide as the widest of its rows, so a batch
-    whose rows change blocks at different steps saves less.
+    A row refreshes its own K/V when it comes to a block of its own; a pass is as wide as the widest of its rows, so a
+    batch whose rows change blocks at different steps saves less.
     """
 
-    def __init__(self, model: Transformer, device: torch.device, shape: torch.Size, spend: Spend):
-        super().__init__(model, device, shape, spend)
-        self.entered = [-1] * shape[0]  # first column of the block that each row has computed itself for
+    def __init__(self, config: ModelConfig, shape: torch.Size, device: torch.device):
+        super().__init__(config, shape, device)
+        self.refreshed_for = [-1] * shape[0]  # first column of the block at whose first step each row was computed
 
-    def logits(self, at: Active) -> Tensor:
-        self.forget_finished(at)
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        self.drop_finished(blocks)
         spans = []
-        for row, start, stop, length in zip(at.rows, at.start, at.stop, at.lengths, strict=True):
-            spans.append(self._span(start, stop, length) if self.entered[row] == start else Span(0, length, length))
-            self.entered[row] = start
-        return self.feed(at, spans)
+        for block in blocks:
+            first_step = self.refreshed_for[block.row] != block.start
+            spans.append(Span(0, block.length, block.length) if first_step else self._span(block))
+            self.refreshed_for[block.row] = block.start
+        return [self.forward_pass(ids, blocks, spans)]
 
-    def _span(self, start: int, stop: int, length: int) -> Span:
-        return Span(start, length, length)
+    def _span(self, block: Block) -> Span:
+        return Span(block.start, block.length, block.length)
 
 
-class DualCached(PrefixCached):
-    """Fast-dLLM's DualCache: what follows the active block stays as it was in its first step, too."""
+class DualCache(PrefixCache):
+    """Fast-dLLM's DualCache: the K/V of what follows the active block stay as they were in its first step, too."""
 
-    def _span(self, start: int, stop: int, length: int) -> Span:
-        return Span(start, stop, length)
+    def _span(self, block: Block) -> Span:
+        return Span(block.start, block.stop, block.length)

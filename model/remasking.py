@@ -101,7 +101,7 @@ POLICIES: dict[str, Callable[[Step], Choice]] = {
 }
 
 
-def commit(policy: str, step: Step) -> Tensor:
+def choose(policy: str, step: Step) -> Tensor:
     """bool (R, W): the masked positions of every row that are kept; ties go to the left."""
     keys, numbers = POLICIES[policy](step)
     keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)

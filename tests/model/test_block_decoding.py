@@ -10,7 +10,7 @@ from model.attention_mask import block_causal_mask
 from model.block_diffusion import predict
 from model.decode import Canvas, DenoisingConfig, decode
 from model.denoiser import Denoiser
-from model.denoiser_cache import BlockCached, Span
+from model.denoiser_cache import BlockCache, Span
 from model.kv_cache import KVCache
 from model.remasking import transfer_schedule
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
@@ -47,7 +47,7 @@ def assert_same_steps(one, other):
     """Tokens and places identical, confidences to 1e-5."""
     assert len(one) == len(other)
     for a, b in zip(one, other, strict=True):
-        assert torch.equal(a.canvas, b.canvas) and torch.equal(a.written, b.written)
+        assert torch.equal(a.ids, b.ids) and torch.equal(a.written, b.written)
         torch.testing.assert_close(a.confidence, b.confidence, rtol=0, atol=1e-5)
 
 
@@ -56,9 +56,13 @@ def side_by_side(leader, follower):
     while not leader.finished:
         ours, theirs = leader.predict(), follower.predict()
         assert torch.equal(ours.columns, theirs.columns)
-        yield (ours.confidence - theirs.confidence).abs().max().item(), leader.block[0], leader.step[0]
-        leader.commit(ours)
-        follower.commit(replace(theirs, tokens=ours.tokens, kept=ours.kept))
+        yield (
+            (ours.confidence - theirs.confidence).abs().max().item(),
+            leader.blocks[0].number,
+            leader.blocks[0].steps_done,
+        )
+        leader.write(ours)
+        follower.write(replace(theirs, tokens=ours.tokens, kept=ours.kept))
 
 
 # -- what a block is given ---------------------------------------------------------------------------------------------
@@ -93,7 +97,7 @@ def test_block_decoding_equals_a_decoder_written_with_plain_loops(size, cache, b
         for steps in (1, 5, 40):
             config = replace(GREEDY, gen_steps=steps, gen_cache=cache, gen_eos="never")
             decoded, seen = steps_of(model, continuing(model, [prompt], NEW), config)
-            assert [step.canvas[0].tolist() for step in seen] == by_hand(model, prompt, NEW, steps)
+            assert [step.ids[0].tolist() for step in seen] == by_hand(model, prompt, NEW, steps)
             assert decoded.num_forward_passes == len(seen)
             compared += len(seen)
     assert compared > 40
@@ -125,9 +129,9 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
         denoiser = Denoiser(model, canvas, GREEDY, range(len(canvas.ids)))
         while not denoiser.finished:
             found = denoiser.predict()
-            for row in denoiser.draft.rows:
-                noised = denoiser.draft.ids[row : row + 1, : denoiser.lengths[row]]
-                masked = denoiser.draft.masked[row, : denoiser.lengths[row]].nonzero()[:, 0]
+            for row in denoiser.state.active_rows:
+                noised = denoiser.state.ids[row : row + 1, : denoiser.blocks[row].length]
+                masked = denoiser.state.masked[row, : denoiser.blocks[row].length].nonzero()[:, 0]
                 block = masked[masked // SIZE == masked[0] // SIZE]
                 clean = noised.where(noised != MASK, 5)
                 clean[0, masked[0] // SIZE * SIZE :] = torch.randint(4, 24, (1,))
@@ -141,7 +145,7 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
                 expected = logits.softmax(dim=-1).amax(dim=-1)
                 torch.testing.assert_close(found.confidence[mine], expected, rtol=0, atol=1e-5)
                 rows += 1
-            denoiser.commit(found)
+            denoiser.write(found)
     assert rows > 50
 
 
@@ -173,15 +177,15 @@ def test_cached_equals_recomputed(name, filling, block_model):
     assert cached.new == recomputed.new and cached.row_passes == recomputed.row_passes
 
 
-class StaleCommit(BlockCached):
+class StaleCommit(BlockCache):
     """Keeps the K/V that a block's last denoising pass left, computed while some of its tokens were [MASK]."""
 
     def _span(self, row, stop):
         return Span(self.committed[row] if self.committed[row] == 0 else self.start_of[row], stop, stop)
 
-    def logits(self, at):
-        self.start_of = dict(zip(at.rows, at.start, strict=True))
-        return super().logits(at)
+    def passes(self, ids, blocks):
+        self.start_of = {block.row: block.start for block in blocks}
+        return super().passes(ids, blocks)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -190,7 +194,7 @@ def test_the_keys_of_a_noisy_pass_are_wrong_even_with_one_layer(num_layers, bloc
     canvas = continuing(model, [[1, 7, 8, 9, 5]], NEW)
     config = replace(GREEDY, gen_steps=6, gen_eos="never")
     exact = Denoiser(model, canvas, replace(config, gen_cache="none"), [0])
-    monkeypatch.setattr("model.denoiser.BlockCached", StaleCommit)
+    monkeypatch.setattr("model.denoiser.BlockCache", StaleCommit)
     errors = {}
     for error, block, _ in side_by_side(exact, Denoiser(model, canvas, config, [0])):
         errors[block] = max(error, errors.get(block, 0.0))
@@ -292,10 +296,10 @@ def test_what_they_keep_is_that_of_the_blocks_first_step(cache, tiny_model):
     config = replace(eager, gen_block_size=size, gen_cache=cache, gen_eos="never")
     denoiser, kept, apart = Denoiser(model, canvas, config, range(5)), {}, 0
     while not denoiser.finished:
-        candidates, ids = denoiser.predict(), denoiser.draft.ids
-        apart += len({denoiser.step[row] == 0 for row in denoiser.draft.rows}) > 1
-        for row in denoiser.draft.rows:
-            columns, length = candidates.columns[candidates.rows == row], denoiser.lengths[row]
+        candidates, ids = denoiser.predict(), denoiser.state.ids
+        apart += len({denoiser.blocks[row].steps_done == 0 for row in denoiser.state.active_rows}) > 1
+        for row in denoiser.state.active_rows:
+            columns, length = candidates.columns[candidates.rows == row], denoiser.blocks[row].length
             start = len(PROMPTS[row]) + (int(columns[0]) - len(PROMPTS[row])) // size * size
             stop = min(start + size, length) if cache == "dual" else length
             if kept.get(row, (None,))[0] != start:
@@ -307,7 +311,7 @@ def test_what_they_keep_is_that_of_the_blocks_first_step(cache, tiny_model):
             expected = logits.softmax(dim=-1).amax(dim=-1)
             torch.testing.assert_close(candidates.confidence[candidates.rows == row], expected, rtol=0, atol=1e-5)
             compared += 1
-        denoiser.commit(candidates)
+        denoiser.write(candidates)
     assert compared > 20 and apart > 3, "some rows begin a block while others are inside one"
 
 
@@ -347,9 +351,17 @@ def test_at_a_threshold_that_all_reach_a_block_takes_one_step_once_the_cap_is_of
     [
         ("block", {"gen_block_size": 8}, "--gen-block-size 8 is not 4"),
         ("block", {"gen_block_size": 0}, "--gen-block-size 0 is not 4"),
-        ("block", {"gen_cache": "prefix"}, "--gen-cache prefix is for checkpoints of full attention.* give block"),
-        ("block", {"gen_cache": "dual"}, "--gen-cache dual is for checkpoints of full attention"),
-        ("full", {"gen_cache": "block"}, "--gen-cache block is for checkpoints of block diffusion.* give none, prefix"),
+        (
+            "block",
+            {"gen_cache": "prefix"},
+            "--gen-cache prefix is not for this checkpoint of block diffusion; give block or none",
+        ),
+        ("block", {"gen_cache": "dual"}, "--gen-cache dual is not for this checkpoint of block diffusion"),
+        (
+            "full",
+            {"gen_cache": "block"},
+            "--gen-cache block is not for this checkpoint of full attention; give none or prefix or dual",
+        ),
         ("full", {"gen_fuse_commit": False}, "--no-gen-fuse-commit has no effect"),
         ("block", {"gen_fuse_commit": False, "gen_cache": "none"}, "--no-gen-fuse-commit has no effect"),
     ],

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, decode
+from model.decode import Canvas, ContinuationConfig, DenoisingConfig, SamplingConfig, decode
 from model.remasking import POLICIES
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
 
@@ -47,7 +47,7 @@ def test_equal_blocks_are_the_published_sampler_step_for_step(length, tiny_model
             steps, seen = per_block * (length // block), []
             config = replace(GREEDY, gen_steps=steps, gen_block_size=block)
             decode(model, Canvas.continuing([prompt], length, model.config), config, [0], seen.append)
-            assert [step.canvas[0].tolist() for step in seen] == published(model, prompt, length, block, steps)
+            assert [step.ids[0].tolist() for step in seen] == published(model, prompt, length, block, steps)
             cases += per_block > block
     assert cases >= 8, "more steps than tokens, in every block size"
 
@@ -116,14 +116,14 @@ def test_greedy_denoising_equals_a_decoder_written_with_plain_loops(penalty, bia
                 expected = expected[: ends[0] + 1] if ends else expected
                 found = []
                 decoded = decode(model, continuing(model, [prompt], new), config, [0], found.append)
-                assert [step.canvas[0].tolist() for step in found] == [canvas for canvas, _ in expected]
+                assert [step.ids[0].tolist() for step in found] == [canvas for canvas, _ in expected]
                 for step, (_, chosen) in zip(found, expected, strict=True):
                     assert set(step.written[0].nonzero()[:, 0].tolist()) == set(chosen)
                     for i, p in chosen.items():
                         assert step.confidence[0, i].item() == pytest.approx(p, abs=1e-5)
                 last = expected[-1][0]
                 stopped += MASK in last
-                assert decoded.canvas[0].tolist() == [EOS if token == MASK else token for token in last]
+                assert decoded.ids[0].tolist() == [EOS if token == MASK else token for token in last]
                 text = last[len(prompt) :]
                 assert decoded.new[0] == (text[: text.index(EOS) + 1] if EOS in text else text)
                 assert decoded.ended[0] == (EOS in text) and decoded.num_forward_passes == len(expected)
@@ -137,7 +137,7 @@ def test_what_early_stopping_leaves_out_is_behind_the_end(ending_model, monkeypa
         config = replace(HOT, gen_remasking=policy, gen_steps=6, gen_block_size=3)
         short = decode(model, continuing(model), config, range(5))
         with monkeypatch.context() as patch:
-            patch.setattr("model.canvas.Draft._has_ended", lambda draft, row: not draft.left[row])
+            patch.setattr("model.canvas.CanvasState._has_ended", lambda state, row: not state.masked_columns[row])
             full = decode(model, continuing(model), config, range(5))
         assert short.new == full.new and short.ended == full.ended
         assert short.num_forward_passes <= full.num_forward_passes
@@ -161,7 +161,7 @@ def test_greedy_cached_decoding_equals_recomputing_every_prefix(penalty, window,
             new.append(int(logits.argmax()))
         assert decoded.new[row] == new and decoded.row_passes[row] == len(new)
         assert decoded.ended[row] == (EOS in new)
-        assert decoded.canvas[row, : len(prompt) + 8].tolist() == prompt + new + [EOS] * (8 - len(new))
+        assert decoded.ids[row, : len(prompt) + 8].tolist() == prompt + new + [EOS] * (8 - len(new))
     assert decoded.num_forward_passes == max(decoded.row_passes) > min(decoded.row_passes)
 
 
@@ -215,14 +215,14 @@ def test_every_open_position_is_written_once_and_nothing_else_ever_changes(name,
     before, known = canvas.ids, ~canvas.open
     for step in seen:  # all of them were made before any is looked at: each holds its own copy
         assert step.written.any() and not (step.written & known).any()
-        assert torch.equal(step.canvas[~step.written], before[~step.written])
+        assert torch.equal(step.ids[~step.written], before[~step.written])
         assert torch.equal(step.confidence > 0, step.written) and (step.confidence <= 1).all()
-        before, known = step.canvas, known | step.written
+        before, known = step.ids, known | step.written
         assert torch.equal(before == MASK, ~known)
-    assert torch.equal(decoded.canvas[known], before[known]) and (decoded.canvas[~known] == EOS).all()
-    assert torch.equal(decoded.canvas[~canvas.open], canvas.ids[~canvas.open])
+    assert torch.equal(decoded.ids[known], before[known]) and (decoded.ids[~known] == EOS).all()
+    assert torch.equal(decoded.ids[~canvas.open], canvas.ids[~canvas.open])
     for row, new in enumerate(decoded.new):
-        filled = decoded.canvas[row, canvas.open[row]].tolist()
+        filled = decoded.ids[row, canvas.open[row]].tolist()
         assert new == (filled[: filled.index(EOS) + 1] if EOS in filled else filled) and MASK not in filled
         assert decoded.ended[row] == (EOS in filled)
     assert filling is continuing or (known.all() and not any(decoded.ended))
@@ -253,9 +253,9 @@ def test_decoding_in_bfloat16_reports_probabilities_in_float32(tiny_model):
 
 def test_decoders_refuse_the_other_kind_and_what_does_not_fit(tiny_model):
     causal, full = tiny_model(), tiny_model(attention="full")
-    with pytest.raises(ValueError, match="eval_diffusion"):
+    with pytest.raises(ValueError, match="trained by diffusion; autoregressive sampling"):
         decode(full, continuing(full), AR_GREEDY, range(5))
-    with pytest.raises(ValueError, match="eval_minimind"):
+    with pytest.raises(ValueError, match="is autoregressive; denoising"):
         decode(causal, continuing(causal), GREEDY, range(5))
     with pytest.raises(ValueError, match="at most 64"):
         Canvas.continuing([[1] * 60], 5, causal.config)
@@ -266,7 +266,7 @@ def test_decoders_refuse_the_other_kind_and_what_does_not_fit(tiny_model):
     with pytest.raises(ValueError, match="BOS"):
         decode(causal, Canvas.continuing([[1], []], 3, causal.config), AR_GREEDY, range(2))
     with pytest.raises(ValueError, match="5 rows need as many seeds, not 1"):
-        next(autoregress(causal, continuing(causal), AR_GREEDY, [0]))
+        decode(causal, continuing(causal), AR_GREEDY, [0])
     with pytest.raises(ValueError, match="among the given"):
         Canvas.continuing([[1, MASK]], 3, causal.config)
 

@@ -21,6 +21,8 @@ class Conditionals:
 
     config = SimpleNamespace(
         attention="full",
+        autoregressive=False,
+        block_size=0,
         inference_rope_scaling=False,
         eos_token_id=EOS,
         mask_token_id=MASK,
@@ -32,7 +34,7 @@ class Conditionals:
         self.joint = joint
         self.values = torch.tensor([[4 + (i >> k & 1) for k in range(3)] for i in range(8)])
 
-    def __call__(self, ids, attn_mask=None, select=None):
+    def __call__(self, ids, select, **unused):
         visible = ids[:, 1:, None] == self.values.T  # (B, 3, 8)
         weight = ((visible | (ids[:, 1:, None] == MASK)).all(dim=1) * self.joint)[:, None, :, None]
         one_hot = torch.nn.functional.one_hot(self.values.T, 6).double()  # (3, 8, 6)
@@ -58,7 +60,7 @@ def test_one_by_one_sampling_reproduces_the_joint_unless_the_order_depends_on_wh
 
 def candidates_by_row(denoiser, candidates):
     """{row: [(column, token, confidence, kept)]}, from left to right."""
-    found = {row: [] for row in denoiser.draft.rows}
+    found = {row: [] for row in denoiser.state.active_rows}
     for row, *rest in zip(*(getattr(candidates, n).tolist() for n in FIELDS), strict=True):
         found[row].append(tuple(rest))
     return found
@@ -92,7 +94,7 @@ def test_the_end_of_the_text_is_free_last_or_never(policy, eos, ending_model):
             if eos == "confidence" and policy == "threshold":
                 confident = sum(confidence >= 0.3 for confidence, _ in others)
                 assert sum(kept for *_, kept in group) == max(1, confident)
-        denoiser.commit(candidates)
+        denoiser.write(candidates)
     ended = denoiser.finish().ended
     assert any(ended) == (eos != "never")
     assert (early > 0) == (eos == "free")
@@ -132,7 +134,7 @@ def test_threshold_and_factor_keep_the_most_confident_within_the_cap(cap, steps,
             passing = [n for n, (_, _, p, _) in enumerate(best, 1) if p >= 1 - f / (n + 1)]
             number = sum(p >= bound for _, _, p, _ in best) if remasking == "threshold" else max(passing, default=0)
             assert [kept for *_, kept in best] == [n < max(1, min(number, most)) for n in range(len(best))]
-        assert denoiser.commit(candidates).written.any()
+        assert denoiser.write(candidates).written.any()
 
 
 # -- guidance ----------------------------------------------------------------------------------------------------------
@@ -156,7 +158,7 @@ def test_guidance_masks_the_given_tokens_and_these_alone_in_its_second_branch(fi
     calls = spied(model, monkeypatch)
     for _ in range(2):
         candidates = denoiser.predict()
-        rows, written = list(denoiser.draft.rows), denoiser.draft.written
+        rows, written = list(denoiser.state.active_rows), denoiser.state.written
         first, second = calls[-2:]
         for i, row in enumerate(rows):
             for column in range(first.shape[1]):
@@ -172,7 +174,7 @@ def test_guidance_masks_the_given_tokens_and_these_alone_in_its_second_branch(fi
             if filling is infilling:
                 logits[EOS] = -math.inf
             assert token == int(logits.argmax()) and p == pytest.approx(logits.softmax(0)[token].item(), abs=1e-5)
-        denoiser.commit(candidates)
+        denoiser.write(candidates)
 
 
 # -- one step at a time ------------------------------------------------------------------------------------------------
@@ -187,16 +189,16 @@ def test_a_denoiser_can_be_driven_by_hand(tiny_model):
     while not denoiser.finished:
         with pytest.raises(ValueError, match="5 rows are unfinished"):
             denoiser.finish()
-        denoiser.commit(denoiser.predict())
+        denoiser.write(denoiser.predict())
     assert denoiser.finish().new == by_itself.new
 
     denoiser = Denoiser(model, continuing(model), config, range(5))
     first = denoiser.predict()
     leftmost = torch.cat([torch.tensor([True]), first.rows[1:] != first.rows[:-1]])
-    step = denoiser.commit(replace(first, kept=leftmost, tokens=torch.full_like(first.tokens, 17)))
-    assert (step.canvas[step.written] == 17).all() and step.written.sum() == 5
+    step = denoiser.write(replace(first, kept=leftmost, tokens=torch.full_like(first.tokens, 17)))
+    assert (step.ids[step.written] == 17).all() and step.written.sum() == 5
     numbers = []
     while not denoiser.finished:
-        numbers.append(denoiser.commit(denoiser.predict()).written.sum(dim=1).tolist())
+        numbers.append(denoiser.write(denoiser.predict()).written.sum(dim=1).tolist())
     assert numbers == [[3] * 5, [4] * 5]
     assert all(new[0] == 17 and MASK not in new for new in denoiser.finish().new)

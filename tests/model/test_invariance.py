@@ -199,7 +199,7 @@ def rows_to_fill(draw, attention):
 
 def texts(model, rows, may_end, config, chosen):
     """Per row, of those chosen, in that order: all that decoding says of it. Row i has the seed 100 + i."""
-    canvas = Canvas._of([rows[i] for i in chosen], model.config, "cpu", may_end)
+    canvas = Canvas.from_rows([rows[i] for i in chosen], model.config, "cpu", may_end)
     found = decode(model, canvas, config, [100 + i for i in chosen])
     ids = found.canvas.tolist()
     for i, one in zip(chosen, ids, strict=True):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES, Step, commit, transfer_schedule
+from model.remasking import POLICIES, Step, choose, transfer_schedule
 
 
 def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, logits=None):
@@ -30,7 +30,7 @@ def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, log
 
 
 def kept(policy, step):
-    return [set(row.nonzero()[:, 0].tolist()) for row in commit(policy, step)]
+    return [set(row.nonzero()[:, 0].tolist()) for row in choose(policy, step)]
 
 
 def some_rows(draw, digits=2):
@@ -49,7 +49,7 @@ def test_the_transfer_schedule_spreads_all_tokens_evenly(n, steps):
 @pytest.mark.parametrize(
     "policy", ["low_confidence", "margin", "entropy", "left_to_right", "threshold", "factor", "hybrid"]
 )
-def test_ties_are_committed_from_the_left(policy):
+def test_ties_are_kept_from_the_left(policy):
     bound = 0.6 if policy == "hybrid" else 0.5
     step = step_of([[0.5] * 500, [0.5] * 2], quota=2, budget=2, threshold=bound, factor=2.0)
     assert kept(policy, step) == [{0, 1}, {0, 1}]

@@ -124,10 +124,10 @@ def test_columns_are_cached_for_rows_at_different_places(tiny_model):
         """Logits of causal passes; spans: row -> (first, last)."""
         width, stop = max(last - first for first, last in spans), max(last for _, last in spans)
         columns = torch.tensor([[c if c < last else 8 for c in range(f, f + width)] for f, last in spans])
-        cache.aim(aimed, columns, stop)
         attn_mask = (columns[:, :, None] >= torch.arange(stop))[:, None]
         tokens = row_ids.gather(1, columns.clamp(max=7))
-        return model(tokens, position_ids=columns, attn_mask=attn_mask, cache=cache)
+        view = cache.view(aimed, columns, stop)
+        return model(tokens, position_ids=columns, attn_mask=attn_mask, cache=view)
 
     def check(found, rows, spans):
         for one, row, (first, last) in zip(found, rows, spans, strict=True):
@@ -138,11 +138,9 @@ def test_columns_are_cached_for_rows_at_different_places(tiny_model):
     check(fed(ids[[0, 2]], spans := [(5, 7), (3, 6)], torch.tensor([0, 2])), (0, 2), spans)
     cache.keep(torch.tensor([1, 2]))
     check(fed(ids[1:], spans := [(2, 8), (6, 8)]), (1, 2), spans)
-    cache.aim(None, slice(6, 8), 8)
-    attn_mask = block_causal_mask(8, 1)[:, :, 6:]
-    check(
-        model(ids[1:, 6:], position_ids=torch.tensor([[6, 7]]), attn_mask=attn_mask, cache=cache), (1, 2), [(6, 8)] * 2
-    )
+    view, attn_mask = cache.view(None, slice(6, 8), 8), block_causal_mask(8, 1)[:, :, 6:]
+    last = model(ids[1:, 6:], position_ids=torch.tensor([[6, 7]]), attn_mask=attn_mask, cache=view)
+    check(last, (1, 2), [(6, 8)] * 2)
 
 
 def test_selected_positions_have_the_logits_of_the_dense_head(tiny_model):

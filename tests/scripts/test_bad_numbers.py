@@ -158,7 +158,7 @@ def test_an_evaluation_refuses_an_impossible_length(name, length, eval_argv, ref
         ("--time-weighted-loss", ["--time-weighted-loss has no effect without --mask-schedule wsd"]),
         ("--noise-schedule cosine", ["--noise-schedule has no effect without --mask-schedule iid_t or wsd"]),
         ("--gen-block-size 4", ["--gen-block-size 4 is not 32"]),
-        ("--gen-cache dual", ["--gen-cache dual is for checkpoints of full attention"]),
+        ("--gen-cache dual", ["--gen-cache dual is not for this checkpoint of block diffusion"]),
         ("--wsd-phase-ratios 0.5,0.5,0", ["--wsd-phase-ratios", "the last above 0"]),
         ("--no-use-block-curriculum --block-size 1 --mask-rate-min 0.3", ["--mask-rate-min has no effect"]),
         ("--mask-embedding-noise-steps 5", ["has no effect without a positive --mask-embedding-noise"]),

@@ -199,7 +199,7 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
         torch.zeros(3, 5),
         lambda: torch.rand(3),
     )
-    assert remasking.commit("right_to_left", step).tolist() == [[False, False, True]]
+    assert remasking.choose("right_to_left", step).tolist() == [[False, False, True]]
     assert [turn["content"] for turn in sft.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
 
 

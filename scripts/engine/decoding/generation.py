@@ -6,7 +6,6 @@
 `observe` streams: it is called with the canvas before the first step and returns the function that sees every step.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ import torch
 
 from dataset.tokenizer import decode
 from model.canvas import Canvas, Decoded, DecodingStep
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig, autoregress, denoise
+from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig, decoder_of
 from model.decode import decode as fill
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
@@ -128,7 +127,7 @@ def infill(
         )
     canvas = Canvas.infilling([row], loaded.model.config, loaded.runtime.torch_device)
     decoded, seconds = decode_timed(loaded, canvas, sampler, first_seed(loaded, continuation), observe)
-    text = decode(loaded.tokenizer, decoded.canvas[0, start:-1].tolist())
+    text = decode(loaded.tokenizer, decoded.ids[0, start:-1].tolist())
     return Generation(blanks.text, text, len(decoded.new[0]), True, decoded.num_forward_passes, seconds, filled=True)
 
 
@@ -169,10 +168,11 @@ def decode_timed(
 def warm_up(loaded: Loaded, prompts: Sequence[Prompt], continuation: ContinuationConfig, sampler: Sampler) -> None:
     """Take the first steps of an answer on the canvas that will be timed: the first of a new shape are slower."""
     canvas = canvas_of_prompts(loaded, prompts, continuation.max_new_tokens)
-    steps = denoise if isinstance(sampler, DenoisingConfig) else autoregress
     with loaded.runtime.autocast():
-        for _ in itertools.islice(steps(loaded.model.eval(), canvas, sampler, [0] * len(prompts)), WARM_UP):
-            pass
+        decoder = decoder_of(loaded.model.eval(), canvas, sampler, [0] * len(prompts))
+        for _ in range(WARM_UP):
+            if not decoder.finished:
+                decoder.step()
 
 
 def _synchronise(device: torch.device) -> None:

@@ -90,12 +90,12 @@ class Trace:
 
     def add(self, step: DecodingStep, row: int = 0) -> None:
         """Record row `row` of a step; columns beyond the trace's length are padding."""
-        canvas = step.canvas[row, : len(self._ids)].tolist()
+        ids = step.ids[row, : len(self._ids)].tolist()
         written = step.written[row, : len(self._ids)].tolist()
         confidence = step.confidence[row, : len(self._ids)].tolist()
         writes = tuple(
             Write(i, token, round(confidence[i], 4))
-            for i, token in enumerate(canvas)
+            for i, token in enumerate(ids)
             if written[i] or token != self._ids[i]
         )
         self.append(TraceStep(int(step.num_forward_passes), writes))

@@ -70,7 +70,7 @@ class Decoding:
             return self.fill(model, canvas, config, seeds, stop)
         decoded = self.fill(model, canvas, config, seeds, watch)
         if number == self.empty:
-            decoded = Decoded(decoded.canvas, [[self.tokenizer.eos_token_id]], [True], 1, [1])
+            decoded = Decoded(decoded.ids, [[self.tokenizer.eos_token_id]], [True], 1, [1])
         self.replies.append(decode(self.tokenizer, decoded.new[0]))
         return decoded
 

@@ -135,7 +135,7 @@ def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, to
     assert [made.prompt for made in together] == ["the cat", "the river sees", ""]
     assert len({made.seconds for made in together}) == 1 and together[0].seconds > 0
     assert len(observed) == 1 and given(observed[0], 2) == [tokenizer.bos_token_id, *[None] * 6]
-    assert seen[0].canvas.shape == observed[0].ids.shape
+    assert seen[0].ids.shape == observed[0].ids.shape
     assert seen[-1].num_forward_passes == max(made.num_forward_passes for made in together)
     for i, (prompt, made) in enumerate(zip(prompts, together, strict=True)):
         alone = generate(loaded, prompt, ContinuationConfig(6, gen_seed=5 + i), config)
@@ -197,7 +197,7 @@ def test_the_blanks_of_a_text_are_filled_and_the_rest_is_kept_token_for_token(
         rest = rest.lstrip("_")
     expected += [*encode(tokenizer, rest), eos]
     assert given(canvases[0]) == expected
-    final = decoded[0][0].canvas[0].tolist()
+    final = decoded[0][0].ids[0].tolist()
     assert all(token in (None, filled) for token, filled in zip(expected, final, strict=True))
     made = json.loads(result.out)["generation"]
     blanks = expected.count(None)

@@ -110,16 +110,20 @@ def test_a_few_steps_on_the_same_canvas_warm_a_model_up(more, ask, canvases, mon
     """As many passes at the most as there are steps of warming up, all of them before the answer begins."""
     events = []
 
-    def spied(begin):
-        def steps(model, canvas, config, seeds):
-            for step in begin(model, canvas, config, seeds):
-                events.append((tuple(canvas.ids.shape), given(canvas), step.num_forward_passes))
-                yield step
+    decoder_of = generation.decoder_of
 
-        return steps
+    def spied(model, canvas, config, seeds):
+        decoder = decoder_of(model, canvas, config, seeds)
+        take_step = decoder.step
 
-    for name in ("autoregress", "denoise"):
-        monkeypatch.setattr(generation, name, spied(getattr(generation, name)))
+        def step():
+            events.append((tuple(canvas.ids.shape), given(canvas)))
+            return take_step()
+
+        decoder.step = step
+        return decoder
+
+    monkeypatch.setattr(generation, "decoder_of", spied)
     generate = one_prompt.generate
     monkeypatch.setattr(one_prompt, "generate", lambda *a: events.append("answer") or generate(*a))
     ask(("ar", "dm"), "--max-new-tokens", "30", *more)
@@ -127,7 +131,7 @@ def test_a_few_steps_on_the_same_canvas_warm_a_model_up(more, ask, canvases, mon
     assert events[-1] == "answer" and events.count("answer") == 2
     for steps, canvas in zip((events[:first], events[first + 1 : -1]), canvases, strict=True):
         assert 1 <= len(steps) <= generation.WARM_UP
-        assert all(event[:2] == (tuple(canvas.ids.shape), given(canvas)) for event in steps)
+        assert all(event == (tuple(canvas.ids.shape), given(canvas)) for event in steps)
 
 
 def test_the_clock_stands_still_until_the_device_has_done_its_work(ask, monkeypatch):

@@ -131,7 +131,7 @@ def test_both_decoders_are_recorded_as_they_went(tokenizer, tiny_model):
 
         decoded = fill(model, canvas, config, [0, 1], watch)
         for row, trace in enumerate(traces):
-            seen = [canvas.ids[row].tolist(), *(step.canvas[row].tolist() for step in steps)]
+            seen = [canvas.ids[row].tolist(), *(step.ids[row].tolist() for step in steps)]
             assert [[c.id for c in frame] for frame in trace.frames()] == [ids[: len(trace.ids)] for ids in seen]
             new = [i for i, is_open in zip(trace.ids, trace.open, strict=True) if is_open]
             assert new[: len(decoded.new[row])] == decoded.new[row]
