@@ -201,7 +201,7 @@ def texts(model, rows, may_end, config, chosen):
     """Per row, of those chosen, in that order: all that decoding says of it. Row i has the seed 100 + i."""
     canvas = Canvas.from_rows([rows[i] for i in chosen], model.config, "cpu", may_end)
     found = decode(model, canvas, config, [100 + i for i in chosen])
-    ids = found.canvas.tolist()
+    ids = found.ids.tolist()
     for i, one in zip(chosen, ids, strict=True):
         assert set(one[len(rows[i]) :]) <= {PAD}
     told = zip(chosen, ids, found.new, found.ended, found.row_passes, strict=True)
