@@ -24,17 +24,13 @@ from typing import Annotated, Any
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.experiments.figures import draw
 from scripts.engine.experiments.readings import READINGS, origin, read_reports
-from scripts.engine.experiments.runs import Recipe
+from scripts.engine.experiments.runs import Lab, Recipe, TrainingsConfig, numbers
 from scripts.engine.experiments.trainings import (
-    COMPARISONS,
     TRAININGS,
     InitialisationConfig,
     RepetitionConfig,
     SchedulesConfig,
-    TrainingsConfig,
     lines,
-    numbers,
-    prepare,
     summarise,
 )
 from scripts.engine.files import require_output, require_writable, write_json
@@ -112,20 +108,22 @@ def train(
 ) -> Iterator[dict[str, Any]]:
     """The results of the chosen experiments that train, one after the other."""
     chosen = [name for name in TRAININGS if name in what.chosen]
-    bench = prepare(trainings, recipe, runtime, what.out / "runs") if chosen else None
-    common = bench.lab.commands[:] if bench else []
+    if not chosen:
+        return
+    lab = Lab(what.out / "runs", trainings, recipe, runtime)
+    common = lab.commands[:]
     for name in chosen:
-        first = len(bench.lab.commands)
-        bench.lab.judged.clear()
-        found = TRAININGS[name](bench, configs[name], numbers(trainings.seeds, "--seeds"))
-        more = trainings, recipe, configs[name]
+        first = len(lab.commands)
+        lab.judged.clear()
+        result = TRAININGS[name].run(lab, configs[name], numbers(trainings.seeds, "--seeds"))
+        settings = trainings, recipe, configs[name]
         yield {
             "experiment": name,
-            "summary": summarise(found["runs"], COMPARISONS[name]),
-            **found,
-            "commands": common + bench.lab.commands[first:],
-            **circumstances(command, runtime, bench.tokenizer, bench.lab.source, [], *more),
-            "checkpoints": [{"checkpoint": path, "sha256": found} for path, found in bench.lab.judged.items()],
+            "summary": summarise(result["runs"], TRAININGS[name].comparison),
+            **result,
+            "commands": common + lab.commands[first:],
+            **circumstances(command, runtime, lab.tokenizer, lab.source, [], *settings),
+            "checkpoints": [{"checkpoint": path, "sha256": digest} for path, digest in lab.judged.items()],
         }
 
 

@@ -88,7 +88,7 @@ def frontier(reports: Mapping[str, Report]) -> Record:
 
 
 def read_reports(paths: str) -> dict[str, Report]:
-    """path -> content of each of the comma-separated reports. Raise ValueError if one is given twice or is no report."""
+    """path -> content of each of the comma-separated reports. Raise ValueError if one is given twice."""
     names = [name.strip() for name in paths.split(",")]
     if len(set(names)) < len(names):
         raise ValueError(f"--reports {paths}: one is given twice")

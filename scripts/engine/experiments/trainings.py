@@ -1,66 +1,31 @@
-"""The experiments that train: mask schedules, initialisation, repetition. Each returns its runs, one record for each
-training and seed, with what was measured on it; all likelihoods are of the same held-out documents."""
+"""The experiments that train: mask schedules, initialisation, repetition.
+
+Each returns its runs, one record for each training and seed, with the measurements of its weights; all likelihoods are
+of the same held-out documents. To add one: a group of flags, a function, and an entry in `TRAININGS`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
-from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import read_documents, text_format
-from dataset.tokenizer import encode, load_tokenizer
+from dataset.jsonl import read_documents
+from dataset.tokenizer import encode
 from model.decode import ContinuationConfig, DenoisingConfig
 from scripts.engine.decoding.generation import generate_batch
-from scripts.engine.experiments.data import held_out_parts, small_corpus, write_documents
-from scripts.engine.experiments.runs import Bench, Lab, Recipe, Run
+from scripts.engine.experiments.runs import Lab, Run, Training, numbers, write_documents
 from scripts.engine.files import sha256_of
 from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
 from scripts.engine.prompts import Prompt
-from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, t_interval
 
 Record = dict[str, Any]
 Records = list[Record]
-JUDGE_SEED = 10_000  # no training's
+JUDGE_SEED = 10_000  # no other training has it
 SECOND_STAGE = 5_000  # added to the seed, so that a second stage does not see the rows of the first one again
-ROWS_AT_A_TIME = 128
+ROWS_PER_BATCH = 128
 UNNAMED = {"value", "minus", "mean", "low", "high", "n", "unit"}  # fields of a summary that identify no cell
-
-
-def numbers(text: str, flag: str, kind: type = int) -> list[Any]:
-    """ "1,4" -> [1, 4]; ValueError unless they are different and rise."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or found != sorted(set(found)):
-        raise ValueError(f"{flag} {text!r}: expected rising numbers separated by commas")
-    return found
-
-
-@dataclass(frozen=True)
-class TrainingsConfig:
-    """All trainings."""
-
-    seeds: Annotated[str, "of the trainings; --seed is that of the masks they are measured with"] = "1,2,3"
-    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
-    tokenizer_dir: Annotated[Path | None, "directory of a tokenizer (none: one is trained on --data)"] = None
-    target_vocab_size: Annotated[int, "entries of the tokenizer trained"] = 2048
-    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
-    val_fraction: Annotated[float, "share of documents held out, by content hash"] = 0.02
-    heldout_tokens: Annotated[int, "tokens, at most, of the held-out documents that runs are measured on"] = 40_000
-    num_samples: Annotated[int, "masks drawn per row for a diffusion bound", "--nmc"] = 8
-
-    def __post_init__(self):
-        numbers(self.seeds, "--seeds")
-        for name in ("heldout_tokens", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.data is not None:
-            text_format(self.data)
 
 
 @dataclass(frozen=True)
@@ -109,133 +74,116 @@ class RepetitionConfig:
             raise ValueError("--repetition-counts and --repetition-batch-size must be at least 1")
 
 
-def prepare(config: TrainingsConfig, recipe: Recipe, runtime: RuntimeConfig, folder: Path) -> Bench:
-    """The corpus, the tokenizer, trained if need be, and the held-out documents; `folder` is that of the runs."""
-    source, field, share = config.data, config.jsonl_field, config.val_fraction
-    source = source or bundled_file("pretrain", config.cache_dir)
-    lab = Lab(folder, source, field, share, config.cache_dir, recipe, runtime)
-    directory = config.tokenizer_dir or lab.tokenizer(config.target_vocab_size)
-    tokenizer = load_tokenizer(directory)
-    selection, test = held_out_parts(source, field, share, tokenizer, config.heldout_tokens)
-    heldout = write_documents(folder / "heldout.jsonl", test)
-    return Bench(lab, directory, tokenizer, heldout, selection, config.num_samples)
+def schedules(lab: Lab, config: SchedulesConfig, seeds: Sequence[int]) -> Record:
+    """Four ways to mask, from one AR start per seed: the bound, and a judge's view of texts generated from nothing.
 
-
-def schedules(bench: Bench, config: SchedulesConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """Four ways to mask, from one AR start per seed: the bound, and what a judge thinks of texts from nothing.
-
-    Texts are drawn by any-order ancestral sampling from a canvas that is all masks but for BOS: one token per step, at
-    a random place, temperature 1, nothing cut off: a sample of the model itself. judge_nats: nats per token, EOS
-    included, under an AR model that was trained longer; low nats at low distinct_2 mean loops.
+    Texts are drawn by any-order ancestral sampling from a canvas of masks after BOS: one token per step, at a random
+    place, temperature 1, nothing cut off. That samples from the model itself. judge_nats: nats per token, EOS included,
+    under an AR model that was trained longer; low nats at low distinct_2 mean loops.
     """
-    recipe = bench.lab.recipe
     least, most = config.schedules_band.split(",")
-    band = "--mask-schedule", "fixed_count", "--mask-rate-min", least, "--mask-rate-max", most
     ways = {
         "1/t": ("--mask-schedule", "iid_t"),
         "fixed count": ("--mask-schedule", "fixed_count"),
         "uniform": ("--mask-schedule", "random"),
-        f"band {least}-{most}": band,
+        f"band {least}-{most}": (
+            *("--mask-schedule", "fixed_count"),
+            *("--mask-rate-min", least, "--mask-rate-max", most),
+        ),
     }
-    steps = recipe.steps(config.schedules_tokens, "--schedules-tokens")
-    first_steps = recipe.steps(config.schedules_start_tokens, "--schedules-start-tokens")
-    judge_steps = recipe.steps(config.schedules_judge_tokens, "--schedules-judge-tokens")
-    judge = bench.train("schedules_judge", "ar", judge_steps, JUDGE_SEED)
+    steps = lab.recipe.steps(config.schedules_tokens, "--schedules-tokens")
+    first_steps = lab.recipe.steps(config.schedules_start_tokens, "--schedules-start-tokens")
+    judge_steps = lab.recipe.steps(config.schedules_judge_tokens, "--schedules-judge-tokens")
+    judge = lab.train(Training("schedules_judge", "ar", judge_steps, JUDGE_SEED))
     runs: Records = []
     for seed in seeds:
-        start = bench.train(f"schedules_start_{seed}", "ar", first_steps, seed)
+        start = lab.train(Training(f"schedules_start_{seed}", "ar", first_steps, seed))
         for number, (way, flags) in enumerate(ways.items()):
-            name = f"schedules_{number}_{seed}"
-            made = bench.train(name, "diffusion", steps, seed + SECOND_STAGE, *flags, start=start)
-            record = {"schedule": way, "seed": seed, "tokens": start.tokens + made.tokens}
-            runs.append(record | bench.likelihood(made.weights) | judged(bench, made, judge, config))
-    return {"runs": runs, "judge": bench.likelihood(judge.weights), "real_text": judged(bench, None, judge, config)}
+            training = Training(f"schedules_{number}_{seed}", "diffusion", steps, seed + SECOND_STAGE, flags, start)
+            run = lab.train(training)
+            record = {"schedule": way, "seed": seed, "tokens": start.tokens + run.tokens}
+            runs.append(record | lab.likelihood(run.weights) | judged(lab, run, judge, config))
+    return {"runs": runs, "judge": lab.likelihood(judge.weights), "real_text": judged(lab, None, judge, config)}
 
 
-def judged(bench: Bench, run: Run | None, judge: Run, config: SchedulesConfig) -> dict[str, Any]:
+def judged(lab: Lab, run: Run | None, judge: Run, config: SchedulesConfig) -> Record:
     """judge_nats and distinct_2 of texts that the run's model generates; without a run, of held-out documents, cut to
     the same length."""
-    count, room = config.schedules_generations, bench.lab.recipe.max_seq_len - 1
+    count, room = config.schedules_generations, lab.recipe.max_seq_len - 1
 
-    def measure() -> dict[str, Any]:
-        if run:
-            ends = generated(bench, run, count, room)
-        else:
-            found = [encode(bench.tokenizer, text) for text in read_documents(bench.heldout)][:count]
-            ends = [(ids[:room], len(ids) < room) for ids in found]
-        eos = [bench.tokenizer.eos_token_id]
-        rows = [[bench.tokenizer.bos_token_id, *ids, *(eos if ended else [])] for ids, ended in ends]
+    def measure() -> Record:
+        texts = generated(lab, run, count, room) if run else held_out(lab, count, room)
+        bos, eos = [lab.tokenizer.bos_token_id], [lab.tokenizer.eos_token_id]
+        rows = [bos + ids + eos * ended for ids, ended in texts]
         windows = [Window(i, ids[: room + 1], i) for i, ids in enumerate(rows) if len(ids) > 1]
-        nats, _ = window_nats(bench.load(judge.weights), windows, DataEvalConfig())
+        nats, _ = window_nats(lab.load(judge.weights), windows, DataEvalConfig())
         tokens = sum(len(window.ids) - 1 for window in windows)
         return {
             "judge_nats": float(nats.sum()) / tokens,
-            "distinct_2": distinct([ids for ids, _ in ends], 2),
+            "distinct_2": distinct([ids for ids, _ in texts], 2),
             "tokens_per_text": tokens / len(windows),
         }
 
     settings = {"generations": count, "length": room, "judge_sha256": sha256_of(judge.weights)}
-    return bench.remember(run.weights if run else judge.weights, "judged", settings, measure)
+    return lab.remember(run.weights if run else judge.weights, "judged", settings, measure)
 
 
-def generated(bench: Bench, run: Run, count: int, room: int) -> list[tuple[list[int], bool]]:
+def generated(lab: Lab, run: Run, count: int, room: int) -> list[tuple[list[int], bool]]:
     """(ids as the tokenizer spells the text, whether it ended) of `count` texts; text i has the seed i."""
     sampler = DenoisingConfig(
         gen_steps=room, gen_block_size=0, gen_remasking="random", gen_temp=1.0, gen_top_k=0, gen_repeat_penalty=0.0
     )
-    loaded, made = bench.load(run.weights), []
-    for first in range(0, count, ROWS_AT_A_TIME):
-        prompts = [Prompt("")] * min(ROWS_AT_A_TIME, count - first)
-        made += generate_batch(loaded, prompts, ContinuationConfig(room, gen_seed=first), sampler)
-    return [(encode(bench.tokenizer, one.text), one.ended) for one in made]
+    loaded, generations = lab.load(run.weights), []
+    for first in range(0, count, ROWS_PER_BATCH):
+        prompts = [Prompt("")] * min(ROWS_PER_BATCH, count - first)
+        generations += generate_batch(loaded, prompts, ContinuationConfig(room, gen_seed=first), sampler)
+    return [(encode(lab.tokenizer, generation.text), generation.ended) for generation in generations]
 
 
-def initialisation(bench: Bench, config: InitialisationConfig, seeds: Sequence[int]) -> dict[str, Any]:
+def held_out(lab: Lab, count: int, room: int) -> list[tuple[list[int], bool]]:
+    """The same of the first held-out documents."""
+    texts = [encode(lab.tokenizer, text) for text in read_documents(lab.heldout)][:count]
+    return [(ids[:room], len(ids) < room) for ids in texts]
+
+
+def initialisation(lab: Lab, config: InitialisationConfig, seeds: Sequence[int]) -> Record:
     """A share of the tokens for AR training and the rest for diffusion, each with its own learning-rate schedule."""
     runs: Records = []
     for seed in seeds:
         for tokens in numbers(config.initialisation_tokens, "--initialisation-tokens"):
-            steps = bench.lab.recipe.steps(tokens, "--initialisation-tokens")
+            steps = lab.recipe.steps(tokens, "--initialisation-tokens")
             for share in numbers(config.initialisation_shares, "--initialisation-shares", float):
                 first_steps, name, start = round(steps * share), f"initialisation_{tokens}_{share:g}_{seed}", None
                 if share:
                     if not first_steps:
                         raise ValueError(f"--initialisation-shares {share:g} of {steps} steps is none; raise it")
-                    start = bench.train(f"{name}_ar", "ar", first_steps, seed)
-                made = bench.train(name, "diffusion", steps - first_steps, seed + SECOND_STAGE, start=start)
-                spent = made.tokens + (start.tokens if start else 0)
-                record = {"ar_share": share, "budget": tokens, "seed": seed, "tokens": spent}
-                runs.append(record | bench.likelihood(made.weights))
+                    start = lab.train(Training(f"{name}_ar", "ar", first_steps, seed))
+                run = lab.train(Training(name, "diffusion", steps - first_steps, seed + SECOND_STAGE, start=start))
+                seen = run.tokens + (start.tokens if start else 0)
+                record = {"ar_share": share, "budget": tokens, "seed": seed, "tokens": seen}
+                runs.append(record | lab.likelihood(run.weights))
     return {"runs": runs}
 
 
-def repetition(bench: Bench, config: RepetitionConfig, seeds: Sequence[int]) -> dict[str, Any]:
-    """A small corpus seen R times by each kind, every run with a learning-rate schedule of its own: the `final`
-    weights, and the `best` by other held-out documents. The corpus makes full steps, so that R passes are R times as
-    many steps."""
-    lab = replace(bench.lab, recipe=replace(bench.lab.recipe, batch_size=config.repetition_batch_size))
-    bench, recipe = replace(bench, lab=lab), lab.recipe
+def repetition(lab: Lab, config: RepetitionConfig, seeds: Sequence[int]) -> Record:
+    """A small corpus seen R times by each kind, every run with its own learning-rate schedule: the `final` weights, and
+    the `best` by other held-out documents. The corpus fills whole steps, so that R passes take R times as many."""
+    recipe = replace(lab.recipe, batch_size=config.repetition_batch_size)
     steps = recipe.steps(config.repetition_tokens, "--repetition-tokens")
     rows = steps * recipe.batch_size
-    texts = small_corpus(lab.source, lab.jsonl_field, lab.val_fraction, bench.tokenizer, rows, recipe.max_seq_len)
-    small = write_documents(lab.folder / "small.jsonl", [*texts, *bench.selection])
+    texts = lab.small_corpus(rows, recipe.max_seq_len)
+    small = write_documents(lab.folder / "small.jsonl", [*texts, *lab.selection])
     runs: Records = []
     for seed in seeds:
         for count in numbers(config.repetition_counts, "--repetition-counts"):
             every = "--eval-interval", str(max(count * steps // 10, 1))
             for kind in ("ar", "diffusion"):
-                made = bench.train(f"repetition_{kind}_{count}_{seed}", kind, count * steps, seed, *every, data=small)
-                for weights, path in (("final", made.weights), ("best", made.best)):
+                name = f"repetition_{kind}_{count}_{seed}"
+                run = lab.train(Training(name, kind, count * steps, seed, every, data=small, recipe=recipe))
+                for weights, path in (("final", run.weights), ("best", run.best)):
                     record = {"kind": kind, "repetitions": count, "weights": weights, "seed": seed}
-                    runs.append(record | {"tokens": made.tokens} | bench.likelihood(path))
+                    runs.append(record | {"tokens": run.tokens} | lab.likelihood(path))
     return {"runs": runs, "small_corpus": {"documents": len(texts), "rows": rows}}
-
-
-TRAININGS: dict[str, Callable[[Bench, Any, Sequence[int]], dict[str, Any]]] = {
-    "schedules": schedules,
-    "initialisation": initialisation,
-    "repetition": repetition,
-}
 
 
 # -- means and differences over seeds ----------------------------------------------------------------------------------
@@ -247,13 +195,6 @@ class Comparison(NamedTuple):
     by: tuple[str, ...]  # fields that identify a cell; within a cell only the seed differs
     values: tuple[str, ...]  # measured
     contrast: str  # one of `by`: the other levels of this field are compared with its first, all else equal
-
-
-COMPARISONS = {
-    "schedules": Comparison(("schedule",), ("nats_per_token", "judge_nats", "distinct_2"), "schedule"),
-    "initialisation": Comparison(("budget", "ar_share"), ("nats_per_token",), "ar_share"),
-    "repetition": Comparison(("weights", "repetitions", "kind"), ("nats_per_token",), "kind"),
-}
 
 
 def summarise(runs: Sequence[Record], comparison: Comparison) -> Records:
@@ -292,3 +233,22 @@ def lines(summary: Sequence[Record]) -> list[str]:
         spread = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
         sentences.append(f"{row['value']}, {name}{minus}: {row['mean']:.4f}{spread}, {row['n']} {row['unit']}")
     return sentences
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+
+class Experiment(NamedTuple):
+    """An experiment that trains."""
+
+    run: Callable[[Lab, Any, Sequence[int]], Record]  # (lab, its group of flags, seeds) -> {"runs": ..., ...}
+    comparison: Comparison
+
+
+TRAININGS = {
+    "schedules": Experiment(
+        schedules, Comparison(("schedule",), ("nats_per_token", "judge_nats", "distinct_2"), "schedule")
+    ),
+    "initialisation": Experiment(initialisation, Comparison(("budget", "ar_share"), ("nats_per_token",), "ar_share")),
+    "repetition": Experiment(repetition, Comparison(("weights", "repetitions", "kind"), ("nats_per_token",), "kind")),
+}

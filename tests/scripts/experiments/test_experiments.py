@@ -312,7 +312,7 @@ def report_of(right):
             {"name": "questions", "format": "questions", "items": rows, "results": answers},
             {"name": "choices", "format": "choices", "items": offered, "results": nats},
         ],
-        "frontier": {"source": "questions", "points": points},
+        "frontier": {"source": "questions", "items": 10, "points": points},
     }
 
 
