@@ -7,18 +7,22 @@ Type /help for the commands. Lines may also come from a file or a pipe.
 
 import contextlib
 import math
+import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_type_hints
+from typing import Annotated, Any, NamedTuple
 
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.remasking import POLICIES
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.decoding.generation import (
     Generation,
+    Sampler,
+    first_seed,
     generate,
     idle_sampling_flags,
     in_effect,
@@ -30,9 +34,9 @@ from scripts.engine.decoding.trace_files import SUFFIXES, check_trace_path, writ
 from scripts.engine.decoding.trace_terminal import LiveView, on_screen
 from scripts.engine.decoding.watching import Typing, Watch
 from scripts.engine.files import require_output
-from scripts.engine.flags import settings_of
+from scripts.engine.flags import settings_of, spelling
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
-from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, note_on_template, prompt_tokens
+from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, fitting, note_on_template
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 HELP = """\
@@ -61,25 +65,23 @@ class ChatConfig:
 
 
 class Leave(Exception):
-    """The user wants to go."""
+    """Raised by /quit."""
 
 
 class Chat:
-    """A conversation with one checkpoint. `answer` takes a line that the user typed and prints what comes of it."""
+    """A conversation with one checkpoint. `answer` takes a line that the user typed and prints the reply or result."""
 
     def __init__(
         self,
         loaded: Loaded,
-        config: SamplingConfig | DenoisingConfig,
+        sampler: Sampler,
         continuation: ContinuationConfig,
         prompting: TypedPromptConfig,
         chat: ChatConfig,
-        runtime: RuntimeConfig,
-        max_length: int,
         command: str,
     ):
-        self.loaded, self.config, self.continuation, self.runtime = loaded, config, continuation, runtime
-        self.chat, self.max_length, self.command = chat, max_length, command
+        self.loaded, self.sampler, self.continuation = loaded, sampler, continuation
+        self.chat, self.command = chat, command
         self.wraps, self.control = prompting.wraps(loaded), prompting.control_tokens
         self.live = sys.stdout.isatty() if chat.live is None else chat.live
         self.messages: list[dict[str, str]] = []
@@ -88,201 +90,196 @@ class Chat:
 
     @property
     def is_diffusion(self) -> bool:
-        return isinstance(self.config, DenoisingConfig)
+        return isinstance(self.sampler, DenoisingConfig)
 
     def answer(self, line: str) -> None:
-        """ValueError, in one sentence, for what cannot be done; Leave on /quit."""
-        line = line.strip()
-        if not line.startswith("/"):
-            if line:
-                self._reply(line)
-            return
-        name, rest = [*line.split(maxsplit=1), ""][:2]
-        if name not in COMMANDS:
-            raise ValueError(f"{name} is no command; /help lists them")
-        COMMANDS[name](self, rest)
+        """Reply to a message, or carry out a command. ValueError, in one sentence, for a mistake; Leave on /quit."""
+        name, rest = [*line.split(maxsplit=1), "", ""][:2]
+        try:
+            if name in SETTINGS:
+                self._set(name, rest.strip())
+            elif name in COMMANDS:
+                COMMANDS[name](self, rest.strip())
+            elif name.startswith("/"):
+                raise ValueError(f"{name} is no command; /help lists them")
+            elif name:
+                self._reply(line.strip())
+        except ValueError as error:
+            raise ValueError(FLAG.sub(lambda flag: COMMAND_OF[flag[0]], str(error))) from None
 
-    # -- replies ---------------------------------------------------------------------------------------------------
+    # -- replies -------------------------------------------------------------------------------------------------------
 
     def _reply(self, text: str) -> None:
         if not self.wraps:
-            self._show(Prompt(text, self.control), text)
+            self._write(Prompt(text, self.control), text)
             return
-        asked = [*self.messages, {"role": "user", "content": text}]
-        messages = self._within_reach(asked, self.continuation.max_new_tokens)
-        made = self._show(Prompt(messages, self.control), text)
-        self.messages = [*messages, {"role": "assistant", "content": made.text}]
+        messages = self._recent([*self.messages, {"role": "user", "content": text}], self.continuation.max_new_tokens)
+        generation = self._write(Prompt(messages, self.control), text)
+        self.messages = [*messages, {"role": "assistant", "content": generation.text}]
 
-    def _within_reach(self, messages: Conversation, room: int) -> Conversation:
-        """The conversation without as many of its oldest exchanges as must go to leave room for so many tokens."""
-        for dropped in range(0, len(messages), 2):
-            with contextlib.suppress(ValueError):
-                prompt_tokens(self.loaded.tokenizer, Prompt(messages[dropped:], self.control), room, self.max_length)
-                if dropped == 2:
-                    print("(the oldest exchange no longer fits and is left out)")
-                elif dropped:
-                    print(f"(the {dropped // 2} oldest exchanges no longer fit and are left out)")
-                return messages[dropped:]
-        return messages[-1:]  # which is refused by whoever puts it to the model
+    def _recent(self, messages: Conversation, room: int) -> Conversation:
+        """The conversation without its oldest exchanges, as many as leave room for `room` tokens."""
+        recent = fitting(self.loaded, Prompt(messages, self.control), room).content
+        exchanges = (len(messages) - len(recent)) // 2
+        if exchanges == 1:
+            print("(the oldest exchange no longer fits and is left out)")
+        elif exchanges:
+            print(f"(the {exchanges} oldest exchanges no longer fit and are left out)")
+        return recent
 
-    def _show(self, request: Prompt | Blanks, asked: str, start: int | None = None) -> Generation:
-        """Write what is requested, showing the canvas from `start` on, or from its first open position, and keeping a
-        trace. If it is interrupted, all is as it was before."""
+    def _write(self, request: Prompt | Blanks, text: str, start: int | None = None) -> Generation:
+        """Generate, showing the canvas from `start` on, by default from its first open position, and keep a trace. An
+        interrupt leaves everything as it was before."""
         traces: list[Trace] = []
-        first = self.runtime.seed if self.continuation.gen_seed is None else self.continuation.gen_seed
-        continuation = replace(self.continuation, gen_seed=(first + self.replies) % 2**32)
+        seed = (first_seed(self.loaded, self.continuation) + self.replies) % 2**32
+        continuation = replace(self.continuation, gen_seed=seed)
 
         def observe(canvas: Canvas) -> Watch:
-            info = {"title": f"reply {self.replies + 1}", "prompt": asked, **in_effect(self.config)}
-            info["gen_seed"] = continuation.gen_seed
+            info = {"title": f"reply {self.replies + 1}", "prompt": text, **in_effect(self.sampler), "gen_seed": seed}
             traces.append(Trace(Vocabulary(self.loaded.tokenizer), canvas.ids[0], canvas.open[0], info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
         write = infill if isinstance(request, Blanks) else generate
-        made = write(self.loaded, request, continuation, self.config, observe)
+        generation = write(self.loaded, request, continuation, self.sampler, observe)
         self.trace, self.replies = traces[0], self.replies + 1
-        if self.live:
-            print("" if not self.is_diffusion else on_screen(made.text))
-        else:
-            print(made.text)
-        said = "" if made.text.strip() else "an empty reply, "
-        cut = "" if made.ended else ", no end within --max-new-tokens"
-        speed = f"{made.tokens_per_second:.0f} tokens/s"
-        print(f"[{said}{made.num_tokens} tokens, {made.num_forward_passes} passes, {speed}{cut}]")
-        return made
+        self._print(generation)
+        return generation
 
     def _watch(self, trace: Trace, start: int) -> Watch:
-        """A canvas that fills up, a text that grows, or nothing but the record."""
+        """Show a canvas that fills up, or a text that grows; without --live, only record."""
         if not self.live:
             return trace.add
         if self.is_diffusion:
             return LiveView(trace, stream=sys.stdout, start=start)
         return Typing(trace, start, sys.stdout)
 
-    # -- commands --------------------------------------------------------------------------------------------------
+    def _print(self, generation: Generation) -> None:
+        """Print the text, unless it was typed already, and what it cost."""
+        if not self.live:
+            print(generation.text)
+        else:
+            print(on_screen(generation.text) if self.is_diffusion else "")
+        empty = "" if generation.text.strip() else "an empty reply, "
+        cut = "" if generation.ended else ", no end within --max-new-tokens"
+        cost = f"{generation.num_forward_passes} passes, {generation.tokens_per_second:.0f} tokens/s"
+        print(f"[{empty}{generation.num_tokens} tokens, {cost}{cut}]")
+
+    # -- commands ------------------------------------------------------------------------------------------------------
+
+    def _set(self, command: str, text: str) -> None:
+        setting = SETTINGS[command]
+        field = setting.diffusion if self.is_diffusion else setting.autoregressive
+        if field is None:
+            raise ValueError(f"{command} is for diffusion; this checkpoint is autoregressive")
+        try:
+            value = setting.read(text)
+        except ValueError:
+            raise ValueError(f"{command} takes {setting.expected}; found {text or 'none'}") from None
+        if field == "gen_block_size" and value > self.loaded.max_length:
+            limit = f"--max-seq-len {self.loaded.max_length}"
+            raise ValueError(f"/block {value} is more than {limit}; 0 is the whole reply at once")
+        sampler = replace(self.sampler, **{field: value})
+        self.sampler = sampler.fitted(self.loaded.model.config) if self.is_diffusion else sampler
+        print(f"({spelling(field)} {value})")
 
     def help(self, rest: str) -> None:
-        _refuse_more("/help", rest)
+        _refuse_rest("/help", rest)
         print(HELP)
         if self.is_diffusion:
-            print(DIFFUSION_HELP.format(policies=", ".join(POLICY_NAMES)))
-        values = settings_of(self.config, self.continuation)
-        shown = [f"{_flag(name)} {value}" for name, value in values.items() if value is not None]
-        print(textwrap.fill(", ".join(shown), 110, break_on_hyphens=False))
+            print(DIFFUSION_HELP.format(policies=", ".join(POLICIES)))
+        values = settings_of(self.sampler, self.continuation)
+        flags = [f"{spelling(name)} {value}" for name, value in values.items() if value is not None]
+        print(textwrap.fill(", ".join(flags), 110, break_on_hyphens=False))
 
     def reset(self, rest: str) -> None:
-        _refuse_more("/reset", rest)
+        _refuse_rest("/reset", rest)
         self.messages = []
         print("(the conversation is forgotten)")
 
-    def steps(self, rest: str) -> None:
-        self._set("/steps", "gen_steps", _whole_number("/steps", rest))
-
-    def block(self, rest: str) -> None:
-        size = _whole_number("/block", rest)
-        if size > self.max_length:
-            raise ValueError(
-                f"/block {size} is more than --max-seq-len {self.max_length}; 0 is the whole reply at once"
-            )
-        self._set("/block", "gen_block_size", size)
-
-    def policy(self, rest: str) -> None:
-        self._require_diffusion("/policy")
-        if rest not in POLICY_NAMES:
-            found = f"found {rest}" if rest else "found none"
-            raise ValueError(f"/policy takes one of {', '.join(POLICY_NAMES)}; {found}")
-        self._set("/policy", "gen_remasking", rest)
-
-    def temperature(self, rest: str) -> None:
-        try:
-            value = float(rest)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise ValueError(f"/temp takes a number such as 0.8; found {rest or 'none'}")
-        self._set("/temp", "gen_temp" if self.is_diffusion else "ar_temperature", value)
-
-    def infill(self, rest: str) -> None:
-        self._require_diffusion("/infill")
-        replying = None
-        with _named_as("--infill", "/infill"):
-            blanks = Blanks(rest, self.chat.blank_tokens, None, self.control)
-            row, _ = blanks.encode(self.loaded.tokenizer)
+    def infill(self, text: str) -> None:
+        if not self.is_diffusion:
+            raise ValueError("/infill is for diffusion; this checkpoint is autoregressive")
+        blanks = Blanks(text, self.chat.blank_tokens, control=self.control)
+        row, _ = blanks.encode(self.loaded.tokenizer)
         if self.wraps and self.messages:
-            replying = self._within_reach(self.messages[:-1], len(row) - 1)
+            blanks = replace(blanks, conversation=self._recent(self.messages[:-1], len(row) - 1))
         if note := note_on_blanks(self.loaded):
             print(f"({note})")
-        blanks = replace(blanks, conversation=replying)
         _, start = blanks.encode(self.loaded.tokenizer)
-        self._show(blanks, rest, start)
+        self._write(blanks, text, start)
 
-    def write_trace(self, rest: str) -> None:
+    def write_trace(self, place: str) -> None:
         if self.trace is None:
             raise ValueError("there is no reply yet that could be traced")
-        if Path(rest).suffix not in SUFFIXES:
-            raise ValueError(f"/trace takes a file name ending in {', '.join(SUFFIXES)}; found {rest or 'none'}")
-        check_trace_path(rest)
+        path = Path(place)
+        if path.suffix not in SUFFIXES:
+            raise ValueError(f"/trace takes a file name ending in {', '.join(SUFFIXES)}; found {place or 'none'}")
+        check_trace_path(path)
         tokenizer = self.loaded.tokenizer
-        require_output(Path(rest), "/trace", self.loaded.path, tokenizer.name_or_path)
-        about = self.command, self.runtime, tokenizer, None, [self.loaded], self.continuation, self.chat
-        self.trace.info[RECORD] = circumstances(*about)
-        write_trace(Path(rest), [self.trace])
-        print(f"saved {rest}")
+        require_output(path, "/trace", self.loaded.path, tokenizer.name_or_path)
+        configs = self.continuation, self.chat
+        self.trace.info[RECORD] = circumstances(
+            self.command, self.loaded.runtime, tokenizer, None, [self.loaded], *configs
+        )
+        write_trace(path, [self.trace])
+        print(f"saved {place}")
 
     def quit(self, rest: str) -> None:
-        _refuse_more("/quit", rest)
+        _refuse_rest("/quit", rest)
         raise Leave
 
-    def _require_diffusion(self, command: str) -> None:
-        if not self.is_diffusion:
-            raise ValueError(f"{command} is for diffusion; this checkpoint is autoregressive")
 
-    def _set(self, command: str, name: str, value: Any) -> None:
-        if name.startswith("gen_"):
-            self._require_diffusion(command)
-        with _named_as(_flag(name), command):
-            config = replace(self.config, **{name: value})
-            self.config = config.fitted(self.loaded.model.config) if self.is_diffusion else config
-        print(f"({_flag(name)} {value})")
+def _refuse_rest(command: str, rest: str) -> None:
+    if rest:
+        raise ValueError(f"{command} takes nothing more; found {rest}")
 
 
 COMMANDS = {
     "/help": Chat.help,
     "/reset": Chat.reset,
-    "/steps": Chat.steps,
-    "/temp": Chat.temperature,
-    "/block": Chat.block,
-    "/policy": Chat.policy,
     "/infill": Chat.infill,
     "/trace": Chat.write_trace,
     "/quit": Chat.quit,
 }
-POLICY_NAMES = get_args(get_type_hints(DenoisingConfig)["gen_remasking"])
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+class Setting(NamedTuple):
+    """A command that changes one setting of the sampler."""
+
+    diffusion: str  # field of DenoisingConfig
+    autoregressive: str | None  # field of SamplingConfig
+    read: Callable[[str], Any]  # raises ValueError
+    expected: str
 
 
-@contextlib.contextmanager
-def _named_as(flag: str, command: str) -> Iterator[None]:
-    """Within it a ValueError that names the flag names the command."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(str(error).replace(flag, command)) from None
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
 
 
-def _refuse_more(command: str, rest: str) -> None:
-    if rest:
-        raise ValueError(f"{command} takes nothing more; found {rest}")
+def _policy(text: str) -> str:
+    if text not in POLICIES:
+        raise ValueError
+    return text
 
 
-def _whole_number(command: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"{command} takes a whole number such as 32; found {text or 'none'}") from None
+SETTINGS = {
+    "/steps": Setting("gen_steps", None, int, "a whole number such as 32"),
+    "/temp": Setting("gen_temp", "ar_temperature", _finite, "a number such as 0.8"),
+    "/block": Setting("gen_block_size", None, int, "a whole number such as 32"),
+    "/policy": Setting("gen_remasking", None, _policy, f"one of {', '.join(POLICIES)}"),
+}
+COMMAND_OF = {  # flag -> command, which replaces it in what the model's code says about a mistake
+    "--gen-steps": "/steps",
+    "--gen-temp": "/temp",
+    "--ar-temperature": "/temp",
+    "--gen-block-size": "/block",
+    "--gen-remasking": "/policy",
+    "--infill": "/infill",
+}
+FLAG = re.compile("|".join(COMMAND_OF))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -310,8 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_idle(given, **{name: idle[name] for name in idle if name.endswith("repeat_window")})
     refuse_idle(given, blank_tokens=(is_diffusion, "a diffusion checkpoint"))
     config = denoising.fitted(loaded.model.config) if is_diffusion else sampling
-    settings = config, continuation, prompting, chat, runtime, checkpoint.max_seq_len
-    talk = Chat(loaded, *settings, command_line(__spec__.name, argv))
+    talk = Chat(loaded, config, continuation, prompting, chat, command_line(__spec__.name, argv))
     print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")
     if note := note_on_template(loaded, talk.wraps):
         print(f"({note})")

@@ -1,5 +1,6 @@
 """What is put to a model: a prompt to go on from, or a text whose blanks are filled, and their tokens."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -125,6 +126,17 @@ def prompt_tokens(
             "shorten the prompt, or lower --max-new-tokens"
         )
     return ids
+
+
+def fitting(loaded: Loaded, prompt: Prompt, room: int) -> Prompt:
+    """The conversation without its oldest exchanges, as many as must go so that `room` more tokens fit the context; at
+    least its last message remains, even if that is too long."""
+    for start in range(0, len(prompt.content), 2):
+        recent = replace(prompt, content=prompt.content[start:])
+        with contextlib.suppress(ValueError):
+            prompt_tokens(loaded.tokenizer, recent, room, loaded.max_length)
+            return recent
+    return replace(prompt, content=prompt.content[-1:])
 
 
 def condition_and_responses(
