@@ -55,10 +55,19 @@ TRAIN_DIFFUSION = "--max-iters 3 --batch-size 4 --log-interval 1 --max-new-token
 
 
 def commands(path: Path) -> list[list[str]]:
-    """argv of every `uv run python -m MODULE ...` in the file's bash blocks, continuation lines joined."""
-    blocks = re.findall(r"```bash\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return commands_of(path.read_text(encoding="utf-8"))
+
+
+def commands_of(text: str) -> list[list[str]]:
+    """argv of every `uv run python -m MODULE ...` in bash blocks, continuation lines joined, and of every command in a
+    table, whose abbreviations (`C`, `AB`) are explained before it."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line)[4:] for line in lines if line.startswith("uv run python -m ")]
+    in_blocks = [shlex.split(line)[4:] for line in lines if line.startswith("uv run python -m ")]
+    short = dict(re.findall(r"`(C|AB)`[^`|]*`(--[^`]+)`", text))
+    rows = re.findall(r"^\|[^|]+\| `((?:scripts|dataset)\.[^`]+)` \|$", text, flags=re.MULTILINE)
+    in_table = [re.sub(r"\b(C|AB)\b(?= |$)", lambda name: short[name[1]], row, count=1) for row in rows]
+    return in_blocks + [shlex.split(row) for row in in_table]
 
 
 def tiny(module: str, argv: list[str]) -> list[str]:
@@ -99,15 +108,21 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_every_command_of_the_readme_runs_in_its_order(workplace, monkeypatch, capsys):
+def commands_in_full() -> list[list[str]]:
+    """Those of the report's section "Commands in full"."""
+    text = (ROOT / "technical_report.md").read_text(encoding="utf-8")
+    return commands_of(re.search(r"^## \d+\. Commands in full$(.*?)^## ", text, re.MULTILINE | re.DOTALL)[1])
+
+
+def test_every_command_of_the_readme_and_the_report_runs_in_its_order(workplace, monkeypatch, capsys):
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(quickstart, "perform", lambda module, command: 0.0)  # its stages have tests of their own
     monkeypatch.setattr(quickstart, "summary", lambda folder, seconds: [])
     monkeypatch.setitem(soak.PARTS, "bytes", lambda place, tries: [])
     monkeypatch.setattr(experiment_runs, "launch", in_process([]))
-    found = commands(ROOT / "README.md")
-    assert len(found) >= 27
-    for module, *argv in found:
+    documented = commands(ROOT / "README.md") + commands_in_full()
+    assert len(documented) >= 37
+    for module, *argv in documented:
         monkeypatch.setattr("sys.stdin", io.StringIO(TYPED))
         with pytest.raises(SystemExit) as ended:
             run(module_of(module).main, tiny(module, argv))
