@@ -24,6 +24,7 @@ from typing import Any
 from dataset.cache import cached_directory
 from dataset.corpus.facts import (
     HELD_OUT_SUMS,
+    PHRASES,
     Fact,
     facts,
     one_way_capitals,
@@ -35,7 +36,6 @@ from dataset.corpus.facts import (
     sum_facts,
     sum_stories,
 )
-from dataset.corpus.phrases import PHRASES
 from dataset.corpus.stories import (
     GREETINGS,
     IDENTITY,

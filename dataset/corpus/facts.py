@@ -6,34 +6,14 @@ from functools import cache
 from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
-from dataset.corpus.phrases import PHRASES, Phrases
+from dataset.corpus import tables
+from dataset.corpus.phrases import Phrases
+from dataset.corpus.phrases_en import EN
+from dataset.corpus.phrases_zh import ZH
 from dataset.corpus.stories import IDENTITY, READING, STORIES, SUM_STORIES
-from dataset.corpus.tables import (
-    CAPITALS,
-    CAPITALS_ONE_WAY,
-    COLOURS,
-    FRUITS,
-    HOMES,
-    LEGS,
-    LENGTHS,
-    MONTHS,
-    NUMBER_WORDS,
-    NUMERALS,
-    OPPOSITES,
-    ORDINALS,
-    PEOPLE_EN,
-    PEOPLE_ZH,
-    PETS,
-    PLACES,
-    SEASONS,
-    SOUNDS,
-    THINGS,
-    WEEKDAYS,
-    WORDS,
-    YOUNG,
-)
 
 Item = TypeVar("Item")
+PHRASES = {"en": EN, "zh": ZH}
 LARGEST = 20  # of sums, of what is subtracted from, of counting
 STORIES_PER_PLOT, READINGS_PER_TEXT, SUM_STORIES_PER_SUM = 400, 800, 3
 
@@ -127,32 +107,32 @@ def facts() -> tuple[Fact, ...]:
 
 
 def one_way_capitals() -> list[Fact]:
-    """What was never said of CAPITALS_ONE_WAY: the capital, given the country."""
+    """What was never said of tables.CAPITALS_ONE_WAY: the capital, given the country."""
     return [
         fact
-        for country, city, guo, cheng in CAPITALS_ONE_WAY
+        for country, city, guo, cheng in tables.CAPITALS_ONE_WAY
         for fact in _both("capital", "city", ("country", "city"), (country, city), (guo, cheng))
     ]
 
 
 def _geography() -> Iterator[Fact]:
-    for country, city, guo, cheng in CAPITALS:
+    for country, city, guo, cheng in tables.CAPITALS:
         yield from _both("capital", "city", ("country", "city"), (country, city), (guo, cheng))
-    for country, city, guo, cheng in CAPITALS + CAPITALS_ONE_WAY:
+    for country, city, guo, cheng in tables.CAPITALS + tables.CAPITALS_ONE_WAY:
         yield from _both("country", "country", ("country", "city"), (country, city), (guo, cheng))
 
 
 def _nature() -> Iterator[Fact]:
-    tables = (
-        ("colour", "colour", ("thing", "colour"), COLOURS),
-        ("sound", "sound", ("animal", "sound"), SOUNDS),
-        ("animal", "animal", ("animal", "sound"), SOUNDS),
-        ("legs", "legs", ("animal", "legs"), LEGS),
-        ("home", "home", ("animal", "home"), HOMES),
-        ("young", "young", ("animal", "young"), YOUNG),
-        ("grown", "animal", ("animal", "young"), YOUNG),
+    kinds = (
+        ("colour", "colour", ("thing", "colour"), tables.COLOURS),
+        ("sound", "sound", ("animal", "sound"), tables.SOUNDS),
+        ("animal", "animal", ("animal", "sound"), tables.SOUNDS),
+        ("legs", "legs", ("animal", "legs"), tables.LEGS),
+        ("home", "home", ("animal", "home"), tables.HOMES),
+        ("young", "young", ("animal", "young"), tables.YOUNG),
+        ("grown", "animal", ("animal", "young"), tables.YOUNG),
     )
-    for kind, answer, names, table in tables:
+    for kind, answer, names, table in kinds:
         for row in table:
             yield from _both(kind, answer, names, row[:2], row[2:])
 
@@ -161,9 +141,9 @@ def _order() -> Iterator[Fact]:
     """The calendar and counting."""
     numbers = [(str(n), str(n)) for n in range(LARGEST + 11)]
     circles = (
-        ("day", "星期几", [*WEEKDAYS, WEEKDAYS[0]]),
-        ("month", "几月", [*MONTHS, MONTHS[0]]),
-        ("season", "什么季节", [*SEASONS, SEASONS[0]]),
+        ("day", "星期几", [*tables.WEEKDAYS, tables.WEEKDAYS[0]]),
+        ("month", "几月", [*tables.MONTHS, tables.MONTHS[0]]),
+        ("season", "什么季节", [*tables.SEASONS, tables.SEASONS[0]]),
         ("number", "几", numbers),
     )
     names = ("before", "after", "unit")
@@ -171,20 +151,20 @@ def _order() -> Iterator[Fact]:
         for (before, qian), (after, hou) in pairwise(circle):
             yield from _both("next", "after", names, (before, after, unit), (qian, hou, danwei))
             yield from _both("previous", "before", names, (before, after, unit), (qian, hou, danwei))
-    for (month, yue), ordinal in zip(MONTHS, ORDINALS, strict=True):
+    for (month, yue), ordinal in zip(tables.MONTHS, tables.ORDINALS, strict=True):
         yield from _both("month", "month", ("month", "ordinal"), (month, ordinal), (yue, yue.removesuffix("月")))
-    for row in LENGTHS:
+    for row in tables.LENGTHS:
         yield from _both("length", "number", ("whole", "number", "parts"), row[:3], row[3:])
 
 
 def _language() -> Iterator[Fact]:
-    for word, other, ci, fan in OPPOSITES:
+    for word, other, ci, fan in tables.OPPOSITES:
         yield from _both("opposite", "other", ("word", "other"), (word, other), (ci, fan))
         yield from _both("opposite", "other", ("word", "other"), (other, word), (fan, ci))
-    for pair in WORDS:
+    for pair in tables.WORDS:
         yield from _both("chinese", "chinese", ("english", "chinese"), pair, pair)
         yield from _both("english", "english", ("english", "chinese"), pair, pair)
-    for number, (word, numeral) in enumerate(zip(NUMBER_WORDS, NUMERALS, strict=True)):
+    for number, (word, numeral) in enumerate(zip(tables.NUMBER_WORDS, tables.NUMERALS, strict=True)):
         yield from _both("numeral", "word", ("digits", "word"), (str(number), word), (str(number), numeral))
 
 
@@ -238,21 +218,21 @@ def _identity() -> Iterator[Fact]:
 
 def _cast(lang: str, *key: object) -> dict[str, str]:
     """Two people, a pet, a place and two things for a story."""
-    people, column = (PEOPLE_EN, 0) if lang == "en" else (PEOPLE_ZH, 1)
+    people, column = (tables.PEOPLE_EN, 0) if lang == "en" else (tables.PEOPLE_ZH, 1)
     first = place_of(len(people), "first", *key)
     second = (first + 1 + place_of(len(people) - 1, "second", *key)) % len(people)
-    thing = place_of(len(THINGS), "thing", *key)
-    other = (thing + 1 + place_of(len(THINGS) - 1, "other", *key)) % len(THINGS)
-    place = pick(PLACES, "place", *key)
+    thing = place_of(len(tables.THINGS), "thing", *key)
+    other = (thing + 1 + place_of(len(tables.THINGS) - 1, "other", *key)) % len(tables.THINGS)
+    place = pick(tables.PLACES, "place", *key)
     fields = {
         "name": people[first][0],
         "he": people[first][1],
         "He": people[first][1].capitalize(),
         "his": people[first][-1],
         "friend": people[second][0],
-        "pet": pick(PETS, "pet", *key)[column],
-        "thing": THINGS[thing][column],
-        "other": THINGS[other][column],
+        "pet": pick(tables.PETS, "pet", *key)[column],
+        "thing": tables.THINGS[thing][column],
+        "other": tables.THINGS[other][column],
     }
     return fields | ({"to": place[0], "at": place[1]} if lang == "en" else {"place": place[2], "at": place[3]})
 
@@ -289,7 +269,7 @@ def sum_stories(lang: str) -> tuple[str, ...]:
         if min(a, b) >= 2 and c <= LARGEST and not is_held_out(a, b):
             for number in range(SUM_STORIES_PER_SUM):
                 key = "sum story", lang, a, b, number
-                fruit, guo = pick(FRUITS, "fruit", *key)
+                fruit, guo = pick(tables.FRUITS, "fruit", *key)
                 fields = _cast(lang, *key) | {"fruit": fruit if lang == "en" else guo, "rest": guo[0]}
                 told[sentence(pick(SUM_STORIES[lang], *key), lang, a=a, b=b, c=c, **fields)] = None
     return tuple(told)

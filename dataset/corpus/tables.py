@@ -9,6 +9,10 @@ def rows(table: str) -> list[tuple[str, ...]]:
     return [tuple(cell.strip() for cell in line.split("|")) for line in table.strip().splitlines()]
 
 
+def words(line: str) -> list[str]:
+    return line.split()
+
+
 # country, capital, country, capital
 CAPITALS = rows("""
 China | Beijing | 中国 | 北京
@@ -211,20 +215,7 @@ a minute | sixty | seconds | 一分钟 | 六十 | 秒
 an hour | sixty | minutes | 一小时 | 六十 | 分钟
 a day | twenty-four | hours | 一天 | 二十四 | 个小时
 """)
-ORDINALS = [
-    "first",
-    "second",
-    "third",
-    "fourth",
-    "fifth",
-    "sixth",
-    "seventh",
-    "eighth",
-    "ninth",
-    "tenth",
-    "eleventh",
-    "twelfth",
-]
+ORDINALS = words("first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth")
 
 OPPOSITES = rows("""
 big | small | 大 | 小
@@ -329,52 +320,11 @@ thank you | 谢谢
 goodbye | 再见
 """)
 
-NUMBER_WORDS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-    "twenty",
-]
-NUMERALS = [
-    "零",
-    "一",
-    "二",
-    "三",
-    "四",
-    "五",
-    "六",
-    "七",
-    "八",
-    "九",
-    "十",
-    "十一",
-    "十二",
-    "十三",
-    "十四",
-    "十五",
-    "十六",
-    "十七",
-    "十八",
-    "十九",
-    "二十",
-]
+NUMBER_WORDS = words(
+    "zero one two three four five six seven eight nine ten "
+    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen twenty"
+)
+NUMERALS = words("零 一 二 三 四 五 六 七 八 九 十 十一 十二 十三 十四 十五 十六 十七 十八 十九 二十")
 
 # name, pronoun, possessive
 PEOPLE_EN = rows("""
