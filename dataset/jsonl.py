@@ -1,9 +1,9 @@
 """Rows and documents of JSONL and text files, and the rule that separates training from validation.
 
-A file is read as bytes and cut at b"\\n", never through the platform's encoding, so that one file means the same rows
-everywhere. Row numbers count physical lines from 1, blank ones included: they are what an editor shows. Everything a
-file can do wrong is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found, what to do. For a
-row it is a BadRow, which a reader that was given BadRows("skip") leaves out and counts instead.
+A file is read as bytes and cut at b"\\n", never through the platform's encoding, so one file means the same rows
+everywhere. Row numbers count physical lines from 1, blank ones included, as an editor shows them. Every fault of a file
+is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found, what to do. A fault of a row is a
+BadRow, which a reader skips and counts if it is given BadRows("skip").
 """
 
 import gzip
@@ -11,27 +11,24 @@ import hashlib
 import io
 import json
 import re
-import sys
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
+
+from dataset.bad_rows import BadRow, BadRows
 
 Observer = Callable[[bytes], object]
 Check = Callable[[str], object]  # raises ValueError for a text that cannot be used; str accepts every one
 Part = TypeVar("Part")
-OnBadRow = Annotated[
-    Literal["error", "skip"],
-    "a row that cannot be used ends the run, or is left out, counted and reported; a damaged file ends it either way",
-]
 
 SUFFIXES = (".jsonl", ".txt")
 GZIP_MAGIC = b"\x1f\x8b"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abABcdefCDEF]")
-DOCUMENT_CHARACTERS = 2000  # aimed-at length of a document cut from a .txt file
-MAX_NESTING = 200  # of a row; Python's own limit depends on who calls
-MAX_REASON = 260  # characters of what is said about a bad row
+DOCUMENT_CHARACTERS = 2000  # intended length of a document cut from a .txt file
+MAX_NESTING = 200  # of a row; Python's own limit depends on the depth of the call
 JSON_TYPES = {
     dict: "an object",
     list: "an array",
@@ -43,58 +40,6 @@ JSON_TYPES = {
 }
 
 
-class BadRow(ValueError):
-    """A row that cannot be used: its `number`, from 1, and the `reason`, one printable line."""
-
-    def __init__(self, path: Path, number: int, reason: str):
-        if len(reason) > MAX_REASON:
-            reason = f"{reason[: MAX_REASON - 60]} ... {reason[-50:]}"
-        if not reason.isprintable():
-            reason = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
-        self.number, self.reason = number, reason
-        super().__init__(f"{path}, row {number}: {self.reason}")
-
-
-class BadRows:
-    """What becomes of the bad rows of one file: the first is raised, or all are left out and counted, each once however
-    often the file is read."""
-
-    shown = 5  # whose numbers and reasons are kept
-
-    def __init__(self, on_bad_row: str = "error", tell: bool = False):
-        """tell: print the first ones and every hundredth, for a reading that may never come to its end."""
-        self.on_bad_row, self.tell, self.count, self.first = on_bad_row, tell, 0, list[str]()
-        self._last = 0
-
-    def meet(self, row: BadRow) -> None:
-        """Raise it, or leave it out."""
-        if self.on_bad_row == "error":
-            raise row from None
-        if row.number > self._last:
-            self._last = row.number
-            self.count += 1
-            if self.count <= self.shown:
-                self.first.append(f"row {row.number}: {row.reason}")
-            if self.tell and (self.count <= self.shown or self.count % 100 == 0):
-                print(f"{row}; skipped, {self.count:,} so far", file=sys.stderr)
-
-    def refuse_all(self, path: Path) -> None:
-        """ValueError; called where every row is bad."""
-        raise ValueError(f"{path} has no row that can be used; the first: {self.first[0]}")
-
-    @property
-    def meta(self) -> dict[str, Any]:
-        """For logs: how many were left out, and what is said about the first ones."""
-        return {"skipped_rows": self.count, "skipped_first": [*self.first]}
-
-
-def told_skipped(meta: dict[str, Any]) -> str:
-    """A line on the rows that were left out, or ""."""
-    count, first = meta["skipped_rows"], meta["skipped_first"]
-    more = "; ..." if count > len(first) else ""
-    return f"{count:,} bad rows skipped: {'; '.join(first)}{more}" if count else ""
-
-
 def content_hash(content: str) -> int:
     """The first 64 bits (big-endian) of the SHA-256 of the UTF-8 content without surrounding whitespace."""
     return int.from_bytes(hashlib.sha256(content.strip().encode("utf-8")).digest()[:8], "big")
@@ -103,21 +48,29 @@ def content_hash(content: str) -> int:
 def is_validation(content: str, fraction: float) -> bool:
     """Whether a row belongs to the validation part: content_hash(content) < fraction * 2**64.
 
-    The one rule of every stage. It looks at nothing but the content, so a text keeps its side wherever it turns up
-    again: in another file, another order, twice in one file; and a larger fraction only adds to the validation part.
-    0 puts everything on the training side, 1 everything on the validation side.
+    All stages share this rule. It depends on the content alone, so a text is on the same side in every file and order,
+    and a larger fraction only adds to the validation part. Nothing is held out with 0, everything with 1.
     """
     return content_hash(content) < fraction * 2.0**64
 
 
+def held_out_threshold(fraction: float, smallest: int, largest: int) -> float:
+    """The hash below which rows are held out, where theirs go from `smallest` to `largest`.
+
+    That of `is_validation`, unless it would hold out none of several contents: then just above the smallest hash.
+    """
+    threshold = fraction * 2.0**64
+    return smallest + 1 if 0 < threshold <= smallest < largest else threshold
+
+
 def language_of(text: str) -> str:
-    """ "zh" where at least a fifth of the letters are Chinese characters, else "other"."""
+    """Return "zh" if at least a fifth of the letters are Chinese characters, else "other"."""
     letters = [c for c in text if c.isalpha()]
     return "zh" if letters and sum("\u4e00" <= c <= "\u9fff" for c in letters) >= 0.2 * len(letters) else "other"
 
 
 def text_format(path: Path) -> str:
-    """Whether a file is ".jsonl" or ".txt", be it plain or ".gz"; ValueError for a directory or any other suffix."""
+    """The suffix ".jsonl" or ".txt" of a file, plain or ".gz"; ValueError for a directory or any other suffix."""
     _refuse_directory(path)
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] == ".gz":
@@ -132,7 +85,7 @@ def is_gzip_name(path: Path) -> bool:
 
 
 def open_text(path: Path) -> BinaryIO:
-    """Open a plain or .gz file for reading bytes; FileNotFoundError or ValueError says what to do instead."""
+    """Open a plain or .gz file for reading bytes; FileNotFoundError or ValueError with a remedy."""
     path = Path(path)
     _refuse_directory(path)
     try:
@@ -150,21 +103,17 @@ def _refuse_directory(path: Path) -> None:
 
 
 def read_lines(path: Path, observe: Observer | None = None) -> Iterator[tuple[int, bytes]]:
-    """(row number from 1, line with its line end) for every physical line; `observe` sees the bytes of each line."""
-    for number, line in _guarded_lines(path):
-        if observe is not None:
-            observe(line)
-        yield number, line
-
-
-def _guarded_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (row number from 1, line with its line end) for every physical line, after observe(line)."""
     number = 0
     with open_text(path) as file:
         try:
             for number, line in enumerate(file, start=1):
                 if number == 1 and line.startswith(GZIP_MAGIC):
-                    found = "is gzip-compressed although its name does not say so"
-                    raise ValueError(f"{path} {found}; rename it to end in .gz")
+                    raise ValueError(
+                        f"{path} is gzip-compressed although its name does not say so; rename it to end in .gz"
+                    )
+                if observe is not None:
+                    observe(line)
                 yield number, line
         except EOFError:
             raise ValueError(f"{_place(path, number)}: the gzip file is cut short; download it again") from None
@@ -175,24 +124,24 @@ def _guarded_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _place(path: Path, number: int) -> str:
-    """Where reading failed, as far as that is known: a file is read ahead, a .gz by a megabyte of its text."""
+    """Roughly where reading failed: a file is read ahead, a .gz by a megabyte of its text."""
     return f"{path}, somewhere after row {number}" if number else str(path)
 
 
 def read_rows(
     path: Path, observe: Observer | None = None, bad: BadRows | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number from 1, parsed object) for every line that is not blank, in constant memory."""
+    """Yield (row number from 1, parsed object) for every line that is not blank, in constant memory."""
     return read_as(path, lambda row: row, observe, bad)
 
 
 def read_as(
     path: Path, use: Callable[[dict[str, Any]], Part], observe: Observer | None = None, bad: BadRows | None = None
 ) -> Iterator[tuple[int, Part]]:
-    """(row number from 1, use(parsed object)) for every line that is not blank, in constant memory.
+    """Yield (row number from 1, use(parsed object)) for every line that is not blank, in constant memory.
 
-    A row is bad that is no JSON object, or for which `use` raises ValueError; `bad` (none: the first is raised) says
-    what becomes of it. ValueError if no row is left.
+    A row that is not a JSON object, or for which `use` raises ValueError, is added to `bad`, which raises it by
+    default. ValueError if no row is left.
     """
     bad = bad or BadRows()
     used = rows = 0
@@ -201,12 +150,12 @@ def read_as(
             continue
         rows += 1
         try:
-            made = use(_parsed(line, number))
+            part = use(_parsed(line, number))
         except ValueError as error:
-            bad.meet(BadRow(path, number, str(error)))
+            bad.add(BadRow(path, number, str(error)))
         else:
             used += 1
-            yield number, made
+            yield number, part
     if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object per line")
     if not used:
@@ -222,11 +171,11 @@ def read_documents(
     separator: str | None = None,
     observe: Observer | None = None,
 ) -> Iterator[str]:
-    """The documents of a file, in order, in constant memory; those of which check(text) raises ValueError are bad rows.
+    """Yield the documents of a file, in order, in constant memory; texts that fail `check` are bad rows.
 
-    .jsonl: row[field], followed by `separator` if given. An empty text comes out as "" (without separator), for the
-    caller to count and skip. .txt: whole lines of about 2,000 characters together, which joined are the file's text; a
-    bad row is a line.
+    .jsonl: row[field], followed by `separator` if given. An empty text is yielded as "" (without separator), for the
+    caller to count and skip. .txt: whole lines of about 2,000 characters together; joined, the documents are the file's
+    text. A bad row of a .txt file is a line.
     """
     separator = separator if text_format(path) == ".jsonl" else None
     for _, text in numbered_documents(path, field, bad, check, observe):
@@ -236,7 +185,7 @@ def read_documents(
 def numbered_documents(
     path: Path, field: str, bad: BadRows | None = None, check: Check = str, observe: Observer | None = None
 ) -> Iterator[tuple[int, str]]:
-    """(number of its row, or of its first line, document) as `read_documents`."""
+    """Yield (number of its row, or of its first line, document) as `read_documents`."""
     if text_format(path) == ".txt":
         return _text_documents(path, bad or BadRows(), check, observe)
 
@@ -249,7 +198,7 @@ def numbered_documents(
 
 
 def chunked(parts: Iterable[Part], size: Callable[[Part], int], enough: int) -> Iterator[list[Part]]:
-    """Lists of successive parts, each as long as it takes for their sizes to add up to `enough`."""
+    """Yield lists of successive parts; a list ends as soon as the sizes of its parts add up to `enough`."""
     chunk: list[Part] = []
     total = 0
     for part in parts:
@@ -267,7 +216,7 @@ def _is_blank(line: bytes, number: int) -> bool:
 
 
 def _parsed(line: bytes, number: int) -> dict[str, Any]:
-    """One line as a JSON object. ValueError says what else it is."""
+    """Parse one line as a JSON object; ValueError if it is anything else."""
     text = _decoded(line, number).rstrip("\r\n")
     try:
         row = PARSER.decode(text)
@@ -290,12 +239,10 @@ def _parsed(line: bytes, number: int) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of equal keys a dict keeps the last, and would silently drop the others.
     row = dict(pairs)
-    if len(row) < len(pairs):
-        seen = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f'key "{twice}" stands twice in an object')
+    if len(row) < len(pairs):  # of equal keys a dict would silently keep the last
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'key "{key}" stands twice in an object')
     return row
 
 
@@ -304,15 +251,10 @@ PARSER = json.JSONDecoder(object_pairs_hook=_object)
 
 def _is_deep(row: Any) -> bool:
     """Whether arrays and objects are nested more than MAX_NESTING deep."""
-    level = [row]
+    level = [row]  # arrays and objects of one depth
     for _ in range(MAX_NESTING):
-        level = [
-            item
-            for holder in level
-            if isinstance(holder, dict | list)
-            for item in (holder.values() if isinstance(holder, dict) else holder)
-            if isinstance(item, dict | list)
-        ]
+        items = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder)]
+        level = [item for item in items if isinstance(item, dict | list)]
         if not level:
             return False
     return True
@@ -338,9 +280,9 @@ def _text_documents(path: Path, bad: BadRows, check: Check, observe: Observer | 
             text = _decoded(line, number)
             check(text)
         except ValueError as error:
-            bad.meet(BadRow(path, number, str(error)))
+            bad.add(BadRow(path, number, str(error)))
             continue
-        # Only from half the aimed-at length on, so that a heading stays with the long paragraph below it.
+        # Cut only after half of the intended length, so that a heading stays with the long paragraph below it.
         if length + len(text) > DOCUMENT_CHARACTERS and length >= DOCUMENT_CHARACTERS // 2:
             cut = _cut_position([text for _, text in lines])
             yield lines[0][0], "".join(text for _, text in lines[:cut])
@@ -357,7 +299,8 @@ def _text_documents(path: Path, bad: BadRows, check: Check, observe: Observer | 
 
 
 def _cut_position(lines: list[str]) -> int:
-    """How many lines to give away: up to the last blank one in the second half of the aimed-at length, else all."""
+    """Number of lines of the next document: up to the last blank line in the second half of the intended length, else
+    all."""
     length = 0
     cut = len(lines)
     for index, line in enumerate(lines, start=1):
@@ -378,7 +321,7 @@ def _decoded(line: bytes, number: int) -> str:
 
 
 def _refuse_lone_surrogates(row: Any) -> None:
-    # JSON can spell half a surrogate pair, which is no character: it has no UTF-8 form, so no bytes and no hash.
+    # JSON can spell half a surrogate pair, which is not a character: it has no UTF-8 form, so no bytes and no hash.
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -387,7 +330,7 @@ def _refuse_lone_surrogates(row: Any) -> None:
 
 
 def _gzip_fault(path: Path, number: int, error: Exception) -> str:
-    with Path(path).open("rb") as file:  # the error's type does not tell: a wrong checksum is a BadGzipFile, too
+    with Path(path).open("rb") as file:  # a wrong checksum is a BadGzipFile, too, so the error's type does not suffice
         if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
             return f"{path} is not a gzip file although its name ends in .gz; rename it, or download it again"
     return f"{_place(path, number)}: the gzip file is damaged ({error}); download it again"

@@ -1,19 +1,14 @@
 """Documents to token rows: a memory-mapped cache of token streams, and the views that cut rows out of them.
 
 Each document becomes [BOS] + ids + [EOS] and goes, whole, to the training or to the validation stream. A stream is two
-flat files, the tokens of all its documents back to back and the position where each document begins; batches are
+flat files: the tokens of all its documents back to back, and the position of each document's first token. Batches are
 gathered straight from there, so memory does not grow with the corpus.
 
-Shapes: B rows asked for, L = seq_len tokens per row.
+Shapes: B rows of a batch, L = seq_len tokens per row.
 """
 
-import hashlib
-import json
-import os
-import sys
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,26 +16,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from dataset.cache import (
-    ArrayFiles,
-    cached_directory,
-    fault_of_sizes,
-    map_array,
-    read_meta,
-    source_key,
-    stretches,
-    unchanged,
-)
-from dataset.jsonl import BadRows, chunked, content_hash, is_gzip_name, open_text, read_documents, text_format
+from dataset.bad_rows import BadRows
+from dataset.cache import ArrayFiles, stretches
+from dataset.jsonl import Observer, content_hash, held_out_threshold, read_documents, text_format
 from dataset.order import RowOrder
 from dataset.spelling import spelling_check
+from dataset.tokenise import FileTokeniser
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype
 
-FORMAT = 2  # counts changes of what the cache files mean; part of the key
 SPLITS = ("train", "validation")
-CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
 
 
 @dataclass(frozen=True)
@@ -52,12 +37,26 @@ class TokenSplit:
 
 
 @dataclass(frozen=True)
+class DocumentOptions:
+    """What the token streams of a file depend on besides the tokenizer.
+
+    control: text that spells a control token becomes that token.
+    """
+
+    field: str = "text"
+    separator: str | None = None
+    val_fraction: float = 0.005
+    control: bool = False
+    on_bad_row: str = "error"
+
+
+@dataclass(frozen=True)
 class TokenCache:
     """Both streams of a corpus and what is known of them.
 
-    `meta`: format, dtype, options, tokenizer (fingerprint), data_sha256 (of the unpacked file), rows, and of them
-    empty_rows and skipped_rows; skipped_first, what was wrong with the first of those; and per split documents, tokens
-    (BOS and EOS included), characters and bytes (UTF-8) of the text behind them.
+    `meta`: tokenizer_fingerprint, data_sha256 (of the unpacked file), rows, and of them empty_rows and skipped_rows;
+    skipped_first, the reasons for the first of those; and per split documents, tokens (BOS and EOS included),
+    characters and bytes (UTF-8) of their text.
     """
 
     train: TokenSplit
@@ -66,50 +65,34 @@ class TokenCache:
 
     @classmethod
     def build_or_open(
-        cls,
-        path: Path,
-        tokenizer: PreTrainedTokenizerFast,
-        *,
-        cache_dir: Path,
-        field: str = "text",
-        separator: str | None = None,
-        val_fraction: float = 0.005,
-        control: bool = False,
-        on_bad_row: str = "error",
+        cls, path: Path, tokenizer: PreTrainedTokenizerFast, cache_dir: Path, options: DocumentOptions
     ) -> "TokenCache":
-        """Tokenise `path` into `cache_dir`, or open what an earlier call left there for this file and these options.
+        """Tokenise `path` into `cache_dir`, or open what an earlier call left there (see FileTokeniser).
 
-        The key holds the file's path, size and modification time; a warm open does not read it. Which documents are
-        validation says is_validation(text, val_fraction), of the text without `separator`. Where that picks none of
-        several documents, the one with the smallest content_hash is taken, copies of it included, provided that
-        others remain; val_fraction 0 means none. control: text that spells a control token becomes that token.
-        ValueError, FileNotFoundError: see dataset/jsonl.py, as for on_bad_row.
+        Validation documents are those of is_validation(text, val_fraction), of the text without `separator`. If there
+        is none, those with the smallest content_hash are taken (copies of one document), provided that others remain;
+        val_fraction 0 means none.
         """
-        options = {"field": field, "separator": separator, "val_fraction": val_fraction}
-        options |= {"control": control, "on_bad_row": on_bad_row}
-        build = _Build(Path(path), tokenizer, options)
-        text_format(path)  # a wrong kind of file, or none, is refused before anything is made for it
-        open_text(path).close()
-        key = source_key(path, FORMAT, build.fingerprint, options)
-        folder = cached_directory(Path(cache_dir), key, build.run, _fault)
-        meta = read_meta(folder)
-        return cls(*(_open_split(folder, split, meta) for split in SPLITS), meta)
+        arrays, meta = _DocumentTokeniser(path, tokenizer, options).open(cache_dir)
+        return cls(*(TokenSplit(arrays[f"{split}.tokens"], arrays[f"{split}.starts"]) for split in SPLITS), meta)
 
 
 class PackedRows:
-    """Rows of `seq_len` tokens cut out of one stream; row order is the caller's business.
+    """Rows of `seq_len` tokens cut out of one stream.
 
     packing=True: row i is tokens[i*L:(i+1)*L], documents back to back, a long one going on in the next row; only the
     last row has padding. packing=False: each document alone, in as many rows as it needs, each padded.
     Either way every token of the stream is in exactly one row.
+    separate_documents=False: the documents of a row see each other, so all of them get id 0.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, packing: bool, pad_id: int):
+    def __init__(self, split: TokenSplit, seq_len: int, packing: bool, pad_id: int, separate_documents: bool = True):
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}, expected at least 1 token per row")
-        self.split, self.seq_len, self.packing, self.pad_id = split, seq_len, packing, pad_id
+        self.split, self.seq_len, self.pad_id = split, seq_len, pad_id
+        self.separate_documents = separate_documents
         total = len(split.tokens)
-        # Extents are computed when asked for: the largest corpus costs nothing here, or 8 bytes for each document.
+        # Packed rows need nothing in memory; unpacked ones 8 bytes for each document.
         self._first_rows = None if packing else _first_rows(split.starts, total, seq_len)
         self._num_rows = -(-total // seq_len) if packing else int(self._first_rows[-1])
 
@@ -125,10 +108,10 @@ class PackedRows:
         return RowOrder(len(self), seed)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """The rows (B,) as (B, L) tensors.
+        """The rows `indices` (B,) as (B, L) tensors.
 
         input_ids int64; loss_mask bool, True on every real token, BOS and EOS included; document_ids int64, 0, 1, 2...
-        along each row, -1 on padding. IndexError for a row that does not exist.
+        along each row (all 0 unless separate_documents), -1 on padding. IndexError for a row that does not exist.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -136,16 +119,16 @@ class PackedRows:
         starts, ends = self._extent(indices)
         positions = starts[:, None] + np.arange(self.seq_len)
         real = positions < ends[:, None]
-        # Positions behind the row's end are padding, whatever is read for them; they must only exist.
+        # After the row's end stands padding: what is read there is overwritten, but must exist.
         ids = self.split.tokens[np.minimum(positions, len(self.split.tokens) - 1)].astype(np.int64)
         ids[~real] = self.pad_id
-        documents = self._count_documents(starts, ends)
+        documents = self._count_documents(starts, ends) if self.separate_documents else np.zeros_like(ids)
         documents[~real] = -1
         arrays = {"input_ids": ids, "loss_mask": real, "document_ids": documents}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _extent(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First position in the stream and one past the last, of each row."""
+        """Positions in the stream of the first token of each row, and of the one after its last."""
         if self._first_rows is None:
             starts, ends = indices * self.seq_len, len(self.split.tokens)
         else:
@@ -155,7 +138,7 @@ class PackedRows:
         return starts, np.minimum(starts + self.seq_len, ends)
 
     def _count_documents(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """(B, L): how many documents have begun since the row did, its first token not counted."""
+        """(B, L): number of documents that begin in the row after its first token, up to each position."""
         first = np.searchsorted(self.split.starts, starts, side="right")
         counts = np.searchsorted(self.split.starts, ends, side="left") - first
         rows = np.repeat(np.arange(len(starts)), counts)
@@ -166,7 +149,7 @@ class PackedRows:
 
 
 def _first_rows(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
-    """(documents + 1,) the number of each document's first row when no two share one, and the number of rows."""
+    """(documents + 1,) the first row of each document when no two share a row, and the number of rows."""
     first = np.zeros(len(starts) + 1, dtype=np.int64)
     for documents in stretches(len(starts)):
         pieces = -(-(_document_ends(starts, total, documents) - starts[documents]) // seq_len)
@@ -180,174 +163,77 @@ def _document_ends(starts: np.ndarray, total: int, documents: np.ndarray) -> np.
     return np.where(documents + 1 < len(starts), following, total)
 
 
-class _SplitWriter:
-    """Appends documents to the two arrays of one stream and counts them."""
+class _DocumentTokeniser(FileTokeniser):
+    """One pass over a corpus, from text to the streams of both splits."""
 
-    def __init__(self, files: ArrayFiles, split: str, bos_id: int, eos_id: int):
-        self.files, self.split, self.bos_id, self.eos_id = files, split, bos_id, eos_id
-        self.counts = {"documents": 0, "tokens": 0, "characters": 0, "bytes": 0}
+    unit, version = "rows", 3
 
-    def add(self, texts: list[str], documents: list[list[int]]) -> None:
-        """`documents`: the ids of each text, without BOS and EOS."""
-        lengths = np.fromiter(map(len, documents), np.int64, len(documents)) + 2
-        ends = np.cumsum(lengths)
-        tokens = np.empty(lengths.sum(), self.files.dtypes[f"{self.split}.tokens"])
-        is_text = np.ones(len(tokens), dtype=bool)
-        is_text[ends - lengths] = is_text[ends - 1] = False
-        tokens[ends - lengths], tokens[ends - 1] = self.bos_id, self.eos_id
-        tokens[is_text] = np.fromiter(chain.from_iterable(documents), tokens.dtype, len(tokens) - 2 * len(documents))
-        self.files.append(f"{self.split}.tokens", tokens)
-        self.files.append(f"{self.split}.starts", self.counts["tokens"] + ends - lengths)
-        self.counts["documents"] += len(documents)
-        self.counts["tokens"] += int(lengths.sum())
-        self.counts["characters"] += sum(map(len, texts))
-        self.counts["bytes"] += sum(len(text.encode("utf-8")) for text in texts)
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, options: DocumentOptions):
+        super().__init__(path, tokenizer, options.on_bad_row)
+        self.document_options, self.options = options, (asdict(options),)
+        self.separator = (options.separator or "") if text_format(path) == ".jsonl" else ""
+        self.threshold: float = options.val_fraction * 2.0**64  # hashes below it are those of validation documents
 
+    def dtypes(self) -> dict[str, Any]:
+        kinds = {"tokens": token_dtype(self.tokenizer), "starts": np.int64}
+        return {f"{split}.{name}": kind for split in SPLITS for name, kind in kinds.items()}
 
-@dataclass
-class _Smallest:
-    """The training documents with the smallest content hash so far: who they are and how much text they hold."""
+    def read_file(self, files: ArrayFiles) -> dict[str, Any]:
+        meta = super().read_file(files)
+        threshold = held_out_threshold(self.document_options.val_fraction, *self.hash_range)
+        if threshold != self.threshold:  # so few documents that none was held out: once more, with one
+            self.threshold = threshold
+            files.clear()
+            meta = super().read_file(files)
+        return meta
 
-    value: int = 2**64
-    documents: list[int] = field(default_factory=list)
-    characters: int = 0
-    bytes: int = 0
-
-    def see(self, value: int, document: int, text: str) -> None:
-        if value > self.value:
-            return
-        if value < self.value:
-            self.value, self.documents, self.characters, self.bytes = value, [], 0, 0
-        self.documents.append(document)
-        self.characters += len(text)
-        self.bytes += len(text.encode("utf-8"))
-
-
-class _Build:
-    """One pass over the corpus, from text to the files of a cache directory."""
-
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, Any]):
-        self.path, self.tokenizer, self.options = path, tokenizer, options
-        self.fingerprint = fingerprint(tokenizer)
-        self.dtype = token_dtype(tokenizer)
+    def read(self, observe: Observer, bad: BadRows) -> Iterator[str]:
+        """The texts that are not empty."""
         self.rows = self.empty_rows = 0  # without the bad ones
-        self.bad = BadRows(options["on_bad_row"])
-        self.separator = (options["separator"] or "") if text_format(path) == ".jsonl" else ""
-        self.smallest = _Smallest()
-        self.digest = hashlib.sha256()
-        self.writers: dict[str, _SplitWriter] = {}
-
-    def run(self, folder: Path) -> None:
-        """Fill an empty directory; once per object."""
-        began = time.monotonic()
-        kinds = {"tokens": self.dtype, "starts": np.int64}
-        dtypes = {f"{split}.{name}": kind for split in SPLITS for name, kind in kinds.items()}
-        with unchanged(self.path), ArrayFiles(folder, dtypes) as files:
-            ids = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-            self.writers = {split: _SplitWriter(files, split, *ids) for split in SPLITS}
-            for texts in chunked(self._documents(), len, CHUNK_CHARACTERS):
-                self._add(texts)
-        counts = {split: writer.counts for split, writer in self.writers.items()}
-        documents = self.smallest.documents
-        others = counts["train"]["documents"] - len(documents)
-        if self.options["val_fraction"] > 0 and counts["validation"]["documents"] == 0 and others:
-            _move_to_validation(folder, self.smallest, counts, self.dtype)
-        self._write_meta(folder, counts)
-        tokens = sum(count["tokens"] for count in counts.values())
-        seconds = time.monotonic() - began
-        print(
-            f"tokenised {self.rows + self.bad.count:,} rows, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s",
-            file=sys.stderr,
-        )
-
-    def _documents(self) -> Iterator[str]:
-        """The non-empty texts; on the way the digest, the row counts and, on a terminal, the progress bar advance."""
-        # How much text a .gz holds is not known, so its bar has a speed but no end. disable=None: terminals only.
-        total = None if is_gzip_name(self.path) else self.path.stat().st_size
-        check = spelling_check(self.tokenizer, self.options["control"])
-        with tqdm(total=total, desc="tokenising", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-            def observe(line: bytes) -> None:
-                self.digest.update(line)
-                bar.update(len(line))
-
-            checked = self.bad, lambda text: check(text + self.separator)
-            for text in read_documents(self.path, self.options["field"], *checked, observe=observe):
-                self.rows += 1
-                self.empty_rows += not text
-                if text:
-                    yield text
-
-    def _add(self, texts: list[str]) -> None:
-        threshold = self.options["val_fraction"] * 2.0**64
-        hashes = [content_hash(text) for text in texts]
-        texts = [text + self.separator for text in texts]
-        encoded = encode_batch(self.tokenizer, texts, self.options["control"])
-        chosen: dict[str, tuple[list[str], list[list[int]]]] = {split: ([], []) for split in SPLITS}
-        for value, text, ids in zip(hashes, texts, encoded, strict=True):
-            # The comparison of is_validation, whose hash is needed for the smallest one, too.
-            split_texts, documents = chosen["validation" if value < threshold else "train"]
-            if value >= threshold and not self.writers["validation"].counts["documents"]:
-                self.smallest.see(value, self.writers["train"].counts["documents"] + len(documents), text)
-            split_texts.append(text)
-            documents.append(ids)
-        for split, writer in self.writers.items():
-            writer.add(*chosen[split])
-
-    def _write_meta(self, folder: Path, counts: dict[str, dict[str, int]]) -> None:
-        meta = {
-            "format": FORMAT,
-            "dtype": self.dtype.name,
-            "options": self.options,
-            "tokenizer": self.fingerprint,
-            "data_sha256": self.digest.hexdigest(),
-            "rows": self.rows + self.bad.count,
-            "empty_rows": self.empty_rows,
-            **self.bad.meta,
-            **counts,
+        self.hash_range = 2**64, -1
+        self.split_counts = {
+            split: dict.fromkeys(("documents", "tokens", "characters", "bytes"), 0) for split in SPLITS
         }
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        check = spelling_check(self.tokenizer, self.document_options.control)
+        field = self.document_options.field
+        for text in read_documents(self.path, field, bad, lambda text: check(text + self.separator), observe=observe):
+            self.rows += 1
+            if text:
+                yield text
+            else:
+                self.empty_rows += 1
 
+    def size(self, row: str) -> int:
+        return len(row)
 
-def _move_to_validation(folder: Path, smallest: _Smallest, counts: dict[str, dict[str, int]], dtype: np.dtype) -> None:
-    """Take documents out of the training stream to be the validation stream, and put the counts right."""
-    tokens = np.memmap(folder / "train.tokens", dtype, mode="r")
-    edges = np.append(np.fromfile(folder / "train.starts", np.int64), len(tokens))
-    moved = np.array(smallest.documents)
-    begins, ends = edges[moved], edges[moved + 1]
-    _write_spans(folder / "validation.tokens", tokens, begins, ends)
-    _write_spans(folder / "kept.tokens", tokens, np.append(0, ends), np.append(begins, len(tokens)))
-    del tokens  # Windows replaces no file that is mapped
-    os.replace(folder / "kept.tokens", folder / "train.tokens")
-    lengths = np.diff(edges)
-    for split, mine in (("validation", lengths[moved]), ("train", np.delete(lengths, moved))):
-        (folder / f"{split}.starts").write_bytes((np.cumsum(mine) - mine).data)
-        counts[split]["documents"], counts[split]["tokens"] = len(mine), int(mine.sum())
-    for name in ("characters", "bytes"):
-        counts["validation"][name] = getattr(smallest, name)
-        counts["train"][name] -= counts["validation"][name]
+    def append(self, files: ArrayFiles, rows: list[str]) -> None:
+        hashes = [content_hash(text) for text in rows]
+        self.hash_range = min(self.hash_range[0], *hashes), max(self.hash_range[1], *hashes)
+        texts = [text + self.separator for text in rows]
+        encoded = encode_batch(self.tokenizer, texts, self.document_options.control)
+        documents = [*zip(hashes, texts, encoded, strict=True)]
+        self._append(files, "train", [(text, ids) for value, text, ids in documents if value >= self.threshold])
+        self._append(files, "validation", [(text, ids) for value, text, ids in documents if value < self.threshold])
 
+    def _append(self, files: ArrayFiles, split: str, documents: list[tuple[str, list[int]]]) -> None:
+        """Append [BOS] + ids + [EOS] of every (text, ids) to a stream, and count them."""
+        lengths = np.fromiter((len(ids) + 2 for _, ids in documents), np.int64, len(documents))
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        tokens = np.empty(lengths.sum(), files.dtypes[f"{split}.tokens"])
+        is_text = np.ones(len(tokens), dtype=bool)
+        is_text[begins] = is_text[ends - 1] = False
+        tokens[begins], tokens[ends - 1] = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        ids = chain.from_iterable(ids for _, ids in documents)
+        tokens[is_text] = np.fromiter(ids, tokens.dtype, len(tokens) - 2 * len(documents))
+        files.append(f"{split}.starts", files.lengths[f"{split}.tokens"] + begins)
+        files.append(f"{split}.tokens", tokens)
+        counts = self.split_counts[split]
+        counts["documents"] += len(documents)
+        counts["tokens"] += len(tokens)
+        counts["characters"] += sum(len(text) for text, _ in documents)
+        counts["bytes"] += sum(len(text.encode("utf-8")) for text, _ in documents)
 
-def _write_spans(path: Path, tokens: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> None:
-    with path.open("wb") as file:
-        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
-            file.write(tokens[begin:end].data)
-
-
-def _expected_sizes(meta: dict[str, Any]) -> dict[str, int]:
-    item = np.dtype(meta["dtype"]).itemsize
-    return {
-        f"{split}.{name}": meta[split][count] * size
-        for split in SPLITS
-        for name, count, size in (("tokens", "tokens", item), ("starts", "documents", 8))
-    }
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with a cache directory, judged by the sizes of its files, or None."""
-    return fault_of_sizes(folder, _expected_sizes)
-
-
-def _open_split(folder: Path, split: str, meta: dict[str, Any]) -> TokenSplit:
-    kinds = {"tokens": meta["dtype"], "starts": np.int64}
-    return TokenSplit(*(map_array(folder / f"{split}.{name}", kind) for name, kind in kinds.items()))
+    def counts(self, files: ArrayFiles, bad: BadRows) -> dict[str, Any]:
+        rows = {"rows": self.rows + bad.count, "empty_rows": self.empty_rows}
+        return {"tokenizer_fingerprint": fingerprint(self.tokenizer), **rows, **self.split_counts}

@@ -4,12 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-from torch import Tensor
-
+from dataset.bad_rows import OnBadRow, skipped_line
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import OnBadRow, text_format, told_skipped
-from dataset.packing import PackedRows, TokenCache
+from dataset.jsonl import text_format
+from dataset.packing import SPLITS, DocumentOptions, PackedRows, TokenCache
 from dataset.tokenizer import PreTrainedTokenizerFast
 
 
@@ -59,70 +57,43 @@ class PretrainData:
         return self.jsonl_sep and self.jsonl_sep.replace("\\n", "\n").replace("\\t", "\t")
 
 
-@dataclass(frozen=True)
-class JoinedRows:
-    """Rows whose documents see each other: all of a row's documents get id 0, padding keeps its own."""
-
-    rows: PackedRows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.rows, name)
-
-    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        batch = self.rows.batch(indices)
-        return batch | {"document_ids": batch["document_ids"].clamp(max=0)}
-
-
 class PretrainDataset:
     """`train` and `validation` rows (see PackedRows) and what is known of the corpus.
 
-    `meta` is flat, for logs: rows read, of them empty_rows and skipped_rows, and what was wrong with the first of those
-    (skipped_first); documents, tokens, characters and bytes of each part, as
-    train_tokens, validation_bytes...; real_token_share of the training rows; data_sha256; tokenizer_fingerprint.
-    ValueError if nothing is left to train on; otherwise as TokenCache.build_or_open.
+    `meta` is flat, for logs: that of TokenCache, the counts of each part as train_tokens, validation_bytes..., and
+    real_token_share of the training rows. ValueError if nothing is left to train on.
     """
 
     def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
         self.source = config.source
-        cache = TokenCache.build_or_open(
-            self.source,
-            tokenizer,
-            cache_dir=config.cache_dir,
-            field=config.jsonl_field,
-            separator=config.separator,
-            val_fraction=config.val_fraction,
-            control=config.control_tokens,
-            on_bad_row=config.on_bad_row,
+        self.config = config
+        options = DocumentOptions(
+            config.jsonl_field, config.separator, config.val_fraction, config.control_tokens, config.on_bad_row
         )
-        self.config, self.cache = config, cache
-        parts = (
-            PackedRows(split, config.max_seq_len, config.packing, tokenizer.pad_token_id)
-            for split in (cache.train, cache.validation)
-        )
-        self.train, self.validation = parts if config.use_doc_attention_mask else map(JoinedRows, parts)
-        self.meta = _summary(cache.meta, self.train.real_token_share)
+        self.cache = TokenCache.build_or_open(self.source, tokenizer, config.cache_dir, options)
+        layout = config.max_seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask
+        self.train = PackedRows(self.cache.train, *layout)
+        self.validation = PackedRows(self.cache.validation, *layout)
+        self.meta = _summary(self.cache.meta, self.train.real_token_share)
         if not len(self.train):
             raise ValueError(self._why_empty())
 
     def describe(self) -> str:
-        """Lines for people: two, and one on the bad rows if there are any."""
+        """Two lines for people, and one on bad rows if there are any."""
         meta = self.meta
         characters = meta["train_characters"] + meta["validation_characters"]
         text_tokens = meta["train_tokens"] + meta["validation_tokens"]
         text_tokens -= 2 * (meta["train_documents"] + meta["validation_documents"])  # without BOS and EOS
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
         bundled = "" if self.config.data else "no --data, so the bundled corpus is used: "
-        told = (
+        lines = (
             f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
             f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
         )
-        return "\n".join(filter(None, (told, told_skipped(meta))))
+        return "\n".join(filter(None, (lines, skipped_line(meta))))
 
     def _why_empty(self) -> str:
         path, meta = self.source, self.meta
@@ -136,14 +107,7 @@ class PretrainDataset:
 
 
 def _summary(meta: dict[str, Any], real_token_share: float) -> dict[str, Any]:
-    parts = {f"{split}_{name}": value for split in ("train", "validation") for name, value in meta[split].items()}
-    return {
-        "rows": meta["rows"],
-        "empty_rows": meta["empty_rows"],
-        "skipped_rows": meta["skipped_rows"],
-        "skipped_first": meta["skipped_first"],
-        **parts,
-        "real_token_share": real_token_share,
-        "data_sha256": meta["data_sha256"],
-        "tokenizer_fingerprint": meta["tokenizer"],
-    }
+    flat = {name: value for name, value in meta.items() if name not in SPLITS}
+    for split in SPLITS:
+        flat |= {f"{split}_{name}": value for name, value in meta[split].items()}
+    return flat | {"real_token_share": real_token_share}

@@ -19,6 +19,8 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dataset.formats import ROLES, checked_messages
+
 MASK_TOKEN = "<|mask|>"
 SPECIAL_TOKENS = (
     "<|endoftext|>",  # padding
@@ -30,7 +32,6 @@ SPECIAL_TOKENS = (
     *(f"<|buffer{i}|>" for i in range(10)),  # reserved: a later stage can take one without resizing the model
 )
 BYTE_ALPHABET_SIZE = 256
-ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
@@ -300,24 +301,6 @@ def _check_spellable(backend: Tokenizer, texts: list[str], control: bool) -> Non
                     f"character {character!r} (U+{ord(character):04X}) is not in the vocabulary of this character "
                     "tokenizer, which knows only the characters it was trained on"
                 )
-
-
-def checked_messages(messages: Sequence[dict[str, str]]) -> list[tuple[str, str]]:
-    """(role, content) of each message. ValueError says which message is at fault."""
-    if not messages:
-        raise ValueError("a conversation needs at least one message, and has none")
-    pairs = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            found = ", ".join(message) if isinstance(message, dict) else type(message).__name__
-            raise ValueError(f'message {number} needs the keys "role" and "content"; found: {found or "none"}')
-        role, content = message["role"], message["content"]
-        if role not in ROLES:
-            raise ValueError(f"message {number} has role {role!r}; expected one of {', '.join(ROLES)}")
-        if not isinstance(content, str):
-            raise ValueError(f"content of message {number} is {type(content).__name__}; expected a string")
-        pairs.append((role, content))
-    return pairs
 
 
 def _check_files(directory: Path) -> None:

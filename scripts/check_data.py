@@ -8,10 +8,15 @@ The file is read to its end by the same functions as in training, so that what i
 
 import shlex
 import sys
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+import numpy as np
+
+from dataset.formats import ROLES
 from dataset.jsonl import open_text, text_format
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
@@ -36,24 +41,24 @@ class CheckConfig:
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int | None, "tokens per row in training (none: the default of its command)"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
-    json: Annotated[Path | None, "also write what was found to this file"] = None
+    json: Annotated[Path | None, "also write the result to this file"] = None
 
 
 class Kind(NamedTuple):
-    """What is trained on rows of one kind."""
+    """One kind of rows: in words, the flags of its data, and the commands that train on it."""
 
-    told: str
-    flags: type  # of its data
+    words: str
+    flags: type
     commands: tuple[str, ...]
 
 
-SFT_START, DPO_START = "weights/minimind_pretrain_state_dict.pt", "weights/minimind_sft_state_dict.pt"
+PRETRAIN = ("scripts.train.train_pretrain", "scripts.train.diffusion --train --use-tokenizer")
+SFT = ("scripts.train.train_sft_minimind --load-from weights/minimind_pretrain_state_dict.pt",)
+DPO = ("scripts.train.train_dpo_minimind --load-from weights/minimind_sft_state_dict.pt",)
 KINDS = {
-    "text": Kind(
-        "documents", PretrainData, ("scripts.train.train_pretrain", "scripts.train.diffusion --train --use-tokenizer")
-    ),
-    "chat": Kind("conversations", SFTData, (f"scripts.train.train_sft_minimind --load-from {SFT_START}",)),
-    "pairs": Kind("pairs of replies", PreferenceData, (f"scripts.train.train_dpo_minimind --load-from {DPO_START}",)),
+    "text": Kind("documents", PretrainData, PRETRAIN),
+    "chat": Kind("conversations", SFTData, SFT),
+    "pairs": Kind("pairs of replies", PreferenceData, DPO),
 }
 
 
@@ -74,190 +79,185 @@ def main(argv: list[str] | None = None) -> None:
     if config.max_seq_len is not None:
         flags["max_seq_len"] = config.max_seq_len
     data = KINDS[kind].flags(data=config.file, **flags)  # which refuses what training would
-    survey = Survey(config.file, kind, load_tokenizer(data.tokenizer_dir), data.max_seq_len, config.jsonl_field)
-    found = survey.result
-    print("\n".join(page(found)), end="\n\n")
-    trouble = verdict(found)
-    print("\n".join([*(trouble or ["Sound: every row can be used."]), *training(data, found)]))
+    tokenizer = load_tokenizer(data.tokenizer_dir)
+    result = Survey(config.file, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
+    fault = fault_of(result)
+    print("\n".join(page(result)), end="\n\n")
+    print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))
     if config.json is not None:
-        write_json(config.json, found)
-    if trouble:
+        write_json(config.json, result)
+    if fault:
         sys.exit(1)
 
 
-# -- what was found ----------------------------------------------------------------------------------------------------
+# -- the page ----------------------------------------------------------------------------------------------------------
 
 
-def page(found: dict[str, Any]) -> list[str]:
-    """Lines for people on what `Survey` found."""
-    unpacked = f", {found['unpacked_bytes']:,} unpacked" if found["unpacked_bytes"] != found["bytes"] else ""
-    lines = [
-        f"{found['file']}: {KINDS[found['kind']].told}",
-        fact("file", f"{found['bytes']:,} bytes{unpacked}; SHA-256 {found['data_sha256'][:16]}..."),
-        fact("rows", rows(found)),
-        fact("copies", copies(found)),
-        *(
-            fact(f"language {name}", language(counts, found["used_rows"]))
-            for name, counts in found["languages"].items()
-        ),
-        *(fact(name, text) for name, text in DETAILS[found["kind"]](found)),
-        fact("control tokens", control_tokens(found)),
+def page(result: dict[str, Any]) -> list[str]:
+    """Lines for people on the result of a Survey."""
+    unpacked = f", {result['unpacked_bytes']:,} unpacked" if result["unpacked_bytes"] != result["bytes"] else ""
+    facts = [
+        ("file", f"{result['bytes']:,} bytes{unpacked}; SHA-256 {result['data_sha256'][:16]}..."),
+        ("rows", rows(result)),
+        ("copies", copies(result)),
+        *languages(result),
+        *DETAILS[result["kind"]](result),
+        ("control tokens", control_tokens(result)),
     ]
-    if found["used_rows"]:
-        lines += ["", *histogram(found)]
-    if found["bad_rows"]:
-        lines += ["", f"bad rows: {found['bad_rows']:,}"]
-        lines += [f"  {count:8,}  {reason}" for reason, count in found["bad_by_reason"].items()]
-        shown = found["first_bad"]
-        lines += [f"the first {len(shown)}:" if len(shown) < found["bad_rows"] else "one by one:"]
-        lines += [f"  {row}" for row in shown]
+    lines = [f"{result['file']}: {KINDS[result['kind']].words}", *(f"  {name:15} {text}" for name, text in facts)]
+    if result["used_rows"]:
+        lines += ["", *histogram(result)]
+    if result["bad_rows"]:
+        lines += ["", *bad_rows(result)]
     return lines
-
-
-def fact(name: str, text: str) -> str:
-    return f"  {name:15} {text}"
 
 
 def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "none"
 
 
-def rows(found: dict[str, Any]) -> str:
-    parts = [f"{found['used_rows']:,} used", f"{found['empty_rows']:,} empty", f"{found['bad_rows']:,} bad"]
-    if text_format(Path(found["file"])) == ".txt":
-        return f"{found['lines']:,} lines, cut into {found['used_rows']:,} documents; {parts[2]}"
-    blank = found["lines"] - found["rows"]
-    return f"{found['rows']:,}: {', '.join(parts)}" + (f"; blank lines: {blank:,}" if blank else "")
+def rows(result: dict[str, Any]) -> str:
+    bad = f"{result['bad_rows']:,} bad"
+    if text_format(Path(result["file"])) == ".txt":
+        return f"{result['lines']:,} lines, cut into {result['used_rows']:,} documents; {bad}"
+    blank = result["lines"] - result["rows"]
+    counts = f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty, {bad}"
+    return counts + (f"; blank lines: {blank:,}" if blank else "")
 
 
-def copies(found: dict[str, Any]) -> str:
-    examples = ", ".join(f"row {copy} repeats row {original}" for copy, original in found["first_copies"])
-    more = ", ..." if found["copies"] > len(found["first_copies"]) else ""
-    return f"{found['copies']:,}: {examples}{more}" if examples else "none"
+def copies(result: dict[str, Any]) -> str:
+    examples = ", ".join(f"row {copy} repeats row {original}" for copy, original in result["first_copies"])
+    rest = ", ..." if result["copies"] > len(result["first_copies"]) else ""
+    return f"{result['copies']:,}: {examples}{rest}" if examples else "none"
 
 
-def language(counts: dict[str, int], used_rows: int) -> str:
-    compression = f"{counts['characters'] / max(counts['text_tokens'], 1):.2f} characters per token"
-    return f"{counts['rows']:,} rows ({share(counts['rows'], used_rows)}), {compression}"
+def languages(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, counts in result["languages"].items():
+        compression = f"{counts['characters'] / max(counts['text_tokens'], 1):.2f} characters per token"
+        percentage = share(counts["rows"], result["used_rows"])
+        yield f"language {name}", f"{counts['rows']:,} rows ({percentage}), {compression}"
 
 
-def control_tokens(found: dict[str, Any]) -> str:
-    if not found["control_tokens"]:
+def control_tokens(result: dict[str, Any]) -> str:
+    if not result["control_tokens"]:
         return "spelled in no row"
-    names = ", ".join(f"{name} in {count:,}" for name, count in list(found["control_tokens"].items())[:5])
-    where = ", ".join(map(str, found["first_spelling_rows"]))
-    told = f"spelled in {found['counts']['spelling_rows']:,} rows, first in row {where}: {names}; text to training"
-    if found["kind"] != "text":
-        return told
-    barred = found["counts"]["barred_rows"]
-    told += ", unless it is told --control-tokens"
-    return told + (f", to which rows that spell mask or padding are bad ({barred:,})" if barred else "")
+    names = ", ".join(f"{name} in {count:,}" for name, count in list(result["control_tokens"].items())[:5])
+    first = ", ".join(map(str, result["first_spelling_rows"]))
+    counts = result["counts"]
+    text = f"spelled in {counts['spelling_rows']:,} rows, first in row {first}: {names}; text to training"
+    if result["kind"] == "text":
+        text += ", except with --control-tokens"
+        if counts["barred_rows"]:
+            text += f", where rows that spell mask or padding are bad ({counts['barred_rows']:,})"
+    return text
 
 
-def _of_text(found: dict[str, Any]) -> list[tuple[str, str]]:
-    counts, limit = found["counts"], found["max_seq_len"]
-    longer = share(counts.get("longer", 0), found["used_rows"])
+def _of_text(result: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = Counter(result["counts"])
+    longer = share(counts["longer"], result["used_rows"])
+    limit = f"{result['max_seq_len']} tokens: they continue in the next row, nothing is cut"
     return [
-        ("tokens", f"{counts.get('tokens', 0):,}, BOS and EOS included"),
-        ("longer", f"{longer} of documents than {limit} tokens: they go on in the next row, nothing is cut"),
+        ("tokens", f"{counts['tokens']:,}, BOS and EOS included"),
+        ("longer", f"{longer} of documents than {limit}"),
     ]
 
 
-def _of_chat(found: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = found["counts"]
-    roles = ", ".join(f"{counts.get(f'{role} messages', 0):,} of {role}" for role in ("system", "user", "assistant"))
-    several, empty = counts.get("several_replies", 0), counts.get("empty_replies", 0)
+def _of_chat(result: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = Counter(result["counts"])
+    several = f"{counts['several_replies']:,} conversations have several"
     return [
-        ("messages", roles),
-        ("replies", f"{several:,} conversations have several; {empty:,} replies are empty and left out"),
-        *((f"shortened, {told}", shortened(found, name)) for name, told in (("ar", "AR"), ("diffusion", "dLM"))),
+        ("messages", ", ".join(f"{counts[f'{role} messages']:,} of {role}" for role in ROLES)),
+        ("replies", f"{several}; {counts['empty_replies']:,} replies are empty and left out"),
+        ("shortened, AR", shortened(result, "ar")),
+        ("shortened, dLM", shortened(result, "diffusion")),
     ]
 
 
-def _of_pairs(found: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = found["counts"]
-    longer = share(counts.get("longer_chosen", 0), found["used_rows"])
+def _of_pairs(result: dict[str, Any]) -> list[tuple[str, str]]:
+    counts = Counter(result["counts"])
+    longer = share(counts["longer_chosen"], result["used_rows"])
     return [
-        ("replies", f"{counts.get('equal_replies', 0):,} pairs are equal and left out; {longer} chosen are the longer"),
-        ("shortened", shortened(found, "pairs")),
+        ("replies", f"{counts['equal_replies']:,} pairs are equal and left out; {longer} chosen are the longer"),
+        ("shortened", shortened(result, "pairs")),
     ]
 
 
 DETAILS = {"text": _of_text, "chat": _of_chat, "pairs": _of_pairs}
 
 
-def shortened(found: dict[str, Any], name: str) -> str:
-    rows, tokens, lost, cut, prompts, replies = (
-        found["counts"].get(f"{name} {what}", 0)
-        for what in ("rows", "tokens", "lost", "shortened", "cut_prompts", "cut_replies")
-    )
-    told = f"{cut:,} of {rows:,} rows ({share(cut, rows)}) to {found['max_seq_len']} tokens, {share(lost, tokens)} of"
-    return f"{told} tokens lost: {prompts:,} beginnings of prompts, {replies:,} ends of replies"
+def shortened(result: dict[str, Any], name: str) -> str:
+    names = ("rows", "tokens", "lost", "shortened", "cut_prompts", "cut_replies")
+    rows, tokens, lost, cut, prompts, replies = (result["counts"].get(f"{name} {count}", 0) for count in names)
+    limit = f"{cut:,} of {rows:,} rows ({share(cut, rows)}) to {result['max_seq_len']} tokens"
+    losses = f"{share(lost, tokens)} of tokens lost: {prompts:,} beginnings of prompts, {replies:,} ends of replies"
+    return f"{limit}, {losses}"
 
 
-def histogram(found: dict[str, Any]) -> list[str]:
-    """Rows by length, in tokens and in characters, each line twice as long as the one before."""
-    tokens: dict[int, int] = {}
-    for length, count in found["lengths"].items():
-        tokens[int(length).bit_length()] = tokens.get(int(length).bit_length(), 0) + count
-    characters = {int(size): count for size, count in found["characters_by_bit_length"].items()}
+def histogram(result: dict[str, Any]) -> list[str]:
+    """Rows by length, in tokens and in characters; each line covers lengths twice as long as the line before."""
+    tokens: Counter[int] = Counter()
+    for length, count in result["lengths"].items():
+        tokens[int(length).bit_length()] += count
+    characters = Counter({int(size): count for size, count in result["characters_by_bit_length"].items()})
     highest = max(*tokens.values(), *characters.values())
     lines = [f"  {'length':>15}  {'rows by tokens':{BAR + 10}}rows by characters"]
     for size in range(min(*tokens, *characters), max(*tokens, *characters) + 1):
         span = f"{2 ** (size - 1):,} to {2**size - 1:,}" if size else "0"
-        bars = [f"{part.get(size, 0):9,} {bar(part.get(size, 0), highest)}" for part in (tokens, characters)]
+        bars = [f"{part[size]:9,} {'#' * -(-part[size] * (BAR - 2) // highest)}" for part in (tokens, characters)]
         lines.append(f"  {span:>15}  {bars[0]:{BAR + 10}}{bars[1]}".rstrip())
-    longest = found["longest"]
-    return [*lines, f"  {quantiles(found)}, longest {longest['tokens']:,} (row {longest['row']:,})"]
+    longest = result["longest"]
+    return [*lines, f"  tokens: {quantiles(result)}, longest {longest['tokens']:,} (row {longest['row']:,})"]
 
 
-def bar(count: int, highest: int) -> str:
-    return "#" * -(-count * (BAR - 2) // highest)
+def quantiles(result: dict[str, Any]) -> str:
+    lengths, rows_up_to = [*result["lengths"]], np.cumsum([*result["lengths"].values()])
+    parts = {0.5: "half of the rows", 0.9: "90 %", 0.99: "99 %"}
+    limits = {part: lengths[np.searchsorted(rows_up_to, part * rows_up_to[-1])] for part in parts}
+    return ", ".join(f"{words} have up to {int(limits[part]):,}" for part, words in parts.items())
 
 
-def quantiles(found: dict[str, Any]) -> str:
-    told, below = [], 0
-    wanted = [(0.5, "half of the rows"), (0.9, "90 %"), (0.99, "99 %")]
-    for length, count in found["lengths"].items():
-        below += count
-        while wanted and below >= wanted[0][0] * found["used_rows"]:
-            told.append(f"{wanted.pop(0)[1]} have up to {int(length):,}")
-    return f"tokens: {', '.join(told)}"
+def bad_rows(result: dict[str, Any]) -> list[str]:
+    reasons = [f"  {count:8,}  {reason}" for reason, count in result["bad_by_reason"].items()]
+    first = result["first_bad"]
+    heading = f"the first {len(first)}:" if len(first) < result["bad_rows"] else "one by one:"
+    return [f"bad rows: {result['bad_rows']:,}", *reasons, heading, *(f"  {row}" for row in first)]
 
 
 # -- what to do --------------------------------------------------------------------------------------------------------
 
 
-def verdict(found: dict[str, Any]) -> list[str]:
-    """Lines on what is wrong, none if nothing is."""
-    lines, learnt = [], has_content(found)
-    if found["bad_rows"]:
-        remedy = "Correct or delete them, or leave them out with --on-bad-row skip."
-        remedy = remedy if learnt else "Correct them: without them there is nothing to train on."
-        lines.append(f"Bad rows: {found['bad_rows']:,} ({share(found['bad_rows'], found['rows'])}). {remedy}")
-    return lines if lines or learnt else ["Nothing to train on."]
+def fault_of(result: dict[str, Any]) -> str:
+    """A line on what is wrong with the file, "" if nothing is."""
+    if result["bad_rows"]:
+        remedy = "Correct them: without them there is nothing to train on."
+        if has_content(result):
+            remedy = "Correct or delete them, or leave them out with --on-bad-row skip."
+        return f"Bad rows: {result['bad_rows']:,} ({share(result['bad_rows'], result['rows'])}). {remedy}"
+    return "" if has_content(result) else "Nothing to train on."
 
 
-def has_content(found: dict[str, Any]) -> bool:
+def has_content(result: dict[str, Any]) -> bool:
     """Whether the rows that can be used hold anything to learn from."""
-    counts = found["counts"]
-    if found["kind"] == "chat":
-        return counts.get("replies", 0) > counts.get("empty_replies", 0)
-    return found["used_rows"] > counts.get("equal_replies", 0) + counts.get("blank_rows", 0)
+    counts = Counter(result["counts"])
+    if result["kind"] == "chat":
+        return counts["replies"] > counts["empty_replies"]
+    return result["used_rows"] > counts["equal_replies"] + counts["blank_rows"]
 
 
-def training(data: Any, found: dict[str, Any]) -> list[str]:
+def training_commands(data: Any, result: dict[str, Any]) -> list[str]:
     """The commands that train on the file."""
-    if not has_content(found):
+    if not has_content(result):
         return []
-    flags = {"data": data.data}
-    for name in ("jsonl_field", "tokenizer_dir", "max_seq_len"):
-        if hasattr(data, name) and getattr(data, name) != getattr(type(data), name):
-            flags[name] = getattr(data, name)
-    if found["bad_rows"]:
+    flags = {
+        field.name: getattr(data, field.name)
+        for field in fields(data)
+        if field.name in ("data", "jsonl_field", "tokenizer_dir", "max_seq_len")
+        if getattr(data, field.name) != field.default
+    }
+    if result["bad_rows"]:
         flags["on_bad_row"] = "skip"
     typed = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in flags.items())
-    commands = [f"  uv run python -m {command} {typed}" for command in KINDS[found["kind"]].commands]
+    commands = [f"  uv run python -m {command} {typed}" for command in KINDS[result["kind"]].commands]
     return ["Train on it:", *commands]
 
 

@@ -361,9 +361,4 @@ def bundled_file(name: str, cache_dir: Path = CACHE_DIR) -> Path:
     """cache_dir/bundled-<hash>/<name>.jsonl, written first if need be. ValueError if `cache_dir` is unusable."""
     sources = sorted(Path(__file__).parent.glob("*.py"))
     version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    return cached_directory(Path(cache_dir), f"bundled-{version}", write, _fault) / f"{name}.jsonl"
-
-
-def _fault(directory: Path) -> str | None:
-    missing = [name for name in FILES if not (directory / f"{name}.jsonl").is_file()]
-    return f"it has no {missing[0]}.jsonl" if missing else None
+    return cached_directory(Path(cache_dir), f"bundled-{version}", write) / f"{name}.jsonl"

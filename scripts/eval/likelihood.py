@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dataset.jsonl import BadRows, read_rows, text_format
-from dataset.sft import FORMATS
+from dataset.bad_rows import BadRows
+from dataset.formats import is_conversation
+from dataset.jsonl import read_rows, text_format
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.choices import evaluate_choices
@@ -110,7 +111,7 @@ def format_of(data: DataEvalConfig, asked: str) -> str:
         return "text"
     if {"question", "choices"} <= first.keys():
         return "choices"
-    return "chat" if any(first.keys() >= set(known.fields) for known in FORMATS.values()) else "text"
+    return "chat" if is_conversation(first) else "text"
 
 
 def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:

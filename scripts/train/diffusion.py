@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from dataset.jsonl import BadRows, read_documents
+from dataset.bad_rows import BadRows
+from dataset.jsonl import read_documents
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.spelling import check_blanks
 from dataset.tokenizer import (

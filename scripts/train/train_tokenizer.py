@@ -15,16 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from dataset.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import (
-    BadRows,
-    OnBadRow,
     language_of,
     open_text,
     read_documents,
     read_lines,
     text_format,
-    told_skipped,
 )
 from dataset.spelling import check_blanks
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
@@ -93,7 +91,7 @@ def _kept(documents: Iterator[str], config: TokenizerTraining, bad: BadRows) -> 
 
 def print_skipped(bad: BadRows) -> None:
     if bad.count:
-        print(told_skipped(bad.meta))
+        print(skipped_line(bad.meta))
 
 
 def _read_labels(path: Path) -> list[str]:

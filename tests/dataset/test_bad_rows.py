@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dataset.jsonl import BadRow, BadRows, read_documents
+from dataset.bad_rows import BadRow, BadRows
+from dataset.jsonl import read_documents
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import SFTData, SFTDataset

@@ -65,8 +65,7 @@ def test_what_it_counts_in_documents(doctor, small):
     }
     assert found["control_tokens"] == {"<|im_end|>": 1} and found["first_spelling_rows"] == [7]
     assert (
-        "spelled in 1 rows, first in row 7: <|im_end|> in 1; text to training, unless it is told --control-tokens\n"
-        in told
+        "spelled in 1 rows, first in row 7: <|im_end|> in 1; text to training, except with --control-tokens\n" in told
     )
     assert "2: row 4 repeats row 1, row 6 repeats row 1" in told and "nothing is cut" in told
     assert found["unpacked_bytes"] == len(gzip.decompress(Path("rows.jsonl.gz").read_bytes()))

@@ -3,19 +3,13 @@
 import gzip
 import hashlib
 import json
-import os
-import subprocess
-import sys
-import threading
-import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.cache import cached_directory
-from dataset.jsonl import BadRows, is_validation, read_documents, read_rows
+from dataset.bad_rows import BadRows
+from dataset.jsonl import is_validation, read_documents, read_rows
 
 ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
 
@@ -243,90 +237,3 @@ def test_the_split_takes_the_share_asked_for_and_grows_with_it():
     small, large = ({text for text in texts if is_validation(text, share)} for share in (0.01, 0.05))
     assert small < large
     assert abs(len(large) - 1000) < 4 * (20_000 * 0.05 * 0.95) ** 0.5
-
-
-# Cache directories
-
-
-def sound(folder):
-    return None if (folder / "file").read_text() == "sound" else "not sound"
-
-
-def make(folder):
-    (folder / "file").write_text("sound")
-
-
-def test_a_build_that_is_interrupted_leaves_nothing(tmp_path):
-    def interrupted(folder):
-        make(folder)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        cached_directory(tmp_path, "key", interrupted, sound)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_killed_build_is_no_cache_and_is_cleaned_up_by_the_next(tmp_path):
-    """The child ends without any cleaning up, as after kill -9; its process id then belongs to nobody."""
-    child = (
-        "import os, sys; from pathlib import Path; from dataset.cache import cached_directory\n"
-        "cached_directory(Path(sys.argv[1]), 'key', lambda folder: os._exit(9), None)"
-    )
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", child, tmp_path], cwd=root).returncode == 9
-    assert [path.suffix for path in tmp_path.iterdir()] == [".building"]
-    assert cached_directory(tmp_path, "key", make, sound) == tmp_path / "key"
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-
-
-def test_a_build_on_another_machine_counts_as_dead_after_a_day(tmp_path):
-    for name, hours in (("recent", 23), ("old", 25)):
-        work = tmp_path / f"{name}-0123abcd-1-00ff.building"
-        work.mkdir()
-        os.utime(work, (time.time() - hours * 3600,) * 2)
-    cached_directory(tmp_path, "key", make, sound)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key", "recent-0123abcd-1-00ff.building"]
-
-
-def test_the_directory_of_a_build_under_way_is_left_alone(tmp_path):
-    def outer(folder):
-        cached_directory(tmp_path, "other", make, sound)
-        make(folder)
-
-    assert sound(cached_directory(tmp_path, "key", outer, sound)) is None
-
-
-def test_builds_at_the_same_time_all_end_with_one_sound_cache(tmp_path):
-    barrier = threading.Barrier(4)
-    results = []
-
-    def build(folder):
-        barrier.wait(10)
-        make(folder)
-
-    threads = [
-        threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build, sound)))
-        for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results == [tmp_path / "key"] * 4
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-    assert sound(tmp_path / "key") is None
-
-
-def test_a_damaged_directory_is_replaced(tmp_path, capsys):
-    cached_directory(tmp_path, "key", make, sound)
-    (tmp_path / "key" / "file").write_text("damaged")
-    cached_directory(tmp_path, "key", make, sound)
-    assert sound(tmp_path / "key") is None
-    assert [path.name for path in tmp_path.iterdir()] == ["key"]
-    assert "not sound" in capsys.readouterr().err
-
-
-def test_an_unusable_cache_directory_is_refused_with_the_flag(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="choose another --cache-dir"):
-        cached_directory(tmp_path / "file" / "cache", "key", make, sound)

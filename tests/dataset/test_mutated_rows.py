@@ -19,10 +19,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dataset.jsonl import BadRow, BadRows, read_documents
-from dataset.preferences import PreferenceData, PreferenceDataset, read_pairs
+from dataset.bad_rows import BadRow, BadRows
+from dataset.formats import read_conversations, read_pairs
+from dataset.jsonl import read_documents
+from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
-from dataset.sft import SFTData, SFTDataset, read_conversations
+from dataset.sft import SFTData, SFTDataset
 from dataset.survey import Survey
 from dataset.tokenizer import decode
 

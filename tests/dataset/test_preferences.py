@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from dataset.formats import pair_of
 from dataset.jsonl import is_validation
-from dataset.preferences import PreferenceData, PreferenceDataset, pair_of
+from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.tokenizer import load_tokenizer, render_chat
 from tests.dataset.test_sft import shown
 
@@ -186,13 +187,3 @@ def test_a_bad_row_is_named_with_its_file_and_number(kind, dataset):
     with pytest.raises(ValueError) as told:
         dataset([ROWS["prompt"], ROWS["messages"], row])
     assert "pairs.jsonl, row 3: " in str(told.value) and words in str(told.value)
-
-
-def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
-    before = dataset([ROWS["prompt"]]).train.batch(np.array([0]))
-    (damaged,) = (tmp_path / "cache").glob("*/starts")
-    damaged.write_bytes(b"")
-    config = PreferenceData(data=tmp_path / "pairs.jsonl", cache_dir=tmp_path / "cache", val_fraction=0.0)
-    after = PreferenceDataset(config, load_tokenizer(ROOT), "full", 0).train.batch(np.array([0]))
-    assert "is damaged" in capsys.readouterr().err
-    assert torch.equal(before["input_ids"], after["input_ids"])

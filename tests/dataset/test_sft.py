@@ -11,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset.conversations import Conversations
+from dataset.formats import FORMATS, messages_of
 from dataset.jsonl import is_validation
-from dataset.replies import Conversations, items_of, shortened
-from dataset.sft import FORMATS, DiffusionSFTData, SFTData, SFTDataset, messages_of
+from dataset.replies import items_of, shortened
+from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
 from dataset.tokenizer import ChatIds, decode, encode_chat, encode_conversations, load_tokenizer, render_chat
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +144,7 @@ def test_an_over_long_row_keeps_the_end_of_its_prompt_and_the_start_of_its_reply
     messages = messages_of({"prompt": "one " * prompt_words + "?", "response": "二" * reply_words + "。"})
     whole, ((begin, end),) = encode_conversations(tokenizer, [messages])[0]
     chats = Conversations.of([ChatIds(whole, [(begin, end)])], [0])
-    items = shortened(items_of(chats, np.array([0]), length, together=False), length)
+    items = shortened(items_of(chats, np.array([0]), length, all_replies=False), length)
     first, middle, last = int(items.begin[0]), int(items.middle[0]), int(items.end[0])
     assert middle == begin and 0 <= first <= middle < last <= end
     assert last - first == min(end, length), "something was thrown away needlessly, or too much was kept"
@@ -327,7 +329,7 @@ def test_a_stream_draws_its_fill_anew_and_says_what_it_cut_and_left_out(dataset)
 
 
 def test_a_stream_that_is_cut_short_is_refused_before_training(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("dataset.sft.CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr("dataset.streaming.CHUNK_CHARACTERS", 1)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(
         gzip.compress("".join(json.dumps({"prompt": f"q{i}", "response": "a"}) + "\n" for i in range(2000)).encode())[
@@ -378,15 +380,6 @@ def test_a_bad_row_is_named_with_its_file_and_number(kind, flags, dataset):
     with pytest.raises(ValueError) as told:
         dataset([ROWS["prompt"], ROWS["messages"], row], False, **flags)
     assert "chats.jsonl, row 3: " in str(told.value) and words in str(told.value)
-
-
-def test_a_damaged_cache_is_built_again(dataset, tmp_path, capsys):
-    before = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
-    folder = next((tmp_path / "cache").iterdir())
-    (folder / "starts").write_bytes(b"")
-    after = dataset([ROWS["prompt"]], True).train.batch(np.array([0]))
-    assert "is damaged" in capsys.readouterr().err
-    assert torch.equal(before["input_ids"], after["input_ids"])
 
 
 def test_a_small_stream_holds_out_what_the_cached_file_would(dataset, tokenizer):

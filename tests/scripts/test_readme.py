@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import sft
+from dataset import formats
 from model import forward_process, masked_diffusion, remasking
 from scripts import quickstart
 from scripts.engine.cli import run
@@ -215,7 +215,7 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
         lambda: torch.rand(3),
     )
     assert remasking.choose("right_to_left", step).tolist() == [[False, False, True]]
-    assert [turn["content"] for turn in sft.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
+    assert [turn["content"] for turn in formats.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
 
 
 def test_both_readmes_have_the_same_lines_of_python_and_pictures():

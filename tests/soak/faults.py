@@ -179,7 +179,7 @@ def no_cache(place: Workplace, tries: int) -> Outcome:
         limit = FilesUpTo(place.draw.randrange(2000))
         ended = place.start(AR, "parts", "--cache-dir", str(cache), number=1, action=limit).wait()
         fault = _fault_of_sentence(ended, cache.name, "--cache-dir")
-        left = [path.name for path in cache.iterdir()] if cache.is_dir() else []
+        left = [path.name for path in cache.glob("*/")]
         fault = fault or (f"{left} is left in the cache" if left else None) or unsound(folder, AR.run)
         outcome.add("tokenising", fault or place.fault_at_end(AR))
     return outcome

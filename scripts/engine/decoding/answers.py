@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.jsonl import BadRows, content_hash, language_of
-from dataset.sft import Messages, read_conversations
+from dataset.bad_rows import BadRows
+from dataset.formats import Messages, read_conversations
+from dataset.jsonl import content_hash, language_of
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import ContinuationConfig

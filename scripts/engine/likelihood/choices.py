@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.jsonl import JSON_TYPES, BadRows, Check, language_of, read_as
+from dataset.bad_rows import BadRows
+from dataset.jsonl import JSON_TYPES, Check, language_of, read_as
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast
 from scripts.engine.likelihood.documents import by_language, kind_of, window_nats

@@ -11,18 +11,16 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
+from dataset.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.formats import read_conversations
 from dataset.jsonl import (
-    BadRows,
     Check,
-    OnBadRow,
     content_hash,
     is_validation,
     language_of,
     read_documents,
     text_format,
-    told_skipped,
 )
-from dataset.sft import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loaded import Loaded
@@ -141,7 +139,7 @@ def _held_out(rows: Iterable[Row], fraction: float, content: Callable[[Row], str
 def report_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
     """Print on stderr how many bad rows of `path` were skipped, and return the record for the result file."""
     if bad.count:
-        print(f"{path}: {told_skipped(bad.meta)}", file=sys.stderr)
+        print(f"{path}: {skipped_line(bad.meta)}", file=sys.stderr)
     return bad.meta
 
 

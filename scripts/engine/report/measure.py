@@ -11,12 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
+from dataset.bad_rows import BadRows, OnBadRow
 from dataset.corpus.bundled import bundled_file
+from dataset.formats import FORMATS as CONVERSATIONS
+from dataset.formats import read_conversations
 from dataset.jsonl import (
     JSON_TYPES,
-    BadRows,
     Check,
-    OnBadRow,
     content_hash,
     language_of,
     read_as,
@@ -24,8 +25,6 @@ from dataset.jsonl import (
     read_rows,
     text_format,
 )
-from dataset.sft import FORMATS as CONVERSATIONS
-from dataset.sft import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig

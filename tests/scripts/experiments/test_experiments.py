@@ -16,7 +16,7 @@ import torch
 from matplotlib import image
 
 from dataset.jsonl import read_documents
-from dataset.packing import PackedRows, TokenCache
+from dataset.packing import DocumentOptions, PackedRows, TokenCache
 from dataset.tokenizer import encode
 from model.checkpoint import load_model
 from scripts.engine.experiments import runs as experiment_runs
@@ -134,8 +134,8 @@ def test_a_second_stage_does_not_see_the_rows_of_the_first_again_in_their_order(
 
 def test_every_repetition_sees_each_document_of_the_small_corpus_exactly_that_often(finished, tokenizer, tmp_path):
     _, _, seen = finished
-    options = {"cache_dir": tmp_path, "val_fraction": 0.3}
-    cache = TokenCache.build_or_open(OUT / "runs" / "small.jsonl", tokenizer, **options)
+    options = DocumentOptions(val_fraction=0.3)
+    cache = TokenCache.build_or_open(OUT / "runs" / "small.jsonl", tokenizer, tmp_path, options)
     rows = PackedRows(cache.train, LENGTH, True, 0)  # between them they hold every token of every document once
     assert len(rows) == 8 and len(cache.train.tokens) > 7 * LENGTH
     for kind in ("ar", "diffusion"):
@@ -148,7 +148,7 @@ def test_documents_measured_on_are_neither_learnt_nor_selected_by(finished, toke
     runs = OUT / "runs"
     measured, small = (set(read_documents(runs / name)) for name in ("heldout.jsonl", "small.jsonl"))
     assert measured and not measured & small
-    cache = TokenCache.build_or_open(Path("corpus.jsonl"), tokenizer, cache_dir=tmp_path, val_fraction=0.3)
+    cache = TokenCache.build_or_open(Path("corpus.jsonl"), tokenizer, tmp_path, DocumentOptions(val_fraction=0.3))
     stream = tokenizer.decode(cache.train.tokens.tolist())
     assert not [text for text in measured if text in stream]
 

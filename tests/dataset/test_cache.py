@@ -1,8 +1,11 @@
-"""Arrays derived from a file: what is appended on disk is what is read, whole or not at all, in little memory."""
+"""The cache: what is appended on disk is what is read, whole or not at all, in little memory; one build at a time."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import tracemalloc
 from pathlib import Path
 
@@ -11,18 +14,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import cache as disk_cache
-from dataset import packing, preferences, sft
-from dataset.cache import cached_arrays
+from dataset import cache, conversations, packing, preferences, tokenise
+from dataset.cache import cached_arrays, cached_directory
+from dataset.formats import pair_of
 from dataset.jsonl import chunked, content_hash
-from dataset.preferences import PreferenceData, PreferenceDataset, pair_of
+from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
 from tests.dataset.sentences import CHAT, CHINESE, ENGLISH
 
 KINDS = ("documents", "conversations", "pairs")
-MODULES = {"documents": packing, "conversations": sft, "pairs": preferences}
+ENCODERS = {
+    "documents": (packing, "encode_batch"),
+    "conversations": (conversations, "encode_conversations"),
+    "pairs": (preferences, "encode_conversations"),
+}
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +103,7 @@ def test_what_is_appended_is_mapped_and_made_once(tmp_path):
 def test_cached_conversations_are_the_template_of_each_and_the_places_of_its_replies(
     chunk, tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(sft, "CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", chunk)
     chats = dataset_of("conversations", tmp_path / "a.jsonl", tokenizer, 60, val_fraction=0.0).train.chats
     tokens, starts, begins, ends, owners, hashes = [], [0], [], [], [], []
     for number in range(60):
@@ -116,7 +124,7 @@ def test_cached_conversations_are_the_template_of_each_and_the_places_of_its_rep
 def test_cached_pairs_are_prompt_and_replies_of_each_and_how_far_these_are_alike(
     chunk, tmp_path, tokenizer, monkeypatch
 ):
-    monkeypatch.setattr(preferences, "CHUNK_CHARACTERS", chunk)
+    monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", chunk)
     rows = dataset_of("pairs", tmp_path / "a.jsonl", tokenizer, 60, val_fraction=0.0).train
     parts, eos = [], [tokenizer.eos_token_id]
     for number in range(60):
@@ -145,15 +153,15 @@ def test_rows_do_not_depend_on_how_many_are_looked_at_together(kind, tmp_path, t
         return made.describe(), [{name: tensor.tolist() for name, tensor in batch.items()} for batch in batches]
 
     whole = shown()
-    monkeypatch.setattr(disk_cache, "STRETCH", 7)
+    monkeypatch.setattr(cache, "STRETCH", 7)
     assert shown() == whole
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokenizer, monkeypatch):
     """While the cache is made and while rows are read in the order of training: numbers alone stay in memory."""
-    monkeypatch.setattr(MODULES[kind], "CHUNK_CHARACTERS", 1000)
-    monkeypatch.setattr(disk_cache, "STRETCH", 100)
+    monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", 1000)
+    monkeypatch.setattr(cache, "STRETCH", 100)
     flags = {"packing": False} if kind == "documents" else {}
 
     def peak(count):
@@ -174,49 +182,81 @@ def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokeni
 # -- whole or not at all -------------------------------------------------------------------------------------------
 
 
+def directories(folder: Path) -> list[str]:
+    """The entries of a cache, without the locks of builds."""
+    return sorted(path.name for path in folder.iterdir() if path.suffix != ".lock")
+
+
+def make(folder: Path) -> None:
+    (folder / "file").write_text("sound")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupted_build_leaves_no_cache(kind, tmp_path, tokenizer, monkeypatch):
-    module, calls = MODULES[kind], []
-    name = "encode_batch" if kind == "documents" else "encode_conversations"
+    (module, name), calls = ENCODERS[kind], []
     original = getattr(module, name)
 
-    def interrupted(tokenizer, some, *control):
-        calls.append(some)
+    def interrupted(*arguments):
+        calls.append(arguments)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(tokenizer, some, *control)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "CHUNK_CHARACTERS", 1)
+        patch.setattr(tokenise, "CHUNK_CHARACTERS", 1)
         patch.setattr(module, name, interrupted)
         with pytest.raises(KeyboardInterrupt):
             dataset_of(kind, tmp_path / "a.jsonl", tokenizer, 30)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert directories(tmp_path / "cache") == []
     assert len(dataset_of(kind, tmp_path / "a.jsonl", tokenizer, 30).train)
 
 
-def test_arrays_of_a_killed_build_are_no_cache(tmp_path):
-    """The child ends without any cleaning up, as after kill -9, when the first entries are on disk."""
+@pytest.mark.parametrize("again", ["key", "other"])
+def test_a_killed_build_is_no_cache_and_is_removed_by_the_next_build_of_anything(again, tmp_path):
+    """The child ends without any cleaning up, as after kill -9, when the first bytes are on disk."""
     child = (
-        "import os, sys, numpy; from pathlib import Path; from dataset.cache import cached_arrays\n"
-        "def fill(files):\n"
-        "    files.append('a', numpy.arange(10**6))\n"
+        "import os, sys; from pathlib import Path; from dataset.cache import cached_directory\n"
+        "def build(folder):\n"
+        "    (folder / 'file').write_text('half')\n"
         "    os._exit(9)\n"
-        "cached_arrays(Path(sys.argv[1]), Path(sys.argv[2]), (), {'a': numpy.int64}, fill)"
+        "cached_directory(Path(sys.argv[1]), 'key', build)"
     )
-    source, folder = tmp_path / "source", tmp_path / "cache"
-    source.write_text("")
-    root = Path(__file__).parents[2]
-    assert subprocess.run([sys.executable, "-c", child, source, folder], cwd=root).returncode == 9
-    (left,) = folder.iterdir()
-    assert left.suffix == ".building" and (left / "a").stat().st_size > 0
+    assert subprocess.run([sys.executable, "-c", child, tmp_path], cwd=ROOT).returncode == 9
+    assert directories(tmp_path) == ["key.building"] and (tmp_path / "key.building" / "file").exists()
+    assert cached_directory(tmp_path, again, make) == tmp_path / again
+    assert directories(tmp_path) == [again]
 
-    def fill(files):
-        files.append("a", np.arange(3))
-        return {}
 
-    assert cached_arrays(source, folder, (), {"a": np.int64}, fill)[0]["a"].tolist() == [0, 1, 2]
-    assert len(list(folder.iterdir())) == 1
+def test_a_build_under_way_is_left_alone_by_that_of_another_directory(tmp_path):
+    def outer(folder):
+        cached_directory(tmp_path, "other", make)
+        make(folder)
+
+    assert (cached_directory(tmp_path, "key", outer) / "file").read_text() == "sound"
+    assert directories(tmp_path) == ["key", "other"]
+
+
+def test_of_builds_at_the_same_time_one_builds_and_the_others_wait(tmp_path, capsys):
+    started, may_end, builds, results = threading.Event(), threading.Event(), [], []
+
+    def build(folder):
+        builds.append(folder)
+        started.set()
+        assert may_end.wait(10)
+        make(folder)
+
+    threads = [threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build)))]
+    threads[0].start()
+    assert started.wait(10)
+    threads.append(threading.Thread(target=lambda: results.append(cached_directory(tmp_path, "key", build))))
+    threads[1].start()
+    while "waiting for it" not in capsys.readouterr().err:
+        assert threads[1].is_alive()
+    may_end.set()
+    for thread in threads:
+        thread.join()
+    assert results == [tmp_path / "key"] * 2 and len(builds) == 1
+    assert directories(tmp_path) == ["key"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -227,26 +267,92 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(kind, tmp_path, tokenize
     path = write(kind, tmp_path / "a.jsonl", 800)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, limits[1]))
     try:
-        with pytest.raises(ValueError, match=r"cannot be written \(.*\); choose another --cache-dir") as told:
+        with pytest.raises(ValueError, match=r"cannot be written \(.*\); choose another --cache-dir") as refused:
             opened(kind, path, tokenizer)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(told.value)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert "\n" not in str(refused.value)
+    assert directories(tmp_path / "cache") == []
 
 
-@pytest.mark.parametrize("kind", ["conversations", "pairs"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_file_that_grows_while_it_is_read_is_refused(kind, tmp_path, tokenizer, monkeypatch):
-    module, path = MODULES[kind], tmp_path / "a.jsonl"
-    original = module.encode_conversations
+    (module, name), path = ENCODERS[kind], tmp_path / "a.jsonl"
+    original = getattr(module, name)
 
-    def growing(tokenizer, some):
-        if some != [[{"role": "user", "content": ""}]]:
-            with path.open("ab") as file:
-                file.write(b"\n")
-        return original(tokenizer, some)
+    def growing(*arguments):
+        with path.open("ab") as file:
+            file.write(b"\n")
+        return original(*arguments)
 
-    monkeypatch.setattr(module, "encode_conversations", growing)
+    monkeypatch.setattr(module, name, growing)
     with pytest.raises(ValueError, match="changed while it was read"):
         dataset_of(kind, path, tokenizer, 5)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert directories(tmp_path / "cache") == []
+
+
+def test_an_unusable_cache_directory_is_refused_with_the_flag(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="choose another --cache-dir"):
+        cached_directory(tmp_path / "file" / "cache", "key", make)
+
+
+# -- damage --------------------------------------------------------------------------------------------------------
+
+DAMAGE = {
+    "cut": lambda file: file.write_bytes(file.read_bytes()[:-1]),
+    "absent": lambda file: file.unlink(),
+    "empty": lambda file: file.write_bytes(b""),
+    "longer": lambda file: file.write_bytes(file.read_bytes() + b"more"),
+    "a bit": lambda file: file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:]),
+}
+
+
+@pytest.mark.parametrize("name", ["tokens", "starts", "meta.json", "files.json"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_built_again_and_says_so(name, damage, tmp_path, tokenizer, capsys):
+    before = dataset_of("conversations", tmp_path / "a.jsonl", tokenizer, 20).train.batch(np.arange(9))
+    (file,) = (tmp_path / "cache").glob(f"*/{name}")
+    DAMAGE[damage](file)
+    if file.exists():
+        os.utime(file)
+    capsys.readouterr()
+    after = opened("conversations", tmp_path / "a.jsonl", tokenizer).train.batch(np.arange(9))
+    assert after["input_ids"].tolist() == before["input_ids"].tolist()
+    assert ("is damaged" in capsys.readouterr().err) or (name == "files.json" and damage == "a bit")
+    opened("conversations", tmp_path / "a.jsonl", tokenizer)
+    assert capsys.readouterr().err == ""
+
+
+def hashed_files(monkeypatch) -> list[str]:
+    """The names of the files that are hashed from now on."""
+    names, original = [], cache._sha256
+    monkeypatch.setattr(cache, "_sha256", lambda path: names.append(path.name) or original(path))
+    return names
+
+
+def test_files_are_hashed_when_they_are_built_and_when_their_time_has_changed(tmp_path, monkeypatch):
+    names = hashed_files(monkeypatch)
+    folder = cached_directory(tmp_path, "key", make)
+    assert names == ["file"]
+    cached_directory(tmp_path, "key", None)
+    assert names == ["file"]
+    os.utime(folder / "file", ns=(0, 0))
+    for _ in range(2):
+        cached_directory(tmp_path, "key", None)
+        assert names == ["file"] * 2, "hashed again although it was found unchanged"
+
+
+def test_a_copied_cache_is_a_cache(tmp_path):
+    shutil.copytree(
+        cached_directory(tmp_path / "a", "key", make), tmp_path / "b" / "key", copy_function=shutil.copyfile
+    )
+    assert cached_directory(tmp_path / "b", "key", None) == tmp_path / "b" / "key"
+
+
+def test_a_file_that_the_system_adds_to_a_cache_is_no_damage(tmp_path, capsys):
+    folder = cached_directory(tmp_path, "key", make)
+    for name in (".DS_Store", ".nfs0001", "Thumbs.db"):
+        (folder / name).write_bytes(b"x")
+    cached_directory(tmp_path, "key", None)
+    assert not capsys.readouterr().err and (folder / ".nfs0001").exists()

@@ -1,0 +1,66 @@
+"""Rows that cannot be used: each one ends the run, or all are skipped, counted and reported."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+OnBadRow = Annotated[
+    Literal["error", "skip"],
+    "a row that cannot be used ends the run, or is left out, counted and reported; a damaged file ends it either way",
+]
+MAX_REASON = 260  # characters of the reason for a bad row
+
+
+class BadRow(ValueError):
+    """A row that cannot be used: its `number`, from 1, and the `reason`, one printable line."""
+
+    def __init__(self, path: Path, number: int, reason: str):
+        if len(reason) > MAX_REASON:
+            reason = f"{reason[: MAX_REASON - 60]} ... {reason[-50:]}"
+        if not reason.isprintable():
+            reason = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in reason)
+        self.number, self.reason = number, reason
+        super().__init__(f"{path}, row {number}: {self.reason}")
+
+
+class BadRows:
+    """Bad rows of one file: raises the first, or skips and counts all, each once however often the file is read."""
+
+    max_kept = 5  # rows whose numbers and reasons are kept
+
+    def __init__(self, on_bad_row: str = "error", verbose: bool = False):
+        """verbose: print the first rows and every hundredth, for a reading that may never end."""
+        self.on_bad_row, self.verbose = on_bad_row, verbose
+        self.count, self.first = 0, list[str]()
+        self._last_number = 0
+
+    def add(self, row: BadRow) -> None:
+        """Raise the row, or count it."""
+        if self.on_bad_row == "error":
+            raise row from None
+        if row.number <= self._last_number:
+            return  # counted in an earlier reading
+        self._last_number = row.number
+        self.count += 1
+        if self.count <= self.max_kept:
+            self.first.append(f"row {row.number}: {row.reason}")
+        if self.verbose and (self.count <= self.max_kept or self.count % 100 == 0):
+            print(f"{row}; skipped, {self.count:,} so far", file=sys.stderr)
+
+    def refuse_all(self, path: Path) -> None:
+        """Raise ValueError; called when every row is bad."""
+        raise ValueError(f"{path} has no row that can be used; the first: {self.first[0]}")
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The number of skipped rows and the reasons for the first ones, for logs."""
+        return {"skipped_rows": self.count, "skipped_first": [*self.first]}
+
+
+def skipped_line(meta: dict[str, Any]) -> str:
+    """A line on the skipped rows, "" if there are none."""
+    count, first = meta["skipped_rows"], meta["skipped_first"]
+    if not count:
+        return ""
+    rest = "; ..." if count > len(first) else ""
+    return f"{count:,} bad rows skipped: {'; '.join(first)}{rest}"

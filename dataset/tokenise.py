@@ -1,0 +1,109 @@
+"""Tokenises the rows of a file into the cache, a chunk at a time; one pass for documents, conversations and pairs."""
+
+import hashlib
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from dataset.bad_rows import BadRows
+from dataset.cache import ArrayFiles, cached_arrays
+from dataset.jsonl import Observer, chunked, is_gzip_name, open_text
+from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint
+
+CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
+TEMPLATE_CHARACTERS = 30  # that a message has around it, about
+
+
+class Pass:
+    """Observer of one reading of a file: counts and hashes its bytes, and draws a progress bar on a terminal."""
+
+    def __init__(self, path: Path, label: str):
+        self.lines = self.size = 0
+        self.digest = hashlib.sha256()
+        # The text in a .gz is of unknown length, so its bar has a speed but no end. disable=None: terminals only.
+        total = None if is_gzip_name(path) else path.stat().st_size
+        self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
+
+    def __enter__(self) -> "Pass":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, line: bytes) -> None:
+        self.lines += 1
+        self.size += len(line)
+        self.digest.update(line)
+        self._bar.update(len(line))
+
+
+def template_size(contents: Iterable[str]) -> int:
+    """About the number of characters of messages in the chat template."""
+    return sum(len(content) + TEMPLATE_CHARACTERS for content in contents)
+
+
+class FileTokeniser(ABC):
+    """Makes arrays of the rows of one file, or opens those that an earlier run left in the cache.
+
+    The cache is named by the file's path, size and modification time, the tokenizer, and `options`; if it is there, the
+    file is not read. A subclass says how one kind of rows is read and what is appended for a chunk of them.
+    """
+
+    unit: ClassVar[str]  # of rows
+    version: ClassVar[int]  # counts changes of what the arrays mean
+    options: tuple[Any, ...] = ()  # besides the tokenizer and on_bad_row
+
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, on_bad_row: str):
+        self.path, self.tokenizer, self.on_bad_row = Path(path), tokenizer, on_bad_row
+
+    def open(self, cache_dir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """(memory-mapped arrays, what is known of the file). ValueError, FileNotFoundError: see dataset/jsonl.py."""
+        open_text(self.path).close()  # a missing file is refused before a cache directory is made
+        options = self.unit, self.version, fingerprint(self.tokenizer), self.on_bad_row, *self.options
+        return cached_arrays(self.path, cache_dir, options, self.dtypes(), self._fill)
+
+    @abstractmethod
+    def dtypes(self) -> dict[str, Any]:
+        """The type of each array."""
+
+    @abstractmethod
+    def read(self, observe: Observer, bad: BadRows) -> Iterator[Any]:
+        """Yield the rows of the file."""
+
+    @abstractmethod
+    def size(self, row: Any) -> int:
+        """About the number of characters of a row."""
+
+    @abstractmethod
+    def append(self, files: ArrayFiles, rows: list[Any]) -> None:
+        """Tokenise a chunk of rows and append it to the arrays."""
+
+    @abstractmethod
+    def counts(self, files: ArrayFiles, bad: BadRows) -> dict[str, Any]:
+        """What is known of the rows after the last one, their number under the name of `unit` among it."""
+
+    def _fill(self, files: ArrayFiles) -> dict[str, Any]:
+        began = time.monotonic()
+        meta = self.read_file(files)
+        tokens = sum(length for name, length in files.lengths.items() if name.endswith("tokens"))
+        rows, seconds = f"{meta[self.unit]:,} {self.unit}", time.monotonic() - began
+        print(f"tokenised {rows}, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s", file=sys.stderr)
+        return meta
+
+    def read_file(self, files: ArrayFiles) -> dict[str, Any]:
+        """Fill the arrays in one pass and return what is known of the file."""
+        bad = BadRows(self.on_bad_row)
+        with Pass(self.path, "tokenising") as observe:
+            for rows in chunked(self.read(observe, bad), self.size, CHUNK_CHARACTERS):
+                self.append(files, rows)
+        return {
+            **self.counts(files, bad),
+            **bad.meta,
+            "data_sha256": observe.digest.hexdigest(),
+        }
