@@ -29,26 +29,18 @@ SEAL_BYTES = len(SEAL) + 64
 
 
 def save_checkpoint(
-    path: Path, model_config: ModelConfig, weights: dict[str, Tensor], tokenizer: str, stage: str, **more: Any
+    path: Path, model_config: ModelConfig, weights: dict[str, Tensor], tokenizer: str, stage: str, **extras: Any
 ) -> None:
     """Write atomically and durably: whatever happens, `path` holds the old file or the new one, whole.
 
-    tokenizer: its fingerprint. stage: the module that trained the weights. more: built-in types and tensors.
+    tokenizer: its fingerprint. stage: the module that trained the weights. extras: built-in types and tensors.
     """
-    payload = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": asdict(model_config),
-        "weights": weights,
-        "tokenizer": tokenizer,
-        "stage": stage,
-        **more,
-    }
-    write_archive(path, payload)
+    payload = {"format": FORMAT, "version": VERSION, "config": asdict(model_config), "weights": weights}
+    write_archive(path, payload | {"tokenizer": tokenizer, "stage": stage} | extras)
 
 
 def write_archive(path: Path, payload: Any) -> None:
-    """Tensors and built-in types as a sealed torch archive."""
+    """Write tensors and built-in types as a sealed torch archive."""
     with replacing(Path(path)) as file:
         torch.save(dict(payload) if isinstance(payload, Payload) else payload, file)  # only built-in types are read
         file.seek(-2, os.SEEK_END)  # a zip archive ends with its comment, after the length of it
@@ -59,14 +51,21 @@ def write_archive(path: Path, payload: Any) -> None:
 
 
 class Payload(dict[str, Any]):
-    """What a file holds, and the SHA-256 of the file."""
+    """The contents of a file, with the SHA-256 of the file."""
 
     sha256 = ""
 
 
+# What torch and zipfile raise for bytes that are no archive; which of them depends on the byte.
+DAMAGE = (
+    *(RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, AssertionError, TypeError),
+    *(OverflowError, zipfile.BadZipFile, SafetensorError),
+)
+
+
 def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
-    """Whatever torch archive of tensors and built-in types, or file of safetensors, lies at `path`, a torch archive's
-    dict as a Payload; ValueError if there is none, or if it is not as it was written."""
+    """Return the contents of a torch archive of tensors and built-in types, a dict as a Payload, or of a safetensors
+    file; raise ValueError if the file is neither, or not as it was written."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
@@ -81,20 +80,7 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         raise ValueError(
             f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
         ) from None
-    except (
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        AttributeError,
-        AssertionError,
-        TypeError,
-        OverflowError,
-        zipfile.BadZipFile,
-        SafetensorError,
-    ) as error:
+    except DAMAGE as error:
         if isinstance(error, PermissionError) or is_out_of_memory(error):
             raise
         raise ValueError(
@@ -119,8 +105,8 @@ def _read_torch(file: BinaryIO, device: torch.device | str) -> Any:
 
 
 def _digests(file: BinaryIO) -> tuple[bool, str]:
-    """Whether the file ends with the SHA-256 of what comes before it, and that of all of it; ValueError if it ends with
-    the SHA-256 of something else."""
+    """Return whether the file is sealed, and the SHA-256 of the whole file; raise ValueError if the seal does not match
+    the bytes before it."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(size - SEAL_BYTES, 0))
     seal = file.read()
@@ -137,9 +123,19 @@ def _digests(file: BinaryIO) -> tuple[bool, str]:
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
-    """Raises FileNotFoundError, or ValueError for a file that this version did not write."""
-    payload = read_archive(path, device)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
+    """Return a checkpoint of this project; raise FileNotFoundError, or ValueError for any other file."""
+    return require_checkpoint(read_archive(path, device), path)
+
+
+def is_checkpoint(payload: Any) -> bool:
+    """Return whether `payload` was written by this project."""
+    return isinstance(payload, dict) and payload.get("format") == FORMAT
+
+
+def require_checkpoint(payload: Any, path: Path) -> Payload:
+    """Return `payload`, read from `path`, with the fields that older versions lack; raise ValueError if it is not a
+    checkpoint that this version can use."""
+    if not is_checkpoint(payload):
         raise ValueError(
             f"{path} is not a nano-llada checkpoint; "
             "weights of MiniMind or Hugging Face are read by --init-from-minimind"
@@ -160,11 +156,22 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Payload:
         faults.append("its moving average is not tensors by name")
     if faults:
         raise ValueError(f"{path} is not what training writes: {'; '.join(faults[:3])}")
+    for name, value in _from_stage(payload["stage"]).items():
+        payload.setdefault(name, value)
     return payload
 
 
+def _from_stage(stage: str) -> dict[str, Any]:
+    """Return what files of before these fields tell by the name of their stage alone.
+
+    chat: the weights were trained on conversations, so prompts get the template. unit: of the validation loss.
+    """
+    preferences = "dpo" in stage
+    return {"chat": preferences or "sft" in stage, "unit": "per pair" if preferences else "nats per token"}
+
+
 def _config_faults(config: Any) -> list[str]:
-    """What keeps `config` from being the settings of a model."""
+    """Return the reasons why `config` cannot be the settings of a model."""
     if not isinstance(config, dict):
         return ["its config is not a table of settings"]
     known = asdict(ModelConfig())
@@ -183,7 +190,7 @@ def _config_faults(config: Any) -> list[str]:
 
 
 def weight_faults(weights: Any) -> list[str]:
-    """What keeps `weights` from being tensors by name."""
+    """Return the reasons why `weights` are not tensors by name."""
     if not isinstance(weights, dict):
         return ["its weights are not tensors by name"]
     return [f"{name} is not a tensor" for name, value in weights.items() if not isinstance(value, Tensor)] + [
@@ -209,9 +216,9 @@ def build_model(config: ModelConfig, weights: dict[str, Tensor], source: str) ->
 
 
 def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None) -> Transformer:
-    """Rebuild the model from the config in the file, in eval mode; names and shapes must match exactly.
+    """Return the model that the file describes, in eval mode; names and shapes must match exactly.
 
-    tokenizer: fingerprint of the tokenizer in use; ValueError if the weights were trained with another.
+    tokenizer: fingerprint of the tokenizer in use; raises ValueError if the weights were trained with another.
     """
     return model_of(load_checkpoint(path, device), path, device, tokenizer)
 
@@ -219,14 +226,14 @@ def load_model(path: Path, device: torch.device | str = "cpu", tokenizer: str | 
 def model_of(
     payload: dict[str, Any], path: Path, device: torch.device | str = "cpu", tokenizer: str | None = None
 ) -> Transformer:
-    """`load_model` from what `load_checkpoint` read from `path`."""
+    """Return the model of a payload that `load_checkpoint` has read from `path`."""
     if tokenizer is not None:
         require_tokenizer(payload, path, tokenizer)
     return build_model(ModelConfig(**payload["config"]), final_weights(payload), str(path)).to(device).eval()
 
 
 def final_weights(payload: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights that a run stands for: their moving average, where it keeps one."""
+    """Return the weights that a run stands for: their moving average, if it keeps one."""
     average = payload.get("average")
     if not average:
         return payload["weights"]
@@ -237,9 +244,9 @@ def final_weights(payload: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def average_weights(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The mean of each tensor over the members, summed in float64, so that equal members give themselves exactly.
+    """Return the mean of each tensor over the members, summed in float64, so that equal members are their mean.
 
-    ValueError unless all have the same names and shapes.
+    Raises ValueError unless all have the same names and shapes.
     """
     first = members[0]
     for other in members[1:]:
@@ -252,19 +259,19 @@ def average_weights(members: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) -> None:
-    """Copy every tensor; ValueError naming the first tensors that are missing, unknown, of another shape, or no finite
-    numbers."""
+    """Copy every tensor; raise ValueError, naming the first faults, if tensors are missing, unknown, of another shape,
+    or not finite."""
     own = model.state_dict()
     faults = unusable(weights)
     faults += [f"{name} is missing" for name in own.keys() - weights.keys()]
     faults += [f"{name} is unknown" for name in weights.keys() - own.keys()]
     for name in own.keys() & weights.keys():
-        found, expected = tuple(weights[name].shape), tuple(own[name].shape)
-        if found != expected:
-            faults.append(f"{name} has shape {found}, the model {expected} ({_flag_for(name)})")
+        shape, expected = tuple(weights[name].shape), tuple(own[name].shape)
+        if shape != expected:
+            faults.append(f"{name} has shape {shape}, the model {expected} ({_flag_for(name)})")
     if faults:
-        more = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(faults)[:3])}{more}")
+        rest = f" and {len(faults) - 3} more" if len(faults) > 3 else ""
+        raise ValueError(f"{source} does not fit the model: {'; '.join(sorted(faults)[:3])}{rest}")
     if model.config.tie_embeddings and not torch.equal(weights["lm_head.weight"], weights["embed_tokens.weight"]):
         raise ValueError(
             f"{source} has a head of its own, the model ties it to the embedding; leave out --tie-embeddings"
@@ -273,7 +280,7 @@ def load_weights(model: Transformer, weights: dict[str, Tensor], source: str) ->
 
 
 def unusable(weights: dict[str, Tensor]) -> list[str]:
-    """What keeps tensors from being weights, by name; of shards, which were whole when they were read, nothing."""
+    """Return the reasons why tensors cannot be weights. Shards were searched when they were whole."""
     faults = []
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or not tensor.is_floating_point():
@@ -284,7 +291,7 @@ def unusable(weights: dict[str, Tensor]) -> list[str]:
 
 
 def _flag_for(name: str) -> str:
-    """The flag that decides the shape of a tensor."""
+    """Return advice on the flags that decide the shape of a tensor."""
     if name.startswith(("embed_tokens", "lm_head")):
         return "check --hidden-size and --tokenizer-dir"
     if ".mlp." in name:

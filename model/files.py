@@ -10,8 +10,10 @@ from typing import BinaryIO
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file that becomes `path`, or what it links to, when the block is left: whatever happens, that is the old
-    file or the new one, whole. An error leaves the old one, and OSError names it."""
+    """Open a new file that replaces `path`, or the file that it links to, when the block ends.
+
+    Whatever happens, `path` is the old file or the new one, whole. After an error it is the old one; errors of the
+    system are raised again as an OSError that names it."""
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -38,13 +40,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
-    """The system's error behind what was raised: torch's writer reports one of its own."""
+    """Return the system's error that caused `error`: torch's writer raises one of its own."""
     while error is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__cause__ or error.__context__
     return error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """torch's own errors of this kind are RuntimeErrors."""
-    told = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
-    return isinstance(error, MemoryError) or bool(told)
+    """Return whether memory ran out; torch raises a plain RuntimeError for it."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("out of memory|can't allocate memory", str(error)))
+    return isinstance(error, MemoryError)

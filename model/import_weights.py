@@ -1,19 +1,20 @@
-"""Weights that other programs wrote: MiniMind's and Hugging Face's Llama and Qwen3; and what a stage starts from."""
+"""Starting weights: ours, or those that MiniMind and Hugging Face's Llama and Qwen3 write."""
 
 import json
 import re
-from dataclasses import fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from model.checkpoint import (
-    FORMAT,
     build_model,
     final_weights,
-    load_checkpoint,
+    is_checkpoint,
     read_archive,
+    require_checkpoint,
     require_tokenizer,
     unusable,
     weight_faults,
@@ -24,24 +25,67 @@ from model.transformer import Transformer
 # Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
 ADJUSTABLE = ("inference_rope_scaling", "dropout")
 # What no shape tells, and Hugging Face's config.json does, under the same names.
-TOLD_BESIDE = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps", "hidden_act")
+IN_CONFIG_JSON = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps", "hidden_act")
+
+
+@dataclass(frozen=True)
+class StartingWeights:
+    """What a stage starts from, read from a file once."""
+
+    path: Path
+    config: ModelConfig  # as the file and the flags say; the objective settles the rest
+    weights: dict[str, Tensor]
+    payload: dict[str, Any] = field(default_factory=dict)  # the rest of a checkpoint of ours
+
+    def model(self, config: ModelConfig) -> Transformer:
+        """Return a network of `config` with these weights."""
+        return build_model(config, self.weights, str(self.path))
+
+
+def starting_weights(path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str) -> StartingWeights:
+    """Return the weights in `path`, ours or foreign, and their config with the settings that a stage may change.
+
+    config: from the flags, `given` being those that were typed. For our own checkpoints the architecture comes from the
+    file; ValueError names the typed flags that contradict it. tokenizer: fingerprint of the one in use.
+    """
+    payload = read_archive(path)
+    if not is_checkpoint(payload):
+        config_json = Path(path).parent / "config.json"
+        if config_json.is_file():
+            _require_agreement(config_json, config)
+        elif "num_attention_heads" not in given:
+            raise ValueError(
+                f"{path} does not say how many heads its model has; give --num-attention-heads with it, and "
+                f"--rope-theta and --rms-norm-eps if they are not {config.rope_theta:g} and {config.rms_norm_eps:g}"
+            )
+        return StartingWeights(path, config, foreign_weights(payload, path, config))
+    payload = require_checkpoint(payload, path)
+    require_tokenizer(payload, path, tokenizer)
+    saved = ModelConfig(**payload["config"])
+    # Attention and block size are the stage's to settle; one of its flags has the name of the second.
+    names = ({f.name for f in fields(ModelConfig)} - {"attention", "block_size"}) & given
+    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(saved, name)]
+    if wrong:
+        flags = ", ".join(
+            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(saved, n)})" for n in wrong
+        )
+        raise ValueError(f"{path} was trained with another shape than {flags}; leave these flags out")
+    changes = {name: getattr(config, name) for name in ADJUSTABLE if name in given}
+    return StartingWeights(path, replace(saved, **changes), final_weights(payload), payload)
 
 
 def import_foreign(path: Path, config: ModelConfig) -> Transformer:
-    """Return a model of shape `config` with `foreign_weights`."""
-    return build_model(config, foreign_weights(path, config), str(path))
+    """Return a model of shape `config` with the foreign weights in `path`."""
+    return build_model(config, foreign_weights(read_archive(path), path, config), str(path))
 
 
-def foreign_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """Return the tensors of a model of shape `config` from weights with the names of MiniMind or of Hugging Face's
-    Llama and Qwen3.
+def foreign_weights(payload: Any, path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Return the tensors of a model of shape `config`, under our names, from what another program wrote to `path`.
 
-    Those files say nothing of heads, rotary base or context, so `config` must: it comes from the flags. A vocabulary
-    that is one short gets a row for the mask token, the mean of the others, at its end. ValueError where names or
-    shapes differ.
+    Those files say nothing of heads, rotary base or context, so `config` must. A vocabulary that is one short gets a
+    row for the mask token at its end, the mean of the others. Raises ValueError if names or shapes differ.
     """
-    weights = read_archive(path)
-    weights = weights.get("model_state_dict", weights) if isinstance(weights, dict) else weights
+    weights = payload.get("model_state_dict", payload) if isinstance(payload, dict) else payload
     if weight_faults(weights):
         weights = {}
     weights = {
@@ -59,7 +103,7 @@ def foreign_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
             "(model.embed_tokens.weight, ...)"
         )
     weights.setdefault("lm_head.weight", weights["embed_tokens.weight"])
-    layers = {int(found[1]) for name in weights if (found := re.match(r"layers\.(\d+)\.", name))}
+    layers = {match[1] for name in weights if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"{path} has {len(layers)} layers, --num-hidden-layers says {config.num_hidden_layers}")
     if any(name.endswith("q_norm.weight") for name in weights) != config.qk_norm:
@@ -72,52 +116,18 @@ def foreign_weights(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     return weights
 
 
-def _require_as_told(beside: Path, config: ModelConfig) -> None:
-    """ValueError, with the flags that are right, if Hugging Face's config.json says otherwise than `config`."""
+def _require_agreement(config_json: Path, config: ModelConfig) -> None:
+    """Raise ValueError, with the flags that are right, if Hugging Face's config.json contradicts `config`."""
     try:
-        theirs = json.loads(beside.read_text(encoding="utf-8"))
+        theirs = json.loads(config_json.read_text(encoding="utf-8"))
         rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        told = {name: theirs.get(name, rope.get(name)) for name in TOLD_BESIDE}
+        values = {name: theirs.get(name, rope.get(name)) for name in IN_CONFIG_JSON}
     except (ValueError, AttributeError) as error:
-        raise ValueError(f"{beside} is not the config of a model ({error}); copy it again") from None
+        raise ValueError(f"{config_json} is not the config of a model ({error}); copy it again") from None
     if kind != "default":
-        raise ValueError(f"{beside} has rotary positions of type {kind!r}; only plain ones can be imported")
-    wrong = {name: value for name, value in told.items() if value is not None and value != getattr(config, name)}
+        raise ValueError(f"{config_json} has rotary positions of type {kind!r}; only plain ones can be imported")
+    wrong = {name: value for name, value in values.items() if value is not None and value != getattr(config, name)}
     if wrong:
         flags = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in wrong.items())
-        raise ValueError(f"{beside}, beside the weights, tells of another model than the flags; give {flags}")
-
-
-def starting_weights(
-    path: Path, config: ModelConfig, given: frozenset[str], tokenizer: str
-) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return what a stage starts from: the config, with the settings that a stage may change, and the weights in
-    `path`, ours or foreign. `build_model` makes the network, once the objective has settled the config.
-
-    config: from the flags, `given` being those that were typed. For our own checkpoints the architecture comes from the
-    file; ValueError names the typed flags that contradict it.
-    """
-    payload = read_archive(path)
-    if not isinstance(payload, dict) or payload.get("format") != FORMAT:
-        if (Path(path).parent / "config.json").is_file():
-            _require_as_told(Path(path).parent / "config.json", config)
-        elif "num_attention_heads" not in given:
-            raise ValueError(
-                f"{path} does not say how many heads its model has; give --num-attention-heads with it, and "
-                f"--rope-theta and --rms-norm-eps where they are not {config.rope_theta:g} and {config.rms_norm_eps:g}"
-            )
-        return config, foreign_weights(path, config)
-    payload = load_checkpoint(path)
-    require_tokenizer(payload, path, tokenizer)
-    saved = ModelConfig(**payload["config"])
-    # The last two are the stage's to set; one of its flags has the name of the second.
-    names = ({f.name for f in fields(ModelConfig)} - {"attention", "block_size"}) & given
-    wrong = [name for name in sorted(names - set(ADJUSTABLE)) if getattr(config, name) != getattr(saved, name)]
-    if wrong:
-        told = ", ".join(
-            f"--{n.replace('_', '-')} {getattr(config, n)} (the file has {getattr(saved, n)})" for n in wrong
-        )
-        raise ValueError(f"{path} was trained with another shape than {told}; leave these flags out")
-    changed = {name: getattr(config, name) for name in ADJUSTABLE if name in given}
-    return replace(saved, **changed), final_weights(payload)
+        raise ValueError(f"{config_json}, beside the weights, describes another model than the flags; give {flags}")

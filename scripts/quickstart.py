@@ -24,7 +24,7 @@ from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.files import locked, require_writable, write_json
 from scripts.engine.report.summary import summary
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.run import Interrupted
+from scripts.engine.training.guard import Interrupted
 
 
 class Stage(NamedTuple):

@@ -35,10 +35,10 @@ from scripts.engine.decoding.generation import generate, idle_sampling_flags
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.run import RunConfig, continues
-from scripts.engine.training.stage import StageConfigs, train_stage
-from scripts.engine.training.trainer_config import TrainerConfig
+from scripts.engine.training.stage import Stage
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,11 @@ def main(argv: list[str] | None = None) -> None:
     # Found out before the training, not after it.
     prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
-        keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-
-        def build(config: ModelConfig) -> PretrainDataset:
-            denoising.fitted(config)  # what does not go with the weights to come is refused before they are trained
-            return PretrainDataset(data, tokenizer)
-
-        model = train_stage("scripts.train.diffusion", configs, objective, data, tokenizer, build, keep)
+        stage = Stage("scripts.train.diffusion", configs, objective, data, tokenizer)
+        with stage.opened():
+            denoising.fitted(stage.model.config)  # what does not go with the weights to come is refused before training
+            keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
+            model = stage.train(stage.build(PretrainDataset), before=keep)
         if model is None:
             return
     else:
@@ -130,10 +128,10 @@ def find_tokenizer(
         return load_tokenizer(data.tokenizer_dir), False
     if not what.train or (not configs.run.previewing and continues(configs.run)):
         tokenizer = load_tokenizer(own)
-        for name, found in (("mask_token", tokenizer.mask_token), ("target_vocab_size", len(tokenizer))):
-            if name in configs.given and getattr(what, name) != found:
+        for name, value in (("mask_token", tokenizer.mask_token), ("target_vocab_size", len(tokenizer))):
+            if name in configs.given and getattr(what, name) != value:
                 raise ValueError(
-                    f"{own} has a {name.replace('_', ' ')} of {found}; leave out --{name.replace('_', '-')}"
+                    f"{own} has a {name.replace('_', ' ')} of {value}; leave out --{name.replace('_', '-')}"
                 )
         return tokenizer, False
     texts = read_documents(

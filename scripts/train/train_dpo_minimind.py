@@ -8,49 +8,25 @@ a frozen reference, by default the weights that tuning starts from. A row is a p
 Validation is the preference loss alone; ln 2 = 0.6931 is no preference.
 """
 
-from dataset.preferences import PreferenceData, PreferenceDataset
-from dataset.tokenizer import load_tokenizer
+from dataset.preferences import PreferenceData
 from model.config import ModelConfig
 from model.preference import ExactDPO
 from scripts.engine.cli import parse_args, run
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.optim import OptimConfig
-from scripts.engine.training.reference import weights_digest, with_reference
+from scripts.engine.training.preferences import DEFAULTS, tune
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.stage import StageConfigs, require_start, train_stage
-from scripts.engine.training.trainer_config import TrainerConfig
+from scripts.engine.training.stage import require_start
+
+GROUPS = PreferenceData, ExactDPO, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    data, objective, *configs = parse_args(
-        __doc__,
-        PreferenceData,
-        ExactDPO,
-        ModelConfig,
-        OptimConfig,
-        TrainerConfig,
-        RunConfig,
-        RuntimeConfig,
-        argv=argv,
-        run_name="minimind_dpo",
-        learning_rate=2e-5,
-        lr_schedule="cosine",
-        warmup_steps=10,
-        batch_size=64,
-        log_interval=10,
-        eval_interval=20,
-    )
+    data, objective, *configs = parse_args(__doc__, *GROUPS, argv=argv, run_name="minimind_dpo", **DEFAULTS)
     configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/minimind_sft_state_dict.pt")
-    tokenizer = load_tokenizer(data.tokenizer_dir)
-    objective = with_reference(objective, configs, tokenizer, data.max_seq_len)
-
-    def build(config: ModelConfig) -> PreferenceDataset:
-        dataset = PreferenceDataset(data, tokenizer, config.attention, config.block_size)
-        dataset.meta["reference_sha256"] = weights_digest(objective.reference)
-        return dataset
-
-    train_stage("scripts.train.train_dpo_minimind", configs, objective, data, tokenizer, build)
+    tune("scripts.train.train_dpo_minimind", configs, objective, data)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from model.config import ModelConfig
 from model.objective import NextToken
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.stage import StageConfigs, train_stage
-from scripts.engine.training.trainer_config import TrainerConfig
+from scripts.engine.training.stage import Stage
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,14 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     configs = StageConfigs(*configs, argv)
     refuse_idle(configs.given, jsonl_sep=(False, "character mode, which scripts.train.diffusion has"))
     tokenizer = load_tokenizer(data.tokenizer_dir)
-    train_stage(
-        "scripts.train.train_pretrain",
-        configs,
-        NextToken(),
-        data,
-        tokenizer,
-        build=lambda config: PretrainDataset(data, tokenizer),
-    )
+    stage = Stage("scripts.train.train_pretrain", configs, NextToken(), data, tokenizer)
+    with stage.opened():
+        stage.train(stage.build(PretrainDataset))
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from model.config import ModelConfig
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.optim import SFTOptimConfig
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.stage import StageConfigs, require_start, train_stage
-from scripts.engine.training.trainer_config import TrainerConfig
+from scripts.engine.training.stage import Stage, require_start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,19 +49,23 @@ def main(argv: list[str] | None = None) -> None:
     if objective.mask_schedule == "random":
         raise ValueError("--mask-schedule random is fixed_count where every row counts the same; leave it out")
     tokenizer = load_tokenizer(data.tokenizer_dir)
-
-    def build(config: ModelConfig) -> SFTDataset:
-        quantized = config.block_size > 0 and data.quantize_effective_length
+    objective = replace(objective, sequence_mean=True)
+    stage = Stage("scripts.train.train_sft_diffusion", configs, objective, data, tokenizer, chat=True)
+    with stage.opened():
+        block_size = stage.model.config.block_size
+        fills_block = block_size > 0 and data.quantize_effective_length
         refuse_idle(
             configs.given,
-            quantize_effective_length=(config.block_size > 0, "block diffusion (--block-size)"),
-            eos_fill=(not quantized, "--no-quantize-effective-length"),
+            quantize_effective_length=(block_size > 0, "block diffusion (--block-size)"),
+            eos_fill=(not fills_block, "--no-quantize-effective-length"),
         )
-        rows_per_step, block_size = configs.trainer.rows_per_step, config.block_size if quantized else 0
-        return SFTDataset(data, tokenizer, all_replies=False, rows_per_step=rows_per_step, block_size=block_size)
-
-    objective = replace(objective, sequence_mean=True)
-    train_stage("scripts.train.train_sft_diffusion", configs, objective, data, tokenizer, build)
+        dataset = stage.build(
+            SFTDataset,
+            all_replies=False,
+            rows_per_step=configs.trainer.rows_per_step,
+            block_size=block_size if fills_block else 0,
+        )
+        stage.train(dataset)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from model.config import ModelConfig
 from model.objective import NextToken
 from scripts.engine.cli import parse_args, run
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.optim import SFTOptimConfig
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.stage import StageConfigs, require_start, train_stage
-from scripts.engine.training.trainer_config import TrainerConfig
+from scripts.engine.training.stage import Stage, require_start
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,14 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/minimind_pretrain_state_dict.pt")
     tokenizer = load_tokenizer(data.tokenizer_dir)
-    train_stage(
-        "scripts.train.train_sft_minimind",
-        configs,
-        NextToken(sequence_mean=True),
-        data,
-        tokenizer,
-        build=lambda config: SFTDataset(data, tokenizer, all_replies=True, rows_per_step=configs.trainer.rows_per_step),
-    )
+    objective = NextToken(sequence_mean=True)
+    stage = Stage("scripts.train.train_sft_minimind", configs, objective, data, tokenizer, chat=True)
+    with stage.opened():
+        stage.train(stage.build(SFTDataset, all_replies=True, rows_per_step=configs.trainer.rows_per_step))
 
 
 if __name__ == "__main__":

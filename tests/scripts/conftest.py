@@ -13,9 +13,9 @@ import pytest
 
 from dataset.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine import cli
-from scripts.engine.training import trainer
 from scripts.train import diffusion, train_pretrain
 
+os.environ["NANO_LLADA_PLOTS"] = "0"  # drawing takes longer than the runs that it is drawn for
 NOUNS = ("the cat", "a small dog", "my old friend", "the river", "一只小猫", "老朋友", "那条河", "春天的风")
 VERBS = ("sees", "likes", "follows", "remembers", "看见了", "喜欢", "跟着", "记得")
 
@@ -126,21 +126,15 @@ def workspace(tmp_path, monkeypatch, texts) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_plots(request, monkeypatch):
-    """Drawing takes longer than the runs that it is drawn for; a test that wants curves asks for `plots`."""
-    if "plots" not in request.fixturenames:
-        monkeypatch.setattr(trainer, "plot_losses", lambda log, image: None)
-
-
-@pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     """No file of a test has to survive a power cut."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture
-def plots():
+def plots(monkeypatch):
     """Loss curves are drawn in this test."""
+    monkeypatch.delenv("NANO_LLADA_PLOTS")
 
 
 def flags_of_a_tiny_run(tokenizer_dir: Path) -> list[str]:
@@ -182,7 +176,6 @@ def weights_of_one_step(tmp_path_factory, tokenizer_dir, texts) -> Path:
     write_jsonl(folder / "corpus.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(trainer, "plot_losses", lambda log, image: None)
         for module, more in ((train_pretrain, PRETRAIN), (diffusion, DIFFUSION)):
             result = run_command(module, [*flags_of_a_tiny_run(tokenizer_dir), *more, "--max-iters", "1"])
             assert result.code == 0, result.err

@@ -10,9 +10,9 @@ from scripts.engine import flags as declarations
 from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import CheckpointConfig
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import TrainerConfig
 from scripts.engine.training.optim import OptimConfig
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.trainer_config import TrainerConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS, TRAINS

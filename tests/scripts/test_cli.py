@@ -19,7 +19,7 @@ import scripts.train
 from model.checkpoint import load_checkpoint
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine import cli
-from scripts.engine.training.run import SILENT, TOLD, RunConfig
+from scripts.engine.training.run import REPORTED, SILENT, RunConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import module_of
@@ -206,12 +206,12 @@ def test_settings_that_may_change_are_settings():
     from dataset.pretrain import PretrainData
     from model.preference import Preference
     from scripts.engine.runtime import RuntimeConfig
-    from scripts.engine.training.trainer_config import TrainerConfig
+    from scripts.engine.training.config import TrainerConfig
 
     known = {
         f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)
     }
-    assert known >= SILENT | TOLD and not SILENT & TOLD
+    assert known >= SILENT | REPORTED and not SILENT & REPORTED
 
 
 # -- generation through the commands -----------------------------------------------------------------------------------

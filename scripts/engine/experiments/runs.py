@@ -22,8 +22,8 @@ from scripts.engine.likelihood.documents import evaluate_file
 from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import Loaded, load_for_use
 from scripts.engine.runtime import RuntimeConfig
+from scripts.engine.training.config import TrainerConfig
 from scripts.engine.training.optim import OptimConfig
-from scripts.engine.training.trainer_config import TrainerConfig
 
 STAGES = {  # kind of model -> command and its own flags
     "ar": ("scripts.train.train_pretrain", ()),

@@ -23,7 +23,7 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def order(self, seed: int, rows_per_step: int) -> Callable[[int, int], np.ndarray]:
-        """(start, count) -> that stretch of the endless sequence in which a run with this seed asks for rows."""
+        """Return (start, count) -> that stretch of the endless sequence in which a run with this seed asks for rows."""
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...
 
@@ -31,20 +31,16 @@ class Rows(Protocol):
 class Ahead:
     """The items of an iterable, in order, made by a thread while the caller is busy with the ones before.
 
-    An exception in the making comes where its item would have come. The thread ends with the `with` statement. Where an
-    item is long in coming, it is said on stderr what the thread is doing.
+    A DataLoader with a worker would do the same, but start a process, which takes seconds. An exception in the making
+    comes in the place of its item. The thread ends with the `with` statement.
     """
 
     def __init__(
-        self,
-        items: Iterable,
-        depth: int = 2,
-        patience: float = 60.0,
-        between: Callable[[], None] | None = None,
+        self, items: Iterable, depth: int = 2, patience: float = 60.0, between: Callable[[], None] | None = None
     ):
-        """depth: items that may lie ready. patience: seconds of waiting before the first word, then twice as many.
-        between() is called every second of it, and may raise."""
-        self._items, self._made, self._room = iter(items), queue.SimpleQueue(), threading.Semaphore(depth)
+        """depth: items that may lie ready. patience: seconds of waiting before the first report of where the thread is;
+        each further report takes twice as long. between() is called every second of waiting, and may raise."""
+        self._items, self._ready, self._room = iter(items), queue.SimpleQueue(), threading.Semaphore(depth)
         self._closed, self._patience, self._between = False, patience, between
         self._thread = threading.Thread(target=self._make, name="data", daemon=True)
 
@@ -64,42 +60,48 @@ class Ahead:
         item, error = self._wait()
         self._room.release()
         if error is not None:
-            self._made.put((None, error))  # for whoever asks again
+            self._ready.put((None, error))  # for whoever asks again
             raise error
         return item
 
     def _wait(self) -> tuple[Any, BaseException | None]:
-        began, told = time.monotonic(), self._patience
+        start = time.monotonic()
+        next_report = self._patience
         while True:
             try:
-                return self._made.get(timeout=min(1.0, self._patience))
+                return self._ready.get(timeout=min(1.0, self._patience))
             except queue.Empty:
-                waited = time.monotonic() - began
+                waited = time.monotonic() - start
             if self._between:
                 self._between()
-            if waited < told:
-                continue
-            told *= 2
-            busy = sys._current_frames().get(self._thread.ident)
-            where = traceback.extract_stack(busy)[-1] if busy else None
-            doing = f"it is in {where.filename}, line {where.lineno} ({where.name})" if where else "it has ended"
-            print(f"no batch for {waited:.0f} s from the data thread; {doing}; waiting on", file=sys.stderr, flush=True)
+            if waited >= next_report:
+                next_report *= 2
+                self._report(waited)
+
+    def _report(self, waited: float) -> None:
+        """Say on stderr in which line the data thread is."""
+        frame = sys._current_frames().get(self._thread.ident)
+        place = "it has ended"
+        if frame:
+            line = traceback.extract_stack(frame)[-1]
+            place = f"it is in {line.filename}, line {line.lineno} ({line.name})"
+        print(f"no batch for {waited:.0f} s from the data thread; {place}; waiting on", file=sys.stderr, flush=True)
 
     def _make(self) -> None:
         try:
             while self._room.acquire() and not self._closed:
-                self._made.put((next(self._items), None))
+                self._ready.put((next(self._items), None))
         except BaseException as error:  # StopIteration among them
-            self._made.put((None, error))
+            self._ready.put((None, error))
 
 
 def in_order(
     rows: Rows, batch_size: int, max_rows: int, rank: int = 0, size: int = 1
 ) -> Iterator[tuple[int, int, dict[str, Tensor]]]:
-    """(number of the first row, number of rows that count, batch) over `max_rows` rows spread evenly, always the same.
+    """Yield (number of the first row, number of rows that count, batch) over `max_rows` rows spread evenly.
 
-    Of every batch process `rank` of `size` gets its equal, contiguous part. Where the last batch has none left for it,
-    no row counts: it gets one of the others', since processes that share a model must call it equally often.
+    Each of `size` processes takes an equal, contiguous part of every batch. If the last batch has no row left for a
+    process, it gets another's, which does not count: processes that share a model must call it equally often.
     """
     count = min(len(rows), max_rows)
     chosen = np.linspace(0, len(rows) - 1, count).round().astype(np.int64) if count else np.empty(0, dtype=np.int64)

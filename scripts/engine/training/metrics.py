@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,17 @@ class Meter:
         self.sums[name] = (total, count) if old is None else (old[0] + total, old[1] + count)
 
     def gathered(self, world: World) -> "Meter":
-        """The sums of all processes on the first one, none on the others."""
+        """Return the sums of all processes on the first one, and none on the others."""
         if world.size == 1:
             return self
-        everything, device = Meter(), next((total.device for total, _ in self.sums.values()), None)
+        together, device = Meter(), next((total.device for total, _ in self.sums.values()), None)
         for sums in world.gather({name: (total.cpu(), count.cpu()) for name, (total, count) in self.sums.items()}):
             for name, (total, count) in sums.items():
-                everything.add(name, total.to(device), count.to(device))
-        return everything
+                together.add(name, total.to(device), count.to(device))
+        return together
 
     def read(self) -> dict[str, Any]:
-        """name -> sum / count, a float or a list of floats, None where not finite; clears the sums."""
+        """Return name -> sum / count, a float or a list of floats, None if not finite; clear the sums."""
         values = {}
         for name, (total, count) in self.sums.items():
             ratio = torch.where(count > 0, total / count.clamp(min=1e-12), torch.nan).tolist()
@@ -74,39 +75,43 @@ class RunLog:
 
 
 def plot_losses(log_path: Path, image_path: Path) -> None:
-    """Training and validation loss against the step, with the mean loss at light and heavy mask rates where logged."""
+    """Draw training and validation loss against the step, with the mean loss at light and heavy mask rates if logged.
+
+    The environment variable NANO_LLADA_PLOTS=0 turns it off: drawing takes a second or two.
+    """
+    if os.environ.get("NANO_LLADA_PLOTS") == "0":
+        return
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     rows = read_log(log_path)
-    by_row = any("sft" in row.get("stage", "") for row in rows)
-    labels = {"train": "training (mean over rows)" if by_row else "training", "eval": "validation"}
+    unit = next((row["unit"] for row in rows if "unit" in row), "nats per token")
+    by_row = unit == "nats per token" and any(row.get("chat") for row in rows)
     figure, axes = plt.subplots(figsize=(8, 5))
-    for event, style in (("train", {"linewidth": 0.8, "alpha": 0.6}), ("eval", {"marker": "o", "markersize": 3})):
-        points = [(row["step"], row["loss"]) for row in rows if row["event"] == event and row["loss"] is not None]
+
+    def draw(event: str, value: Callable[[dict], float | None], label: str, **style: Any) -> None:
+        points = [(row["step"], value(row)) for row in rows if row["event"] == event]
+        points = [point for point in points if point[1] is not None]
         if points:
-            axes.plot(*zip(*points, strict=True), label=labels[event], **style)
-    for bin_index, label in ((0, "masked tokens, mask rate up to 10 %"), (-1, "masked tokens, mask rate above 90 %")):
-        points = [
-            (row["step"], row["loss_by_rate"][bin_index])
-            for row in rows
-            if row["event"] == "eval" and "loss_by_rate" in row
-        ]
-        points = [p for p in points if p[1] is not None]
-        if points:
-            axes.plot(*zip(*points, strict=True), linestyle=":", label=label)
-    axes.set(
-        xlabel="step",
-        ylabel="loss (per pair)" if any("dpo" in row.get("stage", "") for row in rows) else "loss (nats per token)",
-        title=log_path.stem.removesuffix("_log"),
-    )
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+
+    def at_rate(number: int) -> Callable[[dict], float | None]:
+        return lambda row: row["loss_by_rate"][number] if "loss_by_rate" in row else None
+
+    training = "training (mean over rows)" if by_row else "training"
+    draw("train", lambda row: row["loss"], training, linewidth=0.8, alpha=0.6)
+    draw("eval", lambda row: row["loss"], "validation", marker="o", markersize=3)
+    draw("eval", at_rate(0), "masked tokens, mask rate up to 10 %", linestyle=":")
+    draw("eval", at_rate(-1), "masked tokens, mask rate above 90 %", linestyle=":")
+    loss = "loss (nats per token)" if unit == "nats per token" else f"loss ({unit})"
+    axes.set(xlabel="step", ylabel=loss, title=log_path.stem.removesuffix("_log"))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=2, frameon=False)
     figure.tight_layout()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=150)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     plt.close(figure)
-    write_bytes(image_path, drawn.getvalue())
+    write_bytes(image_path, image.getvalue())

@@ -61,7 +61,7 @@ class SFTOptimConfig(OptimConfig):
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
-    """Learning rate of a step (the first is 0); a pure function, so that resuming needs no scheduler state."""
+    """Return the learning rate of a step, the first being 0; a pure function, so that resuming needs no state."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     after = total_steps - config.warmup_steps
@@ -72,7 +72,7 @@ def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:
 
 
 def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
-    """AdamW for all parameters; with Muon, that for the matrices inside the layers and AdamW for the rest.
+    """Return AdamW for all parameters, or Muon for the matrices inside the layers and AdamW for the rest.
 
     Norms do not decay, nor does the embedding: rows that a stage never sees would shrink to nothing, [MASK] in
     autoregressive pretraining for one, which diffusion then starts from.
@@ -98,8 +98,8 @@ def make_optimizers(model: torch.nn.Module, config: OptimConfig) -> list[torch.o
     ]
 
 
-def load_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """saved: a state_dict of whole tensors; where a parameter is sharded, its shard of them is kept."""
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Load a state_dict of whole tensors, of which a sharded parameter keeps its shard."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         number: shards_like(values, dict.fromkeys(values, parameters[number])) if number < len(parameters) else values
@@ -125,13 +125,13 @@ class MovingAverage:
     def swap(self, model: torch.nn.Module) -> None:
         """Exchange the weights and their average; a second call exchanges them back."""
         for name, parameter in model.named_parameters():
-            kept = parameter.detach().clone()
+            weights = parameter.detach().clone()
             parameter.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+            self.shadow[name].copy_(weights)
 
 
 def scale_and_clip(parameters: list[Tensor], scale: Tensor, max_norm: float) -> Tensor:
-    """Multiply the gradients by `scale`, clip their norm to `max_norm` (0 = not at all); returns the unclipped norm.
+    """Multiply the gradients by `scale`, clip their norm to `max_norm` (0 = not at all), and return the unclipped norm.
 
     One pass over the gradients and no wait for the device.
     """
@@ -143,15 +143,15 @@ def scale_and_clip(parameters: list[Tensor], scale: Tensor, max_norm: float) -> 
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """The norm of them all together, (), also where they are sharded."""
+    """Return the norm of all tensors together, (), also of sharded ones."""
     norm = torch.nn.utils.get_total_norm(tensors)
     return norm.full_tensor() if is_sharded(norm) else norm
 
 
 def step_if(optimizer: torch.optim.Optimizer, sound: Tensor) -> None:
-    """optimizer.step() if `sound`, () bool, else nothing changes, neither weights nor moments.
+    """Take the step if `sound`, () bool; else change neither weights nor moments.
 
-    A fused optimizer is told on the device, as a GradScaler tells it; for others the host waits to know.
+    A fused optimizer reads the flag on the device, as it reads a GradScaler's; for others the host waits for it.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):
         optimizer.found_inf = (~sound).float()

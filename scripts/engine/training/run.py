@@ -1,11 +1,9 @@
 """A run on disk: its files, its settings, and whether it starts, continues or is refused."""
 
 import math
-import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
 # Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
@@ -22,7 +20,7 @@ SILENT = {
     "save_dir",
     "weights_path",
 }
-TOLD = {
+REPORTED = {
     "load_from",
     "reference_from",  # whose contents are compared
     "resume_optimizer_state",
@@ -163,40 +161,14 @@ def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Pat
     differ = [
         name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name) and name not in SILENT
     ]
-    told = {name: f"--{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}" for name in differ}
+    lines = {name: f"--{name.replace('_', '-')} was {saved.get(name)}, is {now.get(name)}" for name in differ}
     batch = ("batch_size", "accumulation_steps")  # the same rows per step in other portions: sums in another order
     same = len({math.prod(settings.get(name, 0) for name in batch) for settings in (saved, now)}) == 1
-    harmless = TOLD | set(batch) if same else TOLD
-    refused = [told[name] for name in differ if name not in harmless]
+    harmless = REPORTED | set(batch) if same else REPORTED
+    refused = [lines[name] for name in differ if name not in harmless]
     if refused:
         raise ValueError(
             f"{path} was trained with other settings: {'; '.join(refused)}; "
             "give the same ones, or choose another --run-name and --load-from"
         )
-    return [told[name] for name in differ]
-
-
-class Interrupted(SystemExit):
-    """The run was asked to stop, and is saved unless it was asked twice; the exit code is 128 + the signal's number."""
-
-
-class StopSignals:
-    """While active, SIGINT and SIGTERM are noted instead of ending the process; `number` is the one that came, or 0."""
-
-    def __init__(self, impatient: bool = True):
-        """impatient: a second signal ends the process at once. What torchrun starts may be told twice of one wish, by
-        torchrun and by the system, and torchrun itself does not wait for ever."""
-        self.number, self.impatient = 0, impatient
-
-    def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.number and self.impatient:  # asked twice: do not make the user wait
-            raise Interrupted(128 + number)
-        self.number = number
+    return [lines[name] for name in differ]

@@ -9,22 +9,21 @@ from typing import Any
 import torch
 
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
-from model.checkpoint import build_model, load_checkpoint, read_archive
+from model.checkpoint import load_checkpoint
 from model.config import ModelConfig
 from model.forward_process import rate_range
-from model.import_weights import starting_weights
+from model.import_weights import StartingWeights, starting_weights
 from model.objective import Objective
 from model.transformer import Transformer
 from scripts.engine.cli import refuse_idle
 from scripts.engine.files import locked, require_output, require_writable
 from scripts.engine.flags import defaults_of, settings_of
-from scripts.engine.runtime import RuntimeConfig, command_line, keep_freed_memory, provenance
-from scripts.engine.training.distributed import World, whole
-from scripts.engine.training.optim import OptimConfig
+from scripts.engine.runtime import command_line, keep_freed_memory, provenance
+from scripts.engine.training.config import StageConfigs
+from scripts.engine.training.distributed import World
 from scripts.engine.training.preview import dry_run, show_batch
-from scripts.engine.training.run import RunConfig, compare_settings, continues
+from scripts.engine.training.run import compare_settings, continues
 from scripts.engine.training.trainer import Trainer
-from scripts.engine.training.trainer_config import TrainerConfig
 
 # For weights that an autoregressive stage cannot start from: what trains them on.
 BY_DIFFUSION = {
@@ -34,157 +33,233 @@ BY_DIFFUSION = {
 }
 
 
-@dataclass(frozen=True)
-class StageConfigs:
-    """The groups of flags that every training stage has."""
+@dataclass
+class Stage:
+    """A training command at work. Inside `opened` the model is settled; then a dataset is built, and trained on:
 
-    shape: ModelConfig
-    optim: OptimConfig
-    trainer: TrainerConfig
-    run: RunConfig
-    runtime: RuntimeConfig
-    given: frozenset[str]  # fields typed on the command line
-    argv: list[str] | None  # what was typed, as `main` was given it
-
-
-def train_stage(
-    stage: str,
-    configs: StageConfigs,
-    objective: Objective,
-    data: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    build: Callable[[ModelConfig], Any],
-    before_training: Callable[[], None] = lambda: None,
-) -> Transformer | None:
-    """Run the stage called `stage`; returns the trained model, or None after --dry-run or --show-batch, and in all
-    processes but the first.
-
-    data: the data group of flags, with `data` and `max_seq_len`. build(config of the model) -> the dataset: `train` and
-    `validation` rows, `meta`, `describe()`; it is called only once nothing else is wrong, since reading a corpus takes
-    time.
-    before_training() is called when nothing can be refused any more; what else a stage writes, it writes there.
+    stage = Stage("scripts.train.train_pretrain", configs, NextToken(), data, tokenizer)
+    with stage.opened():
+        stage.train(stage.build(PretrainDataset))
     """
-    run = configs.run
-    with World.opened(configs.runtime.torch_device) as world, _alone_at(run, data, world):
-        state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
-        groups = configs.shape, configs.optim, configs.trainer, run, configs.runtime, objective, data
-        settings = settings_of(*groups)
-        _refuse_idle(configs, objective, data)
-        if state:  # flags that came after it was saved had their defaults
-            state["settings"] = {k: v for k, v in defaults_of(*groups).items() if k in settings} | state["settings"]
-        notes = _check_continuation(state, stage, settings, tokenizer, run) if state else []
-        objective, model = _starting_model(stage, configs, objective, tokenizer, state)
-        moments = _starting_moments(configs) if run.resume_optimizer_state and not state else None
-        model.set_context(data.max_seq_len)
-        dataset = world.main_first(lambda: build(model.config))  # caches are made once
-        _require_dataset(dataset, configs, state, data, objective)
-        if world.is_main:
-            print(_header(stage, model, dataset, configs, state), flush=True)
-            for note in notes:
-                print(f"resuming with another setting: {note}")
-        if run.previewing:
-            if world.is_main:
-                _preview(model, objective, dataset, configs, tokenizer)
+
+    name: str  # the command's module
+    configs: StageConfigs
+    objective: Objective
+    data: Any  # group of flags that says what to train on; its `data` and `max_seq_len` are used here
+    tokenizer: PreTrainedTokenizerFast
+    chat: bool = False  # trains on conversations, so that prompts of its weights get the chat template
+    start: StartingWeights | None = None  # the weights of --load-from, if they have been read already
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Hold the run's files, and settle everything that needs no data.
+
+        Raises ValueError if another command holds them, a flag is wrong, or the weights do not fit. Sets `world`;
+        `state`, the saved run that is continued; `model`, whose config is that of the weights to come; and `moments`,
+        optimizer states to start from.
+        """
+        run = self.configs.run
+        with World.opened(self.configs.runtime.torch_device) as self.world, self._files_held():
+            self.state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
+            _refuse_idle(self.configs, self.objective, self.data)
+            self.settings, self.changes = self._settings(), []
+            if self.state:
+                self.changes = self._check_continuation()
+            self.moments = None
+            self.model = self._starting_model()
+            self.model.set_context(self.data.max_seq_len)
+            self.start = None
+            yield
+
+    @contextmanager
+    def _files_held(self) -> Iterator[None]:
+        """Keep other commands from writing the run. ValueError if one does, or if its files cannot be written."""
+        run, data = self.configs.run, self.data
+        require_writable(run.state_path, "--save-dir")
+        require_output(run.exported_path, "--weights-path", data.data, data.tokenizer_dir, run.load_from)
+        with locked(run.lock_path) if self.world.is_main and not run.previewing else nullcontext():
+            self.world.barrier()  # only now may the others look at what is there
+            yield
+
+    @property
+    def groups(self) -> tuple:
+        """All groups of flags."""
+        configs = self.configs
+        return configs.shape, configs.optim, configs.trainer, configs.run, configs.runtime, self.objective, self.data
+
+    def _settings(self) -> dict[str, Any]:
+        return settings_of(*self.groups)
+
+    # -- the model ----------------------------------------------------------------------------------------------
+
+    def _starting_model(self) -> Transformer:
+        """Settle the objective; return the saved run's model, that of --load-from, or a new one seeded by --seed.
+
+        Raises ValueError for diffusion weights in an autoregressive stage; diffusion does start from AR weights.
+        """
+        configs, path = self.configs, self.configs.run.load_from
+        torch.manual_seed(configs.runtime.seed)
+        config, start = replace(configs.shape, **token_ids(self.tokenizer)), None
+        if self.state:
+            config = ModelConfig(**self.state["config"])
+        elif path:
+            start = self.start or starting_weights(path, config, configs.given, fingerprint(self.tokenizer))
+            config = start.config
+            if self.objective.autoregressive and not config.autoregressive:
+                raise ValueError(
+                    f"{path} was trained by diffusion and sees both sides of a token; "
+                    "an autoregressive stage needs an autoregressive checkpoint; train it on by "
+                    f"uv run python -m {BY_DIFFUSION[self.name]} --load-from {shlex.quote(str(path))}"
+                )
+        self.objective, config = self.objective.settle(config)
+        if start is None:
+            return Transformer(config)
+        if configs.run.resume_optimizer_state:
+            self.moments = self._moments(start)
+        return start.model(config)
+
+    def _moments(self, start: StartingWeights) -> list[dict]:
+        """Return the optimizer states in --load-from; raise ValueError if it has none, or another optimizer's."""
+        payload, optimizer = start.payload, self.configs.optim.optimizer
+        if "optimizers" not in payload or "settings" not in payload:
+            raise ValueError(f"{start.path} holds weights only; --resume-optimizer-state needs the run's <run-name>.pt")
+        if payload["settings"]["optimizer"] != optimizer:
+            raise ValueError(
+                f"{start.path} was trained with --optimizer {payload['settings']['optimizer']}, and its state does not "
+                f"fit {optimizer}; give the same one, or leave out --resume-optimizer-state"
+            )
+        return payload["optimizers"]
+
+    # -- the saved run -------------------------------------------------------------------------------------------
+
+    def _check_continuation(self) -> list[str]:
+        """Return lines on settings that differ harmlessly from those of the saved run; raise ValueError if it is
+        another stage's, has no training state, or had other settings."""
+        state, run = self.state, self.configs.run
+        if state["stage"] != self.name:
+            raise ValueError(
+                f"{run.state_path} is a run of {state['stage']}, not of {self.name}: go on with it by "
+                f"uv run python -m {state['stage']} --run-name {run.run_name} --resume must, "
+                "or choose another --run-name, and --load-from for its weights"
+            )
+        if "step" not in state or "optimizers" not in state:
+            raise ValueError(f"{run.state_path} holds weights only; resume from the run's own <run-name>.pt")
+        if state["tokenizer"] != fingerprint(self.tokenizer):
+            raise ValueError(
+                f"{run.state_path} was trained with another tokenizer; give its directory with --tokenizer-dir"
+            )
+        # Flags that came after the run was saved had their defaults.
+        defaults = {name: value for name, value in defaults_of(*self.groups).items() if name in self.settings}
+        return compare_settings(defaults | state["settings"], self.settings, run.state_path)
+
+    def _check_dataset(self, dataset: Any) -> None:
+        """Raise ValueError if it has no rows that an early stop needs, or is not what the saved run was trained on."""
+        path, data = self.configs.run.state_path, dataset.meta
+        saved = self.state["data"] if self.state else data
+        if self.configs.trainer.early_stop_patience and not len(dataset.validation):
+            raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
+        if saved["data_sha256"] != data["data_sha256"]:
+            raise ValueError(
+                f"{path} was trained on other contents of {self.data.source}; "
+                "give the same file, or choose another --run-name"
+            )
+        if saved.get("reference_sha256") != data.get("reference_sha256"):
+            raise ValueError(
+                f"{path} was tuned against another reference than {self.objective.reference_from}; "
+                "give the same weights with --reference-from, or choose another --run-name"
+            )
+
+    # -- data and training ---------------------------------------------------------------------------------------
+
+    def build(self, dataset_class: Callable, **options: Any) -> Any:
+        """Return the dataset, which the first process builds before the others, so that caches are made once."""
+        return self.world.main_first(lambda: dataset_class(self.data, self.tokenizer, **options))
+
+    def train(self, dataset: Any, before: Callable[[], None] = lambda: None) -> Transformer | None:
+        """Train; return the model, or None after --dry-run or --show-batch, and in all processes but the first.
+
+        dataset: `train` and `validation` rows, `meta`, `describe()`. before() is called on the first process when
+        nothing can be refused any more: what else a stage writes, it writes there.
+        """
+        self._check_dataset(dataset)
+        if self.world.is_main:
+            print(self._header(dataset), flush=True)
+            for change in self.changes:
+                print(f"resuming with another setting: {change}")
+        keep_freed_memory()
+        if self.configs.run.previewing:
+            if self.world.is_main:
+                self._preview(dataset)
             return None
         identity = {
-            "tokenizer": fingerprint(tokenizer),
-            "stage": stage,
-            "settings": settings,
+            "tokenizer": fingerprint(self.tokenizer),
+            "stage": self.name,
+            "chat": self.chat,
+            "unit": self.objective.unit,
+            "settings": self.settings,
             "data": dataset.meta,
-            "command": command_line(stage, configs.argv),
-            "provenance": provenance(configs.runtime),
+            "command": command_line(self.name, self.configs.argv),
+            "provenance": provenance(self.configs.runtime),
         }
-        if world.is_main:
-            before_training()
-        return _fit(world, model, objective, dataset, configs, identity, state, moments)
+        if self.world.is_main:
+            before()
+        return self._fit(dataset, identity)
 
+    def _preview(self, dataset: Any) -> None:
+        if self.configs.run.show_batch:
+            show_batch(self.model.config, self.objective, dataset.train, self.configs, self.tokenizer)
+        if self.configs.run.dry_run:
+            dry_run(self.model, self.objective, dataset.train, self.configs)
 
-@contextmanager
-def _alone_at(run: RunConfig, data: Any, world: World) -> Iterator[None]:
-    """Within it no other command writes the run. ValueError if one does, or if its files cannot be written."""
-    require_writable(run.state_path, "--save-dir")
-    require_output(run.exported_path, "--weights-path", data.data, data.tokenizer_dir, run.load_from)
-    with locked(run.lock_path) if world.is_main and not run.previewing else nullcontext():
-        world.most(0)  # only now may the others look at what is there
-        yield
-
-
-def _require_dataset(
-    dataset: Any, configs: StageConfigs, state: dict[str, Any] | None, data: Any, objective: Any
-) -> None:
-    """ValueError if it has no rows that an early stop needs, or is not what the saved run was trained on."""
-    run = configs.run
-    if configs.trainer.early_stop_patience and not len(dataset.validation):
-        raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
-    if state and state["data"]["data_sha256"] != dataset.meta["data_sha256"]:
-        raise ValueError(
-            f"{run.state_path} was trained on other contents of {data.source}; "
-            "give the same file, or choose another --run-name"
+    def _fit(self, dataset: Any, identity: dict[str, Any]) -> Transformer | None:
+        trainer = Trainer(self.model, self.objective, dataset, self.configs, identity, self.world)
+        if self.state:
+            trainer.resume(self.state)
+        else:
+            trainer.start(self.moments)
+        event, self.state, self.moments = "resume" if self.state else "start", None, None
+        trainer.files.record(
+            event,
+            step=trainer.step,
+            total_steps=trainer.total_steps,
+            parameters=self.model.num_parameters(),
+            config=asdict(self.model.config),
+            **identity,
         )
-    if state and state["data"].get("reference_sha256") != dataset.meta.get("reference_sha256"):
-        raise ValueError(
-            f"{run.state_path} was tuned against another reference than {objective.reference_from}; "
-            "give the same weights with --reference-from, or choose another --run-name"
+        trainer.fit()
+        model = self.model
+        if self.configs.trainer.fsdp:  # what comes next has one process to itself
+            weights, context = trainer.state.weights(), model.context_length
+            if self.world.is_main:
+                model = Transformer(model.config)
+                model.load_state_dict(weights)
+                model.to(self.configs.runtime.torch_device).context_length = context
+        return model if self.world.is_main else None
+
+    def _header(self, dataset: Any) -> str:
+        configs, rows, config = self.configs, dataset.train, self.model.config
+        total_steps, per_step = configs.trainer.total_steps(len(rows)), configs.trainer.rows_per_step
+        tokens = total_steps * per_step * rows.seq_len * rows.real_token_share
+        source = f", starting from {configs.run.load_from}" if configs.run.load_from else ""
+        source = f", resuming after step {self.state['step']}" if self.state else source
+        return "\n".join(
+            [
+                f"{self.name}: run {configs.run.run_name}{source}",
+                f"device {configs.runtime.describe()}{', compiled' if configs.trainer.compile else ''}",
+                f"model {self.model.num_parameters() / 1e6:.1f}M parameters: width {config.hidden_size}, "
+                f"{config.num_hidden_layers} layers, "
+                f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}",
+                f"data {dataset.describe()}",
+                f"{total_steps:,} steps of {per_step} rows: {tokens / 1e6:.1f}M tokens, "
+                f"{total_steps * per_step / len(rows):.2f} passes",
+            ]
         )
 
 
 def require_start(configs: StageConfigs, example: str) -> None:
-    """ValueError without --load-from: fine-tuning random weights is nearly always a forgotten flag."""
+    """Raise ValueError without --load-from: fine-tuning random weights is nearly always a forgotten flag."""
     if configs.run.load_from is None:
         raise ValueError(f"--load-from is missing: give the pretrained weights to start from, such as {example}")
-
-
-def _preview(model: Transformer, objective: Any, dataset: Any, configs: StageConfigs, tokenizer: Any) -> None:
-    keep_freed_memory()
-    rows, size, seed = dataset.train, configs.trainer.rows_per_step, configs.runtime.seed
-    if configs.run.show_batch:
-        total = configs.trainer.total_steps(len(rows))
-        show_batch(tokenizer, objective, rows, size, model.config, seed, configs.run.show_step, total)
-    if configs.run.dry_run:
-        dry_run(model, objective, rows, configs.trainer, configs.runtime, configs.trainer.total_steps(len(rows)))
-
-
-def _fit(
-    world: World,
-    model: Transformer,
-    objective: Any,
-    dataset: Any,
-    configs: StageConfigs,
-    identity: dict,
-    state: dict | None,
-    moments: list[dict] | None,
-) -> Transformer | None:
-    keep_freed_memory()
-    trainer = Trainer(
-        model,
-        objective,
-        dataset.train,
-        dataset.validation,
-        optim=configs.optim,
-        trainer=configs.trainer,
-        run=configs.run,
-        runtime=configs.runtime,
-        identity=identity,
-        state=state,
-        moments=moments,
-        world=world,
-    )
-    if world.is_main:
-        trainer.log.write(
-            "resume" if state else "start",
-            step=trainer.step,
-            total_steps=trainer.total_steps,
-            parameters=model.num_parameters(),
-            config=asdict(trainer.model.config),
-            **identity,
-        )
-    trainer.fit()
-    weights = whole(model.state_dict(), keep=world.is_main)
-    if configs.trainer.fsdp and world.is_main:  # what comes next has one process to itself
-        context, model = model.context_length, Transformer(model.config)
-        model.load_state_dict(weights)
-        model.to(configs.runtime.torch_device).context_length = context
-    return model if world.is_main else None
 
 
 def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
@@ -237,84 +312,3 @@ def _idle_noise_flags(objective: Any) -> dict[str, tuple[bool, str]]:
             "a positive --mask-embedding-noise",
         ),
     }
-
-
-def _check_continuation(
-    state: dict[str, Any], stage: str, settings: dict, tokenizer: PreTrainedTokenizerFast, run: RunConfig
-) -> list[str]:
-    """Lines on what differs harmlessly; ValueError if the saved run is another stage's or had other settings."""
-    if state["stage"] != stage:
-        raise ValueError(
-            f"{run.state_path} is a run of {state['stage']}, not of {stage}: go on with it by "
-            f"uv run python -m {state['stage']} --run-name {run.run_name} --resume must, "
-            "or choose another --run-name, and --load-from for its weights"
-        )
-    if "step" not in state or "optimizers" not in state:
-        raise ValueError(f"{run.state_path} holds weights only; resume from the run's own <run-name>.pt")
-    if state["tokenizer"] != fingerprint(tokenizer):
-        raise ValueError(
-            f"{run.state_path} was trained with another tokenizer; give its directory with --tokenizer-dir"
-        )
-    return compare_settings(state["settings"], settings, run.state_path)
-
-
-def _starting_model(
-    stage: str,
-    configs: StageConfigs,
-    objective: Objective,
-    tokenizer: PreTrainedTokenizerFast,
-    state: dict[str, Any] | None,
-) -> tuple[Objective, Transformer]:
-    """Return the settled objective, and the saved run's model, that of --load-from, or a new one seeded by --seed.
-
-    Raises ValueError for diffusion weights in an autoregressive stage (the reverse is how diffusion starts from AR).
-    """
-    torch.manual_seed(configs.runtime.seed)
-    config, weights = replace(configs.shape, **token_ids(tokenizer)), None
-    if state:
-        config = ModelConfig(**state["config"])
-    elif configs.run.load_from:
-        config, weights = starting_weights(configs.run.load_from, config, configs.given, fingerprint(tokenizer))
-        if objective.autoregressive and not config.autoregressive:
-            raise ValueError(
-                f"{configs.run.load_from} was trained by diffusion and sees both sides of a token; "
-                "an autoregressive stage needs an autoregressive checkpoint; train it on by "
-                f"uv run python -m {BY_DIFFUSION[stage]} --load-from {shlex.quote(str(configs.run.load_from))}"
-            )
-    objective, config = objective.settle(config)
-    if weights is None:
-        return objective, Transformer(config)
-    return objective, build_model(config, weights, str(configs.run.load_from))
-
-
-def _starting_moments(configs: StageConfigs) -> list[dict]:
-    """The optimizer states in --load-from. ValueError if it has none, or those of another optimizer."""
-    path = configs.run.load_from
-    payload = read_archive(path)
-    if not isinstance(payload, dict) or "optimizers" not in payload or "settings" not in payload:
-        raise ValueError(f"{path} holds weights only; --resume-optimizer-state needs the run's <run-name>.pt")
-    if payload["settings"]["optimizer"] != configs.optim.optimizer:
-        raise ValueError(
-            f"{path} was trained with --optimizer {payload['settings']['optimizer']}, and its state does not fit "
-            f"{configs.optim.optimizer}; give the same one, or leave out --resume-optimizer-state"
-        )
-    return payload["optimizers"]
-
-
-def _header(stage: str, model: Transformer, dataset: Any, configs: StageConfigs, state: dict[str, Any] | None) -> str:
-    total_steps = configs.trainer.total_steps(len(dataset.train))
-    tokens = total_steps * configs.trainer.rows_per_step * dataset.train.seq_len * dataset.train.real_token_share
-    source = f", starting from {configs.run.load_from}" if configs.run.load_from else ""
-    source = f", resuming after step {state['step']}" if state else source
-    return "\n".join(
-        [
-            f"{stage}: run {configs.run.run_name}{source}",
-            f"device {configs.runtime.describe()}{', compiled' if configs.trainer.compile else ''}",
-            f"model {model.num_parameters() / 1e6:.1f}M parameters: width {model.config.hidden_size}, "
-            f"{model.config.num_hidden_layers} layers, "
-            f"{model.config.num_attention_heads} heads, vocabulary {model.config.vocab_size}",
-            f"data {dataset.describe()}",
-            f"{total_steps:,} steps of {configs.trainer.rows_per_step} rows: {tokens / 1e6:.1f}M tokens, "
-            f"{total_steps * configs.trainer.rows_per_step / len(dataset.train):.2f} passes",
-        ]
-    )

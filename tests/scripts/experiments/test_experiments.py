@@ -78,7 +78,6 @@ def trained(tmp_path_factory, tokenizer_dir, texts):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(trainer, "plot_losses", lambda log, image: None)
         patch.setattr(trainer.Trainer, "_micro_batches", noted)
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(experiment_runs, "launch", in_process([]))

@@ -10,7 +10,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from dataset.tokenizer import load_tokenizer, token_ids
 from model import import_weights as foreign_weights
 from model.checkpoint import (
-    build_model,
     load_checkpoint,
     load_model,
     save_checkpoint,
@@ -156,6 +155,24 @@ def test_a_changed_file_is_refused_with_its_name_and_the_reason(change, words, s
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    "stage, chat, unit",
+    [
+        ("scripts.train.diffusion", False, "nats per token"),
+        ("scripts.train.train_sft_diffusion", True, "nats per token"),
+        ("scripts.train.train_dpo_minimind", True, "per pair"),
+    ],
+)
+def test_chat_and_unit_are_saved_and_of_older_files_known_by_their_stage(stage, chat, unit, saved):
+    _, path = saved()
+    edit(path, lambda p: p.update(stage=stage))
+    older = load_checkpoint(path)
+    assert (older["chat"], older["unit"]) == (chat, unit)
+    edit(path, lambda p: p.update(chat=not chat, unit="bits"))
+    newer = load_checkpoint(path)
+    assert (newer["chat"], newer["unit"]) == (not chat, "bits")
+
+
 def test_another_tokenizer_is_refused(saved):
     _, path = saved()
     assert load_model(path, tokenizer="abc")
@@ -223,7 +240,7 @@ def test_weights_that_transformers_wrote_give_the_logits_that_transformers_gives
     config = ModelConfig(**shape, **ids, num_key_value_heads=2, rope_theta=500.0, rms_norm_eps=1e-3)
     given = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size"})
     start = starting_weights(path, config, given, "any")  # config.json beside it tells the heads
-    ours = build_model(*start, str(path)).eval()
+    ours = start.model(start.config).eval()
     tokens = torch.randint(ids["vocab_size"], (2, 20))
     torch.testing.assert_close(ours(tokens, is_causal=True), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
     told = "--num-attention-heads 4 --rope-theta 500.0 --rms-norm-eps 0.001$"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from matplotlib import image
 
-from scripts.engine.training import trainer
 from tests.soak import __main__ as soak
 from tests.soak import faults
 from tests.soak.processes import FilesUpTo, Kill
@@ -17,15 +16,10 @@ from tests.soak.state import difference, difference_of_runs, unsound
 from tests.soak.workplace import AR, DIFFUSION, Outcome, Workplace
 
 
-def draw_nothing():
-    """Loss curves take longer than the runs that they are drawn for."""
-    trainer.plot_losses = lambda log, image: None
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """One workplace for all tests of this file, with its undisturbed runs."""
-    return Workplace(tmp_path_factory.mktemp("soak"), seed=0, before=draw_nothing)
+    return Workplace(tmp_path_factory.mktemp("soak"), seed=0)
 
 
 def assert_survived(*outcomes):

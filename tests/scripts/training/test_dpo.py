@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dataset.corpus.bundled import preferences
+from model import import_weights
 from model.checkpoint import load_checkpoint, save_checkpoint
 from model.config import ModelConfig
 from scripts.engine.files import read_log
@@ -41,6 +42,17 @@ def dpo_argv(workspace, weights_of_one_step, tokenizer_dir, texts):
         + (["--dpo-num-masks", "2"] if start != "ar" else [])
         for name, (_, start) in RUNS.items()
     }
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_weights_that_it_starts_from_are_read_once(name, dpo_argv, command, monkeypatch):
+    """Although they are the reference, too."""
+    paths, read = [], import_weights.read_archive
+    monkeypatch.setattr(import_weights, "read_archive", lambda path: paths.append(path) or read(path))
+    assert command(RUNS[name][0], [*dpo_argv[name], "--max-iters", "1"]).code == 0
+    assert len(paths) == 1
+    tuned = load_checkpoint(f"weights/{name}.pt")
+    assert (tuned["chat"], tuned["unit"]) == (True, "per pair")
 
 
 def logged(name, event):

@@ -17,7 +17,9 @@ from dataset.packing import PackedRows
 from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.files import read_log
 from scripts.engine.training import loader
-from scripts.engine.training.health import FEWEST, WINDOW, Health, smaller_batch
+from scripts.engine.training.config import StageConfigs, TrainerConfig
+from scripts.engine.training.guard import FEWEST, WINDOW, Health, smaller_batch
+from scripts.engine.training.run import RunConfig
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 
@@ -81,8 +83,8 @@ def test_the_rows_named_are_those_of_the_step(pretrain_argv, command, at_step, m
 
     def listening(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        batch = type(self.train_rows).batch
-        monkeypatch.setattr(type(self.train_rows), "batch", lambda rows, i: asked.append(i.tolist()) or batch(rows, i))
+        batch = type(self.rows).batch
+        monkeypatch.setattr(type(self.rows), "batch", lambda rows, i: asked.append(i.tolist()) or batch(rows, i))
 
     monkeypatch.setattr(Trainer, "__init__", listening)
     at_step({7: nan})
@@ -170,7 +172,7 @@ def test_float16_skips_what_overflows_by_its_scale_and_stops_where_there_is_none
 
     def spoilt(self, *arguments):
         if self.step >= 2:
-            self.parameters[3].grad.fill_(math.nan)
+            self.state.parameters[3].grad.fill_(math.nan)
         return update(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_update", spoilt)
@@ -264,7 +266,9 @@ def test_where_memory_ends_the_flags_told_go_on_with_the_same_training(
 
 @given(st.integers(1, 96), st.integers(1, 8), st.integers(1, 50), st.integers(1, 8))
 def test_a_smaller_batch_has_the_same_rows_in_a_step_and_in_a_validation(portion, times, evaluated, processes):
-    told = smaller_batch(portion * processes, times, evaluated, processes).split()
+    trainer, run = TrainerConfig(portion * processes, times), RunConfig(eval_max_batches=evaluated)
+    configs = StageConfigs(None, None, trainer, run, None, frozenset(), None)
+    told = smaller_batch(configs, processes).split()
     if portion == 1:
         assert not told
         return

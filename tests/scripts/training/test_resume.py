@@ -12,6 +12,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from scripts.engine.files import read_log
+from scripts.engine.training.run_files import RunFiles
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind
 from tests.soak.processes import Command
@@ -80,15 +81,16 @@ class Killed(BaseException):
 
 @pytest.fixture
 def at(monkeypatch):
-    """at(method, steps, action): when the trainer has run `method` at one of `steps`, do `action`, once each."""
+    """at(method, steps, action): when the trainer, or its files, have run `method` at one of `steps`, do `action`."""
 
     def plan(method, steps, action, before=False):
-        original, left = getattr(Trainer, method), set(steps)
+        owner = Trainer if hasattr(Trainer, method) else RunFiles
+        original, left = getattr(owner, method), set(steps)
 
         def wrapped(self, *args):
             def act():
-                if self.step in left:
-                    left.remove(self.step)
+                if self.state.progress.step in left:  # once each
+                    left.remove(self.state.progress.step)
                     action()
 
             if before:
@@ -98,7 +100,7 @@ def at(monkeypatch):
                 act()
             return result
 
-        monkeypatch.setattr(Trainer, method, wrapped)
+        monkeypatch.setattr(owner, method, wrapped)
 
     return plan
 
@@ -163,7 +165,7 @@ KILLS = {
     "after a validation, whose log line and best weights are of a lost future": ("_validate", [8], False),
     "after one that drops weights which the last checkpoint lists among the best": ("_validate", [12], False),
     "two steps after a save": ("_train_step", [11], False),
-    "before the weights are written, the average in place": ("_write_weights", [12], True),
+    "before the weights are written, the average in place": ("write_weights", [12], True),
 }
 
 

@@ -30,7 +30,7 @@ def first_step(monkeypatch):
             seen["weights"] = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             seen["optimizers"] = [
                 {"state": {k: {n: v.clone() for n, v in s.items()} for k, s in o.state_dict()["state"].items()}}
-                for o in self.optimizers
+                for o in self.state.optimizers
             ]
         return original(self)
 
@@ -162,9 +162,9 @@ def test_a_stage_minimises_the_mean_over_rows_on_rows_of_its_kind(name, sft_argv
     seen = {}
     original = Trainer.__init__
 
-    def spying(self, model, objective, train_rows, *more, **named):
-        seen.update(objective=objective, rows=len(train_rows))
-        original(self, model, objective, train_rows, *more, **named)
+    def spying(self, model, objective, dataset, *arguments):
+        seen.update(objective=objective, rows=len(dataset.train))
+        original(self, model, objective, dataset, *arguments)
 
     monkeypatch.setattr(Trainer, "__init__", spying)
     assert command(MODULES[name], [*sft_argv[name], "--val-fraction", "0", "--max-seq-len", "200"]).code == 0

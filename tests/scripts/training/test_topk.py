@@ -8,7 +8,7 @@ import torch
 from model.checkpoint import average_weights, load_checkpoint, load_model
 from scripts.engine.files import read_log
 from scripts.engine.training.run import RunConfig
-from scripts.engine.training.topk import TopK
+from scripts.engine.training.run_files import TopK
 from scripts.train import diffusion
 
 

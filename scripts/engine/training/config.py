@@ -1,11 +1,14 @@
-"""How long a training is, and what of it is done at a time."""
+"""The groups of flags that every training stage has."""
 
 import math
 from dataclasses import dataclass
 from typing import Annotated
 
-from scripts.engine.runtime import launched, num_processes
+from model.config import ModelConfig
+from scripts.engine.runtime import RuntimeConfig, launched, num_processes
 from scripts.engine.training.compiling import require_compiler
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.run import RunConfig
 
 
 @dataclass(frozen=True)
@@ -54,3 +57,16 @@ class TrainerConfig:
 
     def total_steps(self, num_rows: int) -> int:
         return self.max_iters or max(1, math.ceil((self.epochs or 1) * num_rows / self.rows_per_step))
+
+
+@dataclass(frozen=True)
+class StageConfigs:
+    """The groups of flags that every training stage has."""
+
+    shape: ModelConfig
+    optim: OptimConfig
+    trainer: TrainerConfig
+    run: RunConfig
+    runtime: RuntimeConfig
+    given: frozenset[str]  # fields typed on the command line
+    argv: list[str] | None  # what was typed, as `main` was given it
