@@ -1,4 +1,4 @@
-"""Result files, each of which appears whole or not at all."""
+"""Files of commands: results that appear whole or not at all, logs, and locks."""
 
 import errno
 import hashlib
@@ -21,30 +21,32 @@ NO_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP  # errors
 
 
 def require_output(path: Path | None, flag: str, *inputs: Path | str | None) -> None:
-    """ValueError, before the work, if no file can be written at `path`, or if it is one of the files that the command
-    reads. None: nothing is written, or read. A folder among the inputs is that of a tokenizer."""
+    """Raise ValueError, before the work, if no file can be written at `path`, or if the command reads that file.
+
+    None stands for nothing to write or read. A folder among the inputs is that of a tokenizer.
+    """
     if path is None:
         return
     require_writable(path, flag)
-    for one in map(Path, filter(None, inputs)):
-        for file in [one / name for name in TOKENIZER_FILES] if one.is_dir() else [one]:
+    for source in map(Path, filter(None, inputs)):
+        for file in [source / name for name in TOKENIZER_FILES] if source.is_dir() else [source]:
             if path.exists() and file.exists() and path.samefile(file):
                 raise ValueError(f"{flag} {path} is a file that the command reads ({file}); choose another place")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Atomically and durably, its folder made; OSError names `path`, which is then as it was."""
+    """Write atomically and durably, and make the folder; after an OSError, which names `path`, it is as it was."""
     with replacing(path) as file:
         file.write(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    # What is no Unicode, such as half of a surrogate pair in the name of a file, JSON spells as backslashreplace does.
+    # Lone surrogates, from odd file names, become backslash escapes, as in JSON.
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """What is no finite number becomes null: JSON has no other word for it."""
+    """Write JSON; numbers that are not finite become null, since JSON has no NaN."""
     try:
         text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     except ValueError:
@@ -54,9 +56,9 @@ def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
+        return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -66,7 +68,7 @@ def sha256_of(path: Path) -> str:
 
 
 def require_writable(path: Path, flag: str) -> None:
-    """ValueError if no file can be written at `path`; found out before the work, not after it. Makes nothing."""
+    """Raise ValueError, before the work, if no file can be written at `path`. Creates nothing."""
     folder = path.parent
     while not folder.exists():
         folder = folder.parent
@@ -75,26 +77,27 @@ def require_writable(path: Path, flag: str) -> None:
 
 
 def or_none(value: float) -> float | None:
-    """JSON has no infinity and no NaN."""
+    """Return the value if it is finite, else None: JSON has no infinity and no NaN."""
     return value if math.isfinite(value) else None
 
 
 def read_log(path: Path) -> list[dict]:
+    """Return the events of a run's log."""
     return [json.loads(line) for line in lines_of(path)]
 
 
 def lines_of(path: Path) -> list[str]:
-    """Cut at line feeds alone: str.splitlines also cuts at characters that JSON strings may hold (U+2028, U+0085)."""
+    """Return the lines of a text, cut at line feeds alone: str.splitlines also cuts at U+2028 and others, which JSON
+    strings may hold."""
     return path.read_text(encoding="utf-8").split("\n")[:-1]
 
 
 @contextmanager
 def locked(path: Path, flag: str = "--run-name") -> Iterator[None]:
-    """Hold the lock file `path`. ValueError, with the name of the holder, if another process does; flag: what to give
-    another of.
+    """Hold the lock file `path`; raise ValueError, with the name of its holder, if another process holds it.
 
-    The system releases a lock when its process ends, so the file that a killed one leaves blocks nobody. At the end the
-    file is deleted, with the folders that were made for it if nothing else has come into them.
+    flag: chooses another place. The system releases a lock when its process ends, so the file that a killed process
+    leaves blocks nobody. At the end the file is deleted, and so are the folders that were made for it and are empty.
     """
     new_folders = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +118,11 @@ def locked(path: Path, flag: str = "--run-name") -> Iterator[None]:
 def _acquire(lock: FileLock, path: Path, flag: str) -> None:
     try:
         lock.acquire()
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
+        with suppress(PermissionError):  # Windows writes to no locked file
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n")
     except Timeout:
         holder = ""
-        with suppress(OSError):  # Windows lets nobody read a locked file
+        with suppress(OSError):  # Windows reads no locked file
             holder = path.read_text(errors="replace")[:200].strip()
         raise ValueError(
             f"{path}: this run is in use by {holder or 'another process'}; wait for its end, stop it, "

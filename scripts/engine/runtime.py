@@ -1,4 +1,4 @@
-"""Device, precision and seed: how a command computes, not what."""
+"""How a command computes, not what: processes, device, precision and seed, provenance of results, memory."""
 
 import ctypes
 import hashlib
@@ -28,7 +28,7 @@ PACKAGES = "model", "dataset", "scripts"  # whose code makes the numbers
 
 
 def launched() -> bool:
-    """Whether torchrun, or something that speaks to processes as it does, has started this process."""
+    """Return whether torchrun, or a compatible launcher, has started this process."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
@@ -37,22 +37,23 @@ def num_processes() -> int:
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine, and so its GPU's."""
+    """Return this process's number among those of its machine, which is also that of its GPU."""
     return int(os.environ.get("LOCAL_RANK", 0)) if launched() else 0
 
 
 @cache
 def store() -> Any:
+    """Return the key-value store by which the processes of a run find each other."""
     return next(dist.rendezvous("env://", timeout=MEETING))[0]
 
 
 def attempt(key: str) -> str:
-    """torchrun may start all of them again, with the same store."""
+    """Return the key for this start of the processes: torchrun may start all again, with the same store."""
     return f"{key}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 def first_to_say(sentence: str) -> bool:
-    """Whether no other process of this run has said it: a mistake that all of them find is told once."""
+    """Return whether no other process of this run has said it: a mistake that all of them notice is reported once."""
     if not launched():
         return True
     digest = hashlib.sha256(sentence.encode()).hexdigest()
@@ -144,7 +145,7 @@ class RuntimeConfig:
 
 
 def _cpu_has_bfloat16_units() -> bool:
-    """True where bfloat16 matrix products run on hardware of their own (AVX512-BF16, AMX, Arm BF16)."""
+    """Return whether the CPU has units for bfloat16 matrix products (AVX512-BF16, AMX, Arm BF16)."""
     if not hasattr(torch.cpu, "get_capabilities"):  # older than torch 2.12
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     capabilities = torch.cpu.get_capabilities()
@@ -152,9 +153,9 @@ def _cpu_has_bfloat16_units() -> bool:
 
 
 def provenance(runtime: RuntimeConfig) -> dict[str, Any]:
-    """What a result depends on beside its settings, for every log and result file.
+    """Return what a result depends on beside its settings, for every log and result file.
 
-    The same command, code, versions, device and number of processes give the same numbers to the last digit, but for
+    The same command, code, versions, device and number of processes give the same numbers to the last digit, except
     seconds. Another device or version, and a batch of another shape, sum in another order. float32 logits then differ
     by 5e-7 of their size (median; at most 1e-5), which changed none of 3,000 texts; bfloat16 differs from float32 by up
     to 2e-2, which changes a good part of all texts.
@@ -174,12 +175,12 @@ def provenance(runtime: RuntimeConfig) -> dict[str, Any]:
 
 
 def command_line(module: str, argv: list[str] | None) -> str:
-    """The command as it is typed; argv: what its `main` was given."""
+    """Return the command as it is typed; argv: what its `main` was given."""
     return shlex.join(["uv", "run", "python", "-m", module, *map(str, sys.argv[1:] if argv is None else argv)])
 
 
 def _processor() -> str:
-    """The processor's model, or its architecture where the system does not say more."""
+    """Return the processor's model, or its architecture if the system says no more."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
             name, _, value = line.partition(":")
@@ -189,8 +190,8 @@ def _processor() -> str:
 
 
 def _commit(root: Path = ROOT) -> str:
-    """The commit of the running code, "+" where tracked files differ from it or its packages hold modules that are not
-    tracked; "unknown" where `root` is not the root of a git checkout, be it inside that of another project."""
+    """Return the commit of the running code, with "+" if tracked files differ from it or its packages hold untracked
+    modules; "unknown" if `root` is not the root of a git checkout."""
 
     def git(*args: str) -> str:
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
@@ -207,13 +208,13 @@ def _commit(root: Path = ROOT) -> str:
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Move the tensors of a batch from the host, also those in lists and dicts, without `document_ids` where every row
-    is one document and full: no mask is needed then."""
+    """Move the tensors of a batch from the host, also those in lists and dicts. `document_ids` is dropped if every row
+    is one full document, which needs no mask."""
     return move(host_ready(batch, device), device)
 
 
 def host_ready(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The host's part of `to_device`, which a thread may do."""
+    """Do the host's part of `to_device`, which a thread may do."""
     if "document_ids" in batch and not batch["document_ids"].any():
         batch = {name: value for name, value in batch.items() if name != "document_ids"}
     # Pinned memory lets the copy overlap with the step before.
@@ -221,7 +222,7 @@ def host_ready(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The device's part of `to_device`; for pinned tensors the host does not wait."""
+    """Do the device's part of `to_device`; for pinned tensors the host does not wait."""
     return _each(batch, lambda tensor: tensor.to(device, non_blocking=device.type == "cuda"))
 
 
@@ -245,10 +246,10 @@ KEPT = {M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 2**26, M_MMAP_MAX: 0}
 
 
 def keep_freed_memory(keep: bool = True) -> bool:
-    """Have malloc keep what is freed for the next request; returns whether it could be told (glibc can).
+    """Have malloc keep freed memory for the next request; return whether it can (glibc's can).
 
-    A training step frees and asks for the same hundreds of megabytes again and again. Given back to the system in
-    between, every page of them is a fault, which on a virtual machine costs more than computing on it.
+    A training step frees and requests the same hundreds of megabytes again and again. If they went back to the system
+    in between, every page would be a fault, which on a virtual machine costs more than computing on it.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
