@@ -28,7 +28,7 @@ from model.transformer import Transformer
 from scripts.engine.bench.timing import markdown, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED
 from scripts.engine.loaded import load_for_use
-from scripts.engine.report.measure import read_asked
+from scripts.engine.report.exercises import read_exercises
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct, wilson
 
@@ -163,7 +163,7 @@ def _models_and_exam(
 def _trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> tuple[dict[str, Transformer], Exam]:
     tokenizer = load_tokenizer(config.decoding_tokenizer_dir)
     questions = sorted(
-        read_asked(bundled_file("questions"), "questions"),
+        read_exercises(bundled_file("questions"), "questions"),
         key=lambda question: content_hash(f"{question.text}\n{question.reference}"),
     )[: config.decoding_questions]
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question.text}], True) for question in questions]

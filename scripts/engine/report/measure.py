@@ -1,11 +1,11 @@
-"""What the report measures of every row of a file, for every model on the same rows: the raw values of report.json.
+"""What is measured of every row of a file, for every model on the same rows: the raw values of report.json.
 
-To add a format of rows: its fields and a function (Setup, Source, BadRows) -> section, listed in FORMS, and its
-metrics in `report.metrics.METRICS`.
+To add a format of rows: its fields and a function (Setup, Source, BadRows) -> section, listed in FORMS, and its metrics
+in `report.metrics.METRICS`.
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,6 @@ from dataset.corpus.bundled import bundled_file
 from dataset.formats import FORMATS as CONVERSATIONS
 from dataset.formats import read_conversations
 from dataset.jsonl import (
-    JSON_TYPES,
-    Check,
-    content_hash,
-    language_of,
     read_as,
     read_documents,
     read_rows,
@@ -35,7 +31,6 @@ from scripts.engine.likelihood.documents import add_nats, reply_canvas
 from scripts.engine.likelihood.windows import (
     DataEvalConfig,
     Document,
-    ReplyCanvas,
     Window,
     chosen_rows,
     reply_windows,
@@ -44,9 +39,9 @@ from scripts.engine.likelihood.windows import (
 )
 from scripts.engine.loaded import Loaded, data_digest
 from scripts.engine.prompts import PromptConfig
+from scripts.engine.report.exercises import key_of, labels_of, read_exercises, whole_couplets
 from scripts.engine.runtime import RuntimeConfig
 
-LABELS = ("split", "kind", "direction", "seen_in_pretrain")  # fields that rows may be told apart by
 BATCH_SIZE = 32  # of answers
 WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
 
@@ -118,7 +113,7 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True)
 class Setup:
-    """The models, in the order given, and how they are asked."""
+    """The models, in the order of the flags, and how questions are put to them."""
 
     models: dict[str, Loaded]
     tokenizer: PreTrainedTokenizerFast
@@ -131,12 +126,12 @@ class Setup:
 
     @property
     def wraps(self) -> set[bool]:
-        """Whether questions are put into the chat template; both, where the models differ."""
+        """Whether questions are put into the chat template; both values if the models differ."""
         return {self.prompting.wraps(loaded) for loaded in self.models.values()}
 
     def sampler(self, name: str) -> SamplingConfig | DenoisingConfig:
-        one = self.models[name]
-        return self.sampling if one.kind == "autoregressive" else self.denoising.fitted(one.model.config)
+        loaded = self.models[name]
+        return self.sampling if loaded.kind == "autoregressive" else self.denoising.fitted(loaded.model.config)
 
 
 def paths_in(names: str, flag: str) -> list[Path]:
@@ -185,14 +180,14 @@ def form_of(path: Path, bad: BadRows | None = None) -> str:
 
 
 def require_readable(sources: list[Source], config: MeasureConfig, tokenizer: PreTrainedTokenizerFast) -> None:
-    """ValueError for a bad row that is not skipped, before the work begins."""
+    """Raise ValueError for a bad row that is not skipped, before the work begins."""
     for source in sources:
         for _ in FORMS[source.form].read(source.path, bad=config.bad_rows, check=spelling_check(tokenizer)):
             pass
 
 
 def measure(setup: Setup, source: Source) -> Section:
-    """What report.json holds of a file: its items, sorted by their hash, and in `results` each model's values."""
+    """What report.json holds of a file: its items, sorted by their keys, and in `results` each model's values."""
     bad = setup.config.bad_rows
     section = {
         "name": source.name,
@@ -201,55 +196,51 @@ def measure(setup: Setup, source: Source) -> Section:
         "split": source.split,
         "bundled": source.bundled,
         "sha256": data_digest(source.path),
-    } | FORMS[source.form].measure(setup, source, bad)
-    section |= report_skipped(source.path, bad)
+        **FORMS[source.form].measure(setup, source, bad),
+        **report_skipped(source.path, bad),
+    }
     section["left_out"]["bad"] = bad.count
     print(f"{source.name}: {len(section['items']):,} rows of {source.form}", file=sys.stderr)
-    order = sorted(range(len(section["items"])), key=lambda i: section["items"][i]["key"])
-    section["items"] = [section["items"][i] for i in order]
-    section["results"] = {name: [made[i] for i in order] for name, made in section["results"].items()}
+    order = sorted(range(len(section["items"])), key=lambda place: section["items"][place]["key"])
+    section["items"] = [section["items"][place] for place in order]
+    section["results"] = {name: [results[place] for place in order] for name, results in section["results"].items()}
     return section
 
 
 # -- likelihood --------------------------------------------------------------------------------------------------------
 
 
-def _of_text(setup: Setup, source: Source, bad: BadRows) -> Section:
-    """All models score the same tokens: control tokens only where all have learnt documents that hold them."""
+def _measure_text(setup: Setup, source: Source, bad: BadRows) -> Section:
+    """All models score the same tokens: control tokens only if all have learnt documents that hold them."""
     control = {loaded.control_tokens for loaded in setup.models.values()}
     if len(control) > 1:
-        told = "some models were trained with --control-tokens, others were not: all are given plain text"
-        print(f"{source.path}: {told}", file=sys.stderr)
+        note = "some models were trained with --control-tokens, others were not: all are given plain text"
+        print(f"{source.path}: {note}", file=sys.stderr)
     config = replace(setup.config.choosing(source, setup.config.max_rows), control_tokens=control == {True})
     documents, windows = windows_of(setup.tokenizer, config, setup.config.max_seq_len, bad)
     section = _likelihoods(setup, source, documents, dict.fromkeys(setup.models, windows))
     return section | {"left_out": {}, "documents_hold_control_tokens": config.control_tokens}
 
 
-def _of_chat(setup: Setup, source: Source, bad: BadRows) -> Section:
+def _measure_chat(setup: Setup, source: Source, bad: BadRows) -> Section:
+    """All models score the same replies, each on its own canvas."""
     config, limit = setup.config.choosing(source, setup.config.max_rows), setup.config.max_seq_len
-    found = {  # all score the same replies, diffusion models on a canvas
-        canvas: reply_windows(setup.tokenizer, config, limit, canvas, bad)
-        for canvas in {_canvas(setup, n) for n in setup.models}
-    }
-    windows = {name: found[_canvas(setup, name)].windows for name in setup.models}
-    any_of = next(iter(found.values()))
-    section = _likelihoods(setup, source, any_of.conversations, windows)
-    return section | {"left_out": {"too_long": any_of.too_long, "empty": any_of.empty}}
+    canvases = {name: reply_canvas(loaded, setup.config.canvas) for name, loaded in setup.models.items()}
+    replies = {canvas: reply_windows(setup.tokenizer, config, limit, canvas, bad) for canvas in {*canvases.values()}}
+    windows = {name: replies[canvas].windows for name, canvas in canvases.items()}
+    same = next(iter(replies.values()))  # on every canvas
+    section = _likelihoods(setup, source, same.conversations, windows)
+    return section | {"left_out": {"too_long": same.too_long, "empty": same.empty}}
 
 
-def _canvas(setup: Setup, name: str) -> ReplyCanvas:
-    return reply_canvas(setup.models[name], setup.config.canvas)
-
-
-def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: dict[str, list[Window]]) -> Section:
+def _likelihoods(setup: Setup, source: Source, unscored: list[Document], windows: dict[str, list[Window]]) -> Section:
     """Documents without nats, and each model's windows -> their items and results."""
     keys = {}
     for window in next(iter(windows.values())):
         keys.setdefault(window.document, f"{window.seed:016x}")
     results = {}
     for name, loaded in setup.models.items():
-        documents = [replace(document) for document in blank]
+        documents = [replace(document) for document in unscored]
         add_nats(loaded, documents, windows[name], setup.config.scoring(source))
         results[name] = [{"nats": d.nats, "variance": or_none(d.variance)} for d in documents]
     items = [
@@ -261,30 +252,29 @@ def _likelihoods(setup: Setup, source: Source, blank: list[Document], windows: d
 # -- multiple choice ---------------------------------------------------------------------------------------------------
 
 
-def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
+def _measure_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
     config, check = setup.config.choosing(source, setup.config.max_rows), spelling_check(setup.tokenizer)
-    labels = {}
+    labels: dict[str, dict[str, str]] = {}
 
     def labelled(row: dict[str, Any]) -> choices.Question:
         question = choices.question_of(row, check)
-        labels[question.content] = _labels(row)
+        labels[question.content] = labels_of(row)
         return question
 
     rows = (question for _, question in read_as(source.path, labelled, bad=bad))
-    chosen = chosen_rows(rows, config, lambda question: question.content)
-    asked, too_long = choices.questions_that_fit(setup.tokenizer, chosen, setup.config.max_seq_len, setup.wraps)
-    _require_some(source, setup, asked)
+    sample = chosen_rows(rows, config, lambda question: question.content)
+    questions, too_long = choices.questions_that_fit(setup.tokenizer, sample, setup.config.max_seq_len, setup.wraps)
+    _require_any(questions, setup, source)
     results = {}
     for name, loaded in setup.models.items():
-        wrap, config = setup.prompting.wraps(loaded), setup.config.scoring(source)
-        scored = choices.choice_nats(loaded, asked, wrap, config)
+        scores = choices.choice_nats(loaded, questions, setup.prompting.wraps(loaded), setup.config.scoring(source))
         results[name] = [
-            {"nats": one.nats.tolist(), "variance": [or_none(v) for v in one.variance.tolist()]} for one in scored
+            {"nats": s.nats.tolist(), "variance": [or_none(v) for v in s.variance.tolist()]} for s in scores
         ]
     items = [
-        {"key": _key(q.content), "lang": q.language, **labels[q.content]}
+        {"key": key_of(q.content), "lang": q.language, **labels[q.content]}
         | {"question": q.text, "choices": q.choices, "answer": q.answer}
-        for q in asked
+        for q in questions
     ]
     return {"items": items, "results": results, "left_out": {"too_long": too_long}}
 
@@ -292,188 +282,109 @@ def _of_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
 # -- answers -----------------------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """A question to be answered in words."""
-
-    row: int  # of the file
-    text: str
-    reference: str
-    wanted: str | None  # what a right answer holds, as words of its own
-    language: str
-    labels: dict[str, str]
-    couplet: str | None = None  # of a poem's lines, the same in either direction
-
-    @property
-    def complete(self) -> bool:
-        """Whether there is a question, and an answer to compare with."""
-        return all(text is None or bool(text.strip()) for text in (self.text, self.reference, self.wanted))
-
-
-def read_asked(path: Path, form: str, bad: BadRows | None = None, check: Check = str) -> Iterator[Asked]:
-    """The questions of a file of poems, questions or open questions, as `read_as`; a row is bad of whose texts
-    check(text) raises ValueError, too."""
-    for number, asked in read_as(path, partial(_asked_of, form=form, check=check), bad=bad):
-        yield asked._replace(row=number)
-
-
-def _asked_of(row: dict[str, Any], form: str, check: Check) -> Asked:
-    reference = "reference" if form == "open" else "answer"
-    more = ["prompt"] if form == "poems" else []
-    for name in ("question", reference, *more, *(["final"] if "final" in row else ())):
-        value = row.get(name)
-        if not isinstance(value, str):
-            found = JSON_TYPES[type(value)] if name in row else "missing"
-            raise ValueError(f'field "{name}" is {found}, expected a text; correct the row')
-        check(value)
-    if form == "poems" and row.get("direction") not in ("forward", "backward"):
-        raise ValueError(f'field "direction" is {row.get("direction")!r}, expected "forward" or "backward"')
-    language = row.get("lang")
-    if not isinstance(language, str):
-        language = language_of(row["question"] + row[reference])
-    wanted = None if form == "open" else row.get("final", row["answer"]).strip()
-    couplet = _key("\n".join(sorted((row["prompt"], row["answer"])))) if form == "poems" else None
-    return Asked(0, row["question"], row[reference], wanted, language, _labels(row), couplet)
-
-
-def _of_asked(setup: Setup, source: Source, bad: BadRows) -> Section:
-    """Answers in words; of poems and open questions also the likelihood of the answer that is given."""
+def _measure_exercises(setup: Setup, source: Source, bad: BadRows) -> Section:
+    """Answers in words; of poems and open questions also the likelihood of the answer that the file gives."""
     limit = min(setup.config.questions, setup.config.max_rows or setup.config.questions)
-    found = list(read_asked(source.path, source.form, bad, spelling_check(setup.tokenizer)))
-    whole = _whole_couplets(found, [asked for asked in found if asked.complete])
-    told_apart = setup.config.choosing(source, limit), lambda asked: asked.couplet or f"{asked.text}\n{asked.reference}"
-    rows = _whole_couplets(whole, chosen_rows(whole, *told_apart))
-    if whole and not rows:
+    config, batch_size = setup.config.choosing(source, limit), setup.config.batch_size or BATCH_SIZE
+    # 1. the complete rows  2. a random sample of them  3. those that fit the context; couplets whole or not at all
+    rows = list(read_exercises(source.path, source.form, bad, spelling_check(setup.tokenizer)))
+    complete = whole_couplets(rows, [row for row in rows if row.complete])
+    sample = chosen_rows(complete, config, lambda row: row.couplet or f"{row.text}\n{row.reference}")
+    sample = whole_couplets(complete, sample)
+    if complete and not sample:
         raise ValueError(f"{source.path}: no couplet has as few as {limit} rows; raise --questions or --max-rows")
-    rows.sort(key=_asked_key)  # a question's seed follows its place, which must not be that in the file
-    fitting = _whole_couplets(rows, [asked for asked in rows if _fits(setup, asked)])
-    _require_some(source, setup, fitting)
-    items = [_asked_item(setup.tokenizer, asked) for asked in fitting]
-    batch_size = setup.config.batch_size or BATCH_SIZE
+    sample.sort(key=lambda row: row.key)  # a question's seed follows its place, which must not be that in the file
+    fitting = whole_couplets(sample, [row for row in sample if _fits(setup, row.text)])
+    _require_any(fitting, setup, source)
+    items = [row.item(setup.tokenizer) for row in fitting]
     results = {name: answers_of(setup, name, items, setup.sampler(name), batch_size) for name in setup.models}
     if source.form != "questions":
         _add_reference_nats(setup, source, items, results)
-    left_out = {"too_long": len(rows) - len(fitting), "empty": len(found) - len(whole)}
+    left_out = {"too_long": len(sample) - len(fitting), "empty": len(rows) - len(complete)}
     return {"items": items, "results": results, "left_out": left_out, "batch_size": batch_size}
 
 
-def _whole_couplets(rows: list[Asked], kept: list[Asked]) -> list[Asked]:
-    """Of `kept` what is no poem, and the couplets of which all rows are kept: both directions or neither."""
-    numbers = {asked.row for asked in kept}
-    cut = {asked.couplet for asked in rows if asked.couplet and asked.row not in numbers}
-    return [asked for asked in kept if asked.couplet not in cut]
-
-
 def answers_of(
-    setup: Setup, name: str, items: list[dict], config: SamplingConfig | DenoisingConfig, batch_size: int
+    setup: Setup, name: str, items: list[dict], sampler: SamplingConfig | DenoisingConfig, batch_size: int
 ) -> list[dict[str, Any]]:
     """A model's answers to the questions of the items; the i-th is sampled with the seed plus i."""
     loaded = setup.models[name]
     prompts = [setup.prompting.prompt(item["question"], loaded) for item in items]
-    answers = answer_all(loaded, prompts, setup.continuation, config, batch_size, name)
-    return recorded(setup, answers)
+    return recorded(setup, answer_all(loaded, prompts, setup.continuation, sampler, batch_size, name))
 
 
 def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
+    """What report.json holds of answers."""
     return [
         {name: getattr(answer, name) for name in WRITTEN} | {"ids": encode(setup.tokenizer, answer.text)}
         for answer in answers
     ]
 
 
-def _fits(setup: Setup, asked: Asked) -> bool:
-    """Whether prompt and answer are within the context, however the models are asked."""
+def _fits(setup: Setup, question: str) -> bool:
+    """Whether prompt and answer fit the context, in the template and as plain text if models differ in that."""
     room = setup.config.max_seq_len - setup.continuation.max_new_tokens
-    prompts = [setup.prompting.prompt(asked.text, loaded) for loaded in setup.models.values()]
+    prompts = [setup.prompting.prompt(question, loaded) for loaded in setup.models.values()]
     return all(len(prompt.encode(setup.tokenizer)) <= room for prompt in prompts)
 
 
-def _asked_item(tokenizer: PreTrainedTokenizerFast, asked: Asked) -> dict[str, Any]:
-    wanted = {} if asked.wanted is None else {"wanted": asked.wanted}
-    return {
-        "key": _asked_key(asked),
-        "lang": asked.language,
-        **asked.labels,
-        **({"couplet": asked.couplet} if asked.couplet else {}),
-        "question": asked.text,
-        "reference": asked.reference,
-        **wanted,
-        "reference_tokens": len(encode(tokenizer, asked.reference)) + 1,
-    }
-
-
 def _add_reference_nats(setup: Setup, source: Source, items: list[dict], results: dict[str, list[dict]]) -> None:
-    """Nats of the reference given the question, where both fit the context."""
-    questions = [choices.Question(item["question"], [item["reference"]], 0, item["lang"]) for item in items]
-    fits = [
-        bool(choices.questions_that_fit(setup.tokenizer, [question], setup.config.max_seq_len, setup.wraps)[0])
-        for question in questions
-    ]
-    places = [place for place, fit in enumerate(fits) if fit]
-    if not places:
-        return
-    for name, loaded in setup.models.items():
-        some, wrap = [questions[place] for place in places], setup.prompting.wraps(loaded)
-        scored = choices.choice_nats(loaded, some, wrap, setup.config.scoring(source))
-        for place, one in zip(places, scored, strict=True):
+    """Add the nats of the reference given the question, if both fit the context."""
+    places, questions = [], []
+    for place, item in enumerate(items):
+        question = choices.Question(item["question"], [item["reference"]], 0, item["lang"])
+        if choices.questions_that_fit(setup.tokenizer, [question], setup.config.max_seq_len, setup.wraps)[0]:
+            places.append(place)
+            questions.append(question)
+    for name, loaded in setup.models.items() if questions else ():
+        scores = choices.choice_nats(loaded, questions, setup.prompting.wraps(loaded), setup.config.scoring(source))
+        for place, score in zip(places, scores, strict=True):
             results[name][place]["reference_likelihood"] = {
-                "nats": one.nats.item(),
-                "variance": or_none(one.variance.item()),
-                "tokens": one.tokens.item(),
+                "nats": score.nats.item(),
+                "variance": or_none(score.variance.item()),
+                "tokens": score.tokens.item(),
             }
 
 
-def _require_some(source: Source, setup: Setup, left: list) -> None:
-    if not left:
+def _require_any(questions: list, setup: Setup, source: Source) -> None:
+    if not questions:
         raise ValueError(
             f"{source.path}: no question fits --max-seq-len {setup.config.max_seq_len}; raise it, or lower "
             "--max-new-tokens"
         )
 
 
-def _asked_key(asked: Asked) -> str:
-    return _key("\n".join([asked.text, asked.reference, asked.wanted or "", asked.language, *asked.labels.values()]))
-
-
-def _key(content: str) -> str:
-    return f"{content_hash(content):016x}"
-
-
-def _labels(row: dict[str, Any]) -> dict[str, str]:
-    return {name: str(row[name]) for name in LABELS if isinstance(row.get(name), str | bool)}
+# -- formats -----------------------------------------------------------------------------------------------------------
 
 
 class Form(NamedTuple):
     """A format of rows."""
 
-    fields: tuple[tuple[str, ...], ...]  # that a row has: all of one tuple
-    read: Callable[..., Iterable[Any]]  # (path, bad=, check=): its rows
+    fields: tuple[tuple[str, ...], ...]  # a row has all fields of one of these tuples
+    read: Callable[..., Iterable[Any]]  # (path, bad=, check=) -> its rows
     measure: Callable[[Setup, Source, BadRows], Section]
-    told: str
+    description: str
 
 
-FORMS = {  # of the formats that a row fits the first is taken
-    "text": Form((("text",),), read_documents, _of_text, "documents: every token and the EOS"),
-    "choices": Form((("question", "choices"),), choices.read_questions, _of_choices, "multiple choice by likelihood"),
-    "poems": Form(
-        (("prompt", "answer", "direction", "question"),),
-        partial(read_asked, form="poems"),
-        _of_asked,
-        "lines of poems, the next and the one before",
+def _exercises(form: str, fields: tuple[str, ...], description: str) -> Form:
+    return Form((fields,), partial(read_exercises, form=form), _measure_exercises, description)
+
+
+FORMS = {  # a row is of the first format that it fits
+    "text": Form((("text",),), read_documents, _measure_text, "documents: every token and the EOS"),
+    "choices": Form(
+        (("question", "choices"),), choices.read_questions, _measure_choices, "multiple choice by likelihood"
     ),
-    "open": Form(
-        (("question", "reference"),), partial(read_asked, form="open"), _of_asked, "answers compared with a reference"
+    "poems": _exercises(
+        "poems", ("prompt", "answer", "direction", "question"), "lines of poems, the next and the one before"
     ),
-    "questions": Form(
-        (("question", "answer"),),
-        partial(read_asked, form="questions"),
-        _of_asked,
-        "answers that hold the right one, or not",
-    ),
+    "open": _exercises("open", ("question", "reference"), "answers compared with a reference"),
+    "questions": _exercises("questions", ("question", "answer"), "answers that hold the right one, or not"),
     "chat": Form(
         tuple(form.fields for form in CONVERSATIONS.values()),
         read_conversations,
-        _of_chat,
+        _measure_chat,
         "replies and their EOS, given all before them",
     ),
 }
-ANSWERED = ("questions", "poems", "open")  # in words
+ANSWERED = ("questions", "poems", "open")  # formats of exercises

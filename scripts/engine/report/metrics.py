@@ -7,6 +7,7 @@ beyond the texts and nats recorded so far, `measure` must record.
 import math
 import re
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -58,6 +59,14 @@ def is_right(item: Item, text: str) -> bool:
     return numbers[-1:] == [float(item["wanted"].replace(",", ""))]
 
 
+def _mean(value: Callable[[Item, Result], float]) -> Callable[[Item, Result], Ratio]:
+    return lambda item, result: (float(value(item, result)), 1.0)
+
+
+def _recorded(name: str) -> Callable[[Item, Result], Ratio]:
+    return lambda item, result: (result[name], 1.0)
+
+
 def _outcome(item: Item, result: Result) -> tuple[int, bool, bool]:
     question = Question(item["question"], item["choices"], item["answer"], item["lang"])
     return outcome(question, np.array(result["nats"]))
@@ -68,23 +77,23 @@ def _reference_nats(item: Item, result: Result) -> Ratio:
     return (likelihood["nats"], likelihood["tokens"]) if likelihood else UNMEASURED
 
 
-def _premature(item: Item, result: Result) -> Ratio:
+def _premature(item: Item, result: Result) -> bool:
     answer = Answer(**{name: result[name] for name in WRITTEN})
-    return float(is_premature(answer, Answer("", item["reference_tokens"], True))), 1.0
+    return is_premature(answer, Answer("", item["reference_tokens"], True))
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
 
 EXACT = Metric(
     "exact match",
-    lambda item, result: (float(is_right(item, result["text"])), 1.0),
+    _mean(lambda item, result: is_right(item, result["text"])),
     "share of the answers that hold the wanted string as words of their own, whatever its case; where a worked answer "
     "ends with a number, share of those whose last number it is",
     share=True,
 )
 CHRF = Metric(
     "chrF",
-    lambda item, result: (chrf(result["text"], item["reference"]), 1.0),
+    _mean(lambda item, result: chrf(result["text"], item["reference"])),
     "mean over answers of chrF2, 0 to 100: how far character 1- to 6-grams are those of the reference, recall counting "
     "twice",
     digits=1,
@@ -111,74 +120,42 @@ REFERENCE_NATS = Metric(
 )
 ACC = Metric(
     "acc",
-    lambda item, result: (float(_outcome(item, result)[1]), 1.0),
+    _mean(lambda item, result: _outcome(item, result)[1]),
     "share of the questions whose right choice has the least nats",
     share=True,
 )
 ACC_NORM = Metric(
     "acc_norm",
-    lambda item, result: (float(_outcome(item, result)[2]), 1.0),
+    _mean(lambda item, result: _outcome(item, result)[2]),
     "the same by nats per UTF-8 byte of the choice",
     share=True,
 )
 CHOICE_NATS = Metric(
     "nats of the right choice",
-    lambda item, result: (result["nats"][item["answer"]], 1.0),
+    _mean(lambda item, result: result["nats"][item["answer"]]),
     "mean over questions of -log p of the right choice, its question given",
     bound=True,
     digits=2,
 )
+
+_cost = partial(Metric, cost=True)
+PREMATURE = "share of the answers that ended below a quarter of the reference's length"
+REPEAT = "length of the longest token sequence that an answer contains twice, as a share of the answer"
+TIME = "wall-clock time per answer; that of a batch is shared by its answers and so has no error"
 WRITING = [
-    Metric(
-        "tokens",
-        lambda item, result: (result["num_tokens"], 1.0),
-        "tokens of an answer up to EOS, that included",
-        digits=2,
-        cost=True,
-    ),
-    Metric(
-        "premature",
-        _premature,
-        "share of the answers that ended below a quarter of the reference's length",
-        share=True,
-        cost=True,
-    ),
-    Metric(
-        "overrun",
-        lambda item, result: (float(not result["ended"]), 1.0),
-        "share of the answers without an end",
-        share=True,
-        cost=True,
-    ),
-    Metric(
-        "longest repeat",
-        lambda item, result: (longest_repeat(result["ids"]) / max(len(result["ids"]), 1), 1.0),
-        "length of the longest token sequence that an answer contains twice, as a share of the answer",
-        cost=True,
-    ),
-    Metric(
-        "forward passes",
-        lambda item, result: (result["num_forward_passes"], 1.0),
-        "network calls per answer (NFE)",
-        digits=2,
-        cost=True,
-    ),
-    Metric(
-        SECONDS,
-        lambda item, result: (result["seconds"], 1.0),
-        "wall-clock time per answer; that of a batch is shared by its answers and so has no error",
-        digits=4,
-        cost=True,
-    ),
+    _cost("tokens", _recorded("num_tokens"), "tokens of an answer up to EOS, that included", digits=2),
+    _cost("premature", _mean(_premature), PREMATURE, share=True),
+    _cost("overrun", _mean(lambda _, result: not result["ended"]), "share of the answers without an end", share=True),
+    _cost("longest repeat", _mean(lambda _, r: longest_repeat(r["ids"]) / max(len(r["ids"]), 1)), REPEAT),
+    _cost("forward passes", _recorded("num_forward_passes"), "network calls per answer (NFE)", digits=2),
+    _cost(SECONDS, _recorded("seconds"), TIME, digits=4),
 ]
-# Of all answers together, not a ratio of sums over them: `results` computes them.
-DISTINCT = [
-    Metric(
+DISTINCT = [  # of all answers together, not a ratio of sums over them: `results` computes them
+    _cost(
         f"distinct-{n}",
         lambda item, result: UNMEASURED,
         f"distinct token {n}-grams / all of them, over all answers together; "
         "a resample would hold answers twice, so it has no interval",
-        cost=True,
     )
     for n in (1, 2)
 ]

@@ -256,7 +256,7 @@ def _section(report: Report, section: Section, rows: list[Row], show: int | None
         f"## {section['name']}",
         "",
         f"`{section['path']}`{split} (SHA-256 `{section['sha256'][:12]}`): {len(section['items']):,} rows, "
-        f"{FORMS[section['format']].told}." + (f" Left out: {left}." if left else "") + chance,
+        f"{FORMS[section['format']].description}." + (f" Left out: {left}." if left else "") + chance,
         "",
         *_metrics(report, [row for row in rows if not row.metric.cost]),
         *_reversals(report, section),
