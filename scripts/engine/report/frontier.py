@@ -83,42 +83,36 @@ def choose(sections: list[Section]) -> Section | None:
 
 
 def measure_frontier(setup: Setup, config: FrontierConfig, section: Section) -> dict[str, Any]:
-    """Every sampler's answers to the first items of the section, a random sample of it. A question is answered by all
-    samplers before the next one is, so that what else the machine does slows down all of them alike."""
-    items, models = section["items"][: config.frontier_questions], {}
-    batch_size = setup.config.batch_size or 1
+    """Every sampler's answers to the first items of the section, which are a random sample of it.
+
+    A question is answered by all samplers before the next one is, so that whatever else the machine does slows down all
+    of them alike.
+    """
+    items, batch_size = section["items"][: config.frontier_questions], setup.config.batch_size or 1
+    models: dict[str, str] = {}  # the first of each kind and block size
     for name, loaded in setup.models.items():
         models.setdefault(loaded.described, name)
-    tried = {
-        name: list(samplers(config, setup.sampler(name), setup.continuation.max_new_tokens)) for name in models.values()
-    }
-    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in some] for name, some in tried.items()}
+    length = setup.continuation.max_new_tokens
+    ways = {name: list(samplers(config, setup.sampler(name), length)) for name in models.values()}
+    answers: dict[str, list[list[Answer]]] = {name: [[] for _ in ways[name]] for name in ways}
     for first in tqdm(range(0, len(items), batch_size), desc="frontier", disable=not sys.stderr.isatty()):
-        for name in tried:
-            for all_of_them, made in zip(answers[name], _round(setup, name, items, first, tried[name]), strict=True):
-                all_of_them += made
+        for name in ways:
+            loaded = setup.models[name]
+            batch = items[first : first + batch_size]
+            prompts = [setup.prompting.prompt(item["question"], loaded) for item in batch]
+            continuation = seeded_at(loaded, setup.continuation, first, len(items))  # item i has the seed plus i
+            warm_up(loaded, prompts, continuation, ways[name][0].config)
+            for way, written in zip(ways[name], answers[name], strict=True):
+                written += answer_batch(loaded, prompts, continuation, way.config)
     points = [
         {
             "model": name,
-            "policy": sampler.policy,
-            "setting": sampler.setting,
-            "config": in_effect(sampler.config),
-            "results": recorded(setup, made),
+            "policy": way.policy,
+            "setting": way.setting,
+            "config": in_effect(way.config),
+            "results": recorded(setup, written),
         }
-        for name, some in tried.items()
-        for sampler, made in zip(some, answers[name], strict=True)
+        for name in ways
+        for way, written in zip(ways[name], answers[name], strict=True)
     ]
     return {"source": section["name"], "items": len(items), "batch_size": batch_size, "points": points}
-
-
-def _round(
-    setup: Setup, name: str, items: list[dict[str, Any]], first: int, tried: list[Sampler]
-) -> Iterator[list[Answer]]:
-    """Every sampler's answers to the batch that begins at item `first`; item i is sampled with the seed plus i."""
-    loaded = setup.models[name]
-    batch = items[first : first + (setup.config.batch_size or 1)]
-    prompts = [setup.prompting.prompt(item["question"], loaded) for item in batch]
-    continuation = seeded_at(loaded, setup.continuation, first, len(items))
-    warm_up(loaded, prompts, continuation, tried[0].config)
-    for sampler in tried:
-        yield answer_batch(loaded, prompts, continuation, sampler.config)
