@@ -223,6 +223,8 @@ class Trainer:
 
     def _validate(self) -> None:
         """Measure the validation loss, of the moving average if there is one, and judge it."""
+        if self.finished:  # at earlier steps `save` has checked them
+            self.guard.require_finite_weights()
         self.state.swap_average()
         try:
             nats, counts, meter = self._measure(self.signals.check)
