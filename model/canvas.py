@@ -130,10 +130,6 @@ class CanvasState:
         for row in rows:
             self.row_passes[row] += 1
 
-    def of_active_rows(self, values: Tensor) -> Tensor:
-        """values (B, ...) -> (R, ...)."""
-        return values if len(self.active_rows) == len(values) else values[self.active_rows]
-
     def uniform(self, counts: list[int], *shape: int) -> Tensor:
         """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th active row's generator."""
         generators = [self._generators[row] for row in self.active_rows]

@@ -57,56 +57,52 @@ class SamplingConfig:
 class AutoregressiveDecoder(Decoder):
     """One token per row and step, from a key/value cache, until every row has produced EOS or is full.
 
-    In the cache the prompts end together: shorter ones are padded on the left, where columns are negative.
+    In the cache the prompts end together: the shorter ones are padded on the left, in negative columns.
 
-        prompts            ids fed first      columns
-        [7 8 9]            7 8 9               0  1  2
-        [5]                0 0 5              -2 -1  0
-
-    ValueError unless each row's open positions are its last ones.
+        prompts     ids        columns
+        7 8 9       7 8 9       0  1  2
+        5           5 5 5      -2 -1  0
     """
 
     def __init__(self, model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]):
+        """ValueError for a checkpoint of diffusion, or unless each row's open positions are its last ones."""
         if not model.config.autoregressive:
-            raise ValueError(
-                "this checkpoint was trained by diffusion; autoregressive sampling needs an autoregressive one"
-            )
+            raise ValueError("this checkpoint was trained by diffusion; sampling needs an autoregressive one")
         super().__init__(model, canvas, seeds)
-        start, self.draw = _prompt_lengths(canvas), config.draw
-        rows = self.state.active_rows
+        self.draw = config.draw
+        lengths, rows = _prompt_lengths(canvas), self.state.active_rows
         with torch.inference_mode():
-            max_new = int((canvas.lengths - start).max())
-            ids, start = self.state.of_active_rows(canvas.ids), self.state.of_active_rows(start)
-            # 1. What the network is fed next, (R, W): at first the prompts, later the token just written.
-            longest = int(start.max()) if rows else 0
-            padding = (longest - start)[:, None]
-            self.columns = torch.arange(longest, device=start.device) - padding
-            self.ids = ids.gather(1, self.columns.clamp(min=0))
-            # 2. What it remembers, and which of the cache's columns hold no padding: (R, C), None = all.
+            # 1. The next input and its columns, (R, W): at first the prompts, later the token just written.
+            longest = int(lengths[rows].max()) if rows else 0
+            padding = (longest - lengths[rows])[:, None]
+            self.columns = torch.arange(longest, device=padding.device) - padding
+            self.ids = canvas.ids[rows].gather(1, self.columns.clamp(min=0))
+            # 2. Keys and values, and which columns of the cache are visible, (R, C): all but padding. None = all.
+            max_new = int((canvas.lengths - lengths).max())
             self.cache = KVCache(model.config, len(rows), longest + max_new)
             self.visible = None
             if padding.any():
-                self.visible = torch.arange(self.cache.max_length, device=start.device) >= padding
+                self.visible = torch.arange(self.cache.max_length, device=padding.device) >= padding
 
     def step(self) -> DecodingStep:
-        rows = self.state.active_rows
-        row_numbers = torch.tensor(rows)
+        rows = torch.tensor(self.state.active_rows)
         with torch.inference_mode():
-            # 1. Logits (R, V) of the next token, whose columns (R,) follow those fed.
+            # 1. Logits (R, V) of the next token of each row, for the columns (R,) after those fed.
             logits = forbid(self._logits(), self.model.config.mask_token_id)
             columns = self.columns[:, -1] + 1
-            logits = self.state.penalise(logits, row_numbers, columns, self.draw)
-            # 2. A token for every row.
+            logits = self.state.penalise(logits, rows, columns, self.draw)
+            # 2. A token for every row, (R,).
             tokens, confidence = self.state.sample(logits, [1] * len(rows), self.draw)
-        step = self.state.write(row_numbers, columns, tokens, confidence)
+        step = self.state.write(rows, columns, tokens, confidence)
         with torch.inference_mode():
-            # 3. It is fed next, if the row goes on.
+            # 3. The tokens are the next input of the rows that are not finished.
             self.ids, self.columns = tokens[:, None], columns[:, None]
-            self._keep([place for place, row in enumerate(rows) if row in set(self.state.active_rows)])
+            active = set(self.state.active_rows)
+            self._keep([place for place, row in enumerate(rows.tolist()) if row in active])
         return step
 
     def _logits(self) -> Tensor:
-        """(R, V) float32 after the last token fed."""
+        """(R, V) float32 after the last input token; the input joins the cache's prefix."""
         num_rows, width = self.ids.shape
         if self.visible is None:
             attention = {"is_causal": True}
@@ -114,13 +110,14 @@ class AutoregressiveDecoder(Decoder):
             visible = self.visible[:, None, None, : self.cache.length + 1]
             attention = {"attn_mask": visible, "position_ids": self.columns}
         else:
-            # Padding is a document of its own, so that none of its queries is blind.
-            causal, real = block_causal_mask(width, 1, self.ids.device), document_mask((self.columns < 0).long())
-            attention = {"attn_mask": real & causal, "position_ids": self.columns.clamp(min=0)}
+            # As a document of its own, padding is visible to itself: no query is blind.
+            documents = document_mask((self.columns < 0).long())
+            causal = block_causal_mask(width, 1, self.ids.device)
+            attention = {"attn_mask": documents & causal, "position_ids": self.columns.clamp(min=0)}
         last = torch.arange(1, num_rows + 1, device=self.ids.device) * width - 1
+        self.state.count_pass(self.state.active_rows)
         logits = self.model(self.ids, cache=self.cache, select=last, **attention).float()
         self.cache.advance(width)
-        self.state.count_pass(self.state.active_rows)
         return logits
 
     def _keep(self, places: list[int]) -> None:

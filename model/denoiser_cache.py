@@ -107,20 +107,15 @@ class NoCache:
 
     def __init__(self, block_size: int, device: torch.device):
         self.block_size, self.device = block_size, device
-        # Most steps see as far as the one before: their mask is kept.
-        self.stops: list[int] = []
-        self.attn_mask: Tensor | None = None
 
     def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
         rows = [block.row for block in blocks]
         stops = [block.stop if self.block_size else block.length for block in blocks]
         width = max(stops)
-        if stops != self.stops:
-            columns = torch.arange(width, device=self.device)[None]
-            self.stops = stops
-            self.attn_mask = visibility(columns, stops, self.block_size if width > self.block_size else 0)
+        columns = torch.arange(width, device=self.device)[None]
+        attn_mask = visibility(columns, stops, self.block_size if width > self.block_size else 0)
         select = flat_places(blocks, [0] * len(blocks), width).to(self.device)
-        return [ForwardPass(rows, ids[rows, :width].to(self.device), select, self.attn_mask)]
+        return [ForwardPass(rows, ids[rows, :width].to(self.device), select, attn_mask)]
 
 
 class Span(NamedTuple):
@@ -151,24 +146,28 @@ class SpanCache:
         """The pass that feeds spans[i] of the row of blocks[i]."""
         rows = [block.row for block in blocks]
         first, last, stops = (list(values) for values in zip(*spans, strict=True))
-        if rows == self.rows and len(set(spans)) == 1:
-            # 1. All rows feed the same columns (1, W): no padding, and a slice says where the K/V go.
-            target, columns = slice(first[0], last[0]), torch.arange(first[0], last[0])[None]
-            fed = ids[rows, target]
+        # 1. The rows' places in the cache (R,); None = all.
+        places = None
+        if rows != self.rows:
+            places = torch.tensor([self.rows.index(row) for row in rows], device=self.device)
+        # 2. The columns that they feed (R or 1, W), their ids (R, W), and where in the cache the K/V go.
+        if places is None and len(set(spans)) == 1:
+            columns = torch.arange(first[0], last[0])[None]
+            ids = ids[rows, first[0] : last[0]]
+            target = slice(first[0], last[0])
         else:
-            # 1. Columns (R, W) of the widest span; past the end of its own, a row writes to the scratch column.
+            # As wide as the widest span; past the end of its own, a row writes to the scratch column.
             columns = torch.tensor(first)[:, None] + torch.arange(max(span.last - span.first for span in spans))
             columns[columns >= torch.tensor(last)[:, None]] = self.cache.scratch_column
-            target, fed = columns.to(self.device), ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1))
-        # 2. The rows' places in the cache (R,); None = all.
-        places = None if rows == self.rows else torch.tensor([self.rows.index(row) for row in rows], device=self.device)
+            ids = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1))
+            target = columns.to(self.device)
         # 3. What they see: a mask of blocks is needed only if a row feeds more than one.
         columns, size = columns.to(self.device), self.block_size
         several = size and any(span.first // size < (span.last - 1) // size for span in spans)
         return ForwardPass(
             rows=rows,
-            ids=fed.to(self.device),
-            select=flat_places(blocks, first, fed.shape[1]).to(self.device),
+            ids=ids.to(self.device),
+            select=flat_places(blocks, first, ids.shape[1]).to(self.device),
             attn_mask=visibility(columns, stops, size if several else 0),
             position_ids=columns,
             cache=self.cache.view(places, target, max(stops)),

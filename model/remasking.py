@@ -1,7 +1,7 @@
-"""Remasking policies: which predictions of a denoising step are kept, the rest staying [MASK].
+"""Remasking policies: which predictions of a denoising step are kept; the rest stays [MASK].
 
-None of them ever takes back a token that was written. A policy looks at a Step and returns rank keys (R, W), larger is
-kept sooner, and how many to keep in each row (R,), which is at least one whatever it says. To add one: write a
+None of them takes back a token that was written. A policy looks at a Step and returns rank keys (R, W), larger is
+kept sooner, and how many to keep in each row (R,); at least one is kept, whatever it says. To add one: write a
 function (Step) -> (keys, numbers) and list it in POLICIES; flags, decoder and tests take it from there.
 """
 
@@ -84,7 +84,7 @@ def factor(step: Step) -> Choice:
 
 def hybrid(step: Step) -> Choice:
     """LLaDA 2.0, section 5.4: as `threshold`, but no fewer than the schedule says, so that it bounds the steps. The
-    budget does not apply: there is a least number to keep and no most."""
+    budget does not apply: there is a least number to keep and no greatest."""
     confident = (step.masked & (step.confidence >= step.threshold)).sum(dim=1)
     return step.confidence, confident.maximum(step.quota)
 
@@ -104,14 +104,16 @@ POLICIES: dict[str, Callable[[Step], Choice]] = {
 def choose(policy: str, step: Step) -> Tensor:
     """bool (R, W): the masked positions of every row that are kept; ties go to the left."""
     keys, numbers = POLICIES[policy](step)
+    # 1. The order (R, W): what is held back after all others, padding last.
     keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)
     best = keys.argsort(dim=1, descending=True, stable=True)
+    # 2. The first `numbers` of it, at least one.
     few = torch.arange(keys.shape[1], device=keys.device) < numbers.clamp(min=1)[:, None]
     return torch.zeros_like(few).scatter_(1, best, few) & step.masked
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:
-    """Tokens to commit at each step: num_masked spread over num_steps evenly, larger shares first.
+    """Tokens to write at each step: num_masked spread over num_steps evenly, larger shares first.
 
     The released LLaDA sampler's split of the s/t schedule; with more steps than tokens, the idle steps are left out.
     """

@@ -253,7 +253,7 @@ def test_decoding_in_bfloat16_reports_probabilities_in_float32(tiny_model):
 
 def test_decoders_refuse_the_other_kind_and_what_does_not_fit(tiny_model):
     causal, full = tiny_model(), tiny_model(attention="full")
-    with pytest.raises(ValueError, match="trained by diffusion; autoregressive sampling"):
+    with pytest.raises(ValueError, match="trained by diffusion; sampling"):
         decode(full, continuing(full), AR_GREEDY, range(5))
     with pytest.raises(ValueError, match="is autoregressive; denoising"):
         decode(causal, continuing(causal), GREEDY, range(5))
