@@ -228,20 +228,6 @@ def test_a_pass_feeds_the_active_block_and_once_each_block_before_it(fused, bloc
     assert decoded.num_forward_passes == len(calls)
 
 
-@pytest.mark.parametrize("fused", [True, False])
-@pytest.mark.parametrize("scale", [0.0, 0.5])
-def test_every_pass_is_counted_for_the_rows_it_computes(scale, fused, block_model, monkeypatch):
-    model = block_model()
-    calls = spied(model, monkeypatch)
-    config = replace(HOT, gen_fuse_commit=fused, gen_cfg_scale=scale, gen_steps=5)
-    decoded = decode(model, continuing(model), config, range(5))
-    assert decoded.num_forward_passes == len(calls)
-    assert sum(len(ids) for ids in calls) == sum(decoded.row_passes)
-    for row, prompt in enumerate(PROMPTS):
-        alone = decode(model, continuing(model, [prompt]), config, [row])
-        assert alone.new[0] == decoded.new[row] and alone.num_forward_passes == decoded.row_passes[row]
-
-
 # -- the approximate caches --------------------------------------------------------------------------------------------
 
 

@@ -70,47 +70,32 @@ def test_padding_is_never_kept_and_what_is_held_back_comes_last(policy, number):
             assert found <= free or free <= found
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_low_confidence_keeps_the_most_confident(seed):
-    draw = random.Random(seed)
-    rows = some_rows(draw)
-    for row, found in zip(rows, kept("low_confidence", step_of(rows, quota=3)), strict=True):
-        assert found == set(sorted(range(len(row)), key=lambda i: (-row[i], i))[:3])
+def kept_by_definition(policy, row, number, bound, f):
+    """The policies of confidence, from the definitions; `number` is both quota and budget."""
+    best = sorted(range(len(row)), key=lambda i: (-row[i], i))
+    confident = [i for i in best if row[i] >= bound]
+    if policy == "low_confidence":
+        return set(best[:number])
+    if policy == "threshold":  # what reaches it within the budget, and always something
+        return set((confident or best[:1])[:number])
+    if (
+        policy == "hybrid"
+    ):  # LLaDA 2.0: A = {i: confidence >= bound}; A if |A| >= quota, else the quota's best; no budget
+        return set(confident if len(confident) >= number else best[:number])
+    # factor: the largest n whose n-th best is confident enough, over every n
+    n = max([n for n in range(1, len(row) + 1) if row[best[n - 1]] >= 1 - f / (n + 1)], default=1)
+    return set(best[: min(n, number)])
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("budget", [1, 2, 100])
-@pytest.mark.parametrize("bound", [0.3, 0.8, 0.97, 1.0])
-def test_the_threshold_keeps_what_reaches_it_within_the_budget_and_always_something(bound, budget, seed):
-    rows = some_rows(random.Random(seed))
-    for row, found in zip(rows, kept("threshold", step_of(rows, 3, budget, bound)), strict=True):
-        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
-        confident = [i for i in best if row[i] >= bound]
-        assert found == set((confident or best[:1])[:budget])
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("budget", [2, 100])
-@pytest.mark.parametrize("f", [1e-6, 0.5, 1.0, 2.5])
-def test_factor_keeps_the_largest_n_whose_nth_best_is_confident_enough(f, budget, seed):
-    """Written as the definition says, over every n."""
-    rows = some_rows(random.Random(seed), digits=4)
-    for row, found in zip(rows, kept("factor", step_of(rows, 3, budget, factor=f)), strict=True):
-        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
-        n = max([n for n in range(1, len(row) + 1) if row[best[n - 1]] >= 1 - f / (n + 1)], default=1)
-        assert found == set(best[: min(n, budget)])
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("quota", [1, 2, 5, 20])
-@pytest.mark.parametrize("bound", [0.3, 0.8, 0.97, 1.0])
-def test_hybrid_keeps_all_that_reach_the_threshold_or_the_quota_if_they_are_fewer(bound, quota, seed):
-    """LLaDA 2.0: A = {i: confidence >= bound}; A if |A| >= quota, else the quota's most confident. No budget."""
-    rows = some_rows(random.Random(seed))
-    for row, found in zip(rows, kept("hybrid", step_of(rows, quota, 1, bound)), strict=True):
-        reaching = {i for i, confidence in enumerate(row) if confidence >= bound}
-        best = sorted(range(len(row)), key=lambda i: (-row[i], i))
-        assert found == (reaching if len(reaching) >= quota else set(best[:quota]))
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 20, 100])
+@pytest.mark.parametrize("bound, f", [(0.3, 1e-6), (0.8, 0.5), (0.97, 1.0), (1.0, 2.5)])
+@pytest.mark.parametrize("policy", ["low_confidence", "threshold", "hybrid", "factor"])
+def test_policies_of_confidence_keep_what_their_definitions_say(policy, bound, f, number):
+    for seed in range(20):
+        rows = some_rows(random.Random(seed), digits=4 if policy == "factor" else 2)
+        other = {"quota": 3} if policy in ("threshold", "factor") else {"budget": 1}  # the one without effect
+        step = step_of(rows, **{"quota": number, "budget": number, "threshold": bound, "factor": f} | other)
+        assert kept(policy, step) == [kept_by_definition(policy, row, number, bound, f) for row in rows]
 
 
 def test_margin_and_entropy_look_at_the_whole_distribution():
