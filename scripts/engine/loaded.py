@@ -90,7 +90,6 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
             f"note: {path} was trained on at most {trained} tokens; --max-seq-len {max_length} goes beyond",
             file=sys.stderr,
         )
-    stage = payload["stage"]
     return Loaded(
         model,
         tokenizer,
@@ -98,8 +97,8 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
         max_length,
         path,
         payload.sha256,
-        stage,
-        chat=payload.get("chat", "sft" in stage or "dpo" in stage),
+        payload["stage"],
+        chat=payload["chat"],
         control_tokens=bool(settings.get("control_tokens")),
     )
 

@@ -1,8 +1,11 @@
 """Networks of no training for tests of evaluations."""
 
+from pathlib import Path
+
 import torch
 
-from dataset.tokenizer import token_ids
+from dataset.tokenizer import fingerprint, token_ids
+from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
 from scripts.engine.loaded import Loaded
@@ -31,6 +34,16 @@ def untrained(tokenizer, kind: str, uniform: bool = False) -> Transformer:
     return model.eval()
 
 
-def ready(model: Transformer, tokenizer, max_length: int = 256, runtime: RuntimeConfig = RUNTIME) -> Loaded:
-    """The model ready for use, as if it had been loaded from a checkpoint."""
-    return Loaded(model, tokenizer, runtime, max_length)
+def ready(
+    tokenizer, kind: str, max_length: int = 256, uniform: bool = False, runtime: RuntimeConfig = RUNTIME
+) -> Loaded:
+    """An `untrained` model as if it had been loaded from a checkpoint."""
+    return Loaded(untrained(tokenizer, kind, uniform), tokenizer, runtime, max_length)
+
+
+def save(path: Path | str, loaded: Loaded, stage: str = "test", **settings) -> None:
+    """Write a checkpoint of the model; settings: flags of the command that trained it."""
+    about = {"tokenizer": fingerprint(loaded.tokenizer), "stage": stage}
+    if settings:
+        about["settings"] = settings
+    save_checkpoint(Path(path), loaded.model.config, loaded.model.state_dict(), **about)

@@ -6,12 +6,9 @@ import shlex
 import shutil
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 
-from dataset.tokenizer import fingerprint
-from model.checkpoint import save_checkpoint
 from scripts import chat
 from scripts.eval import (
     eval_diffusion,
@@ -24,7 +21,7 @@ from scripts.eval import (
 )
 from scripts.train import train_dpo_minimind, train_pretrain, train_sft_minimind
 from tests.scripts.decoding.test_prompts_are_data import FILES, rows
-from tests.scripts.models import untrained
+from tests.scripts.models import ready, save
 
 KINDS = {"ar": "causal", "full": "full", "blocks": "block 3"}
 STAGES = {
@@ -80,10 +77,9 @@ def made(tokenizer):
     """made(kind, stage) -> a file of such weights, whose name a shell wants quoted."""
 
     def build(kind, stage):
-        model, path = untrained(tokenizer, KINDS[kind]), Path(f"weights/{kind} {stage}.pt")
-        about = {"tokenizer": fingerprint(tokenizer), "stage": f"scripts.train.{stage}"}
-        save_checkpoint(path, model.config, model.state_dict(), **about)
-        return str(path)
+        path = f"weights/{kind} {stage}.pt"
+        save(path, ready(tokenizer, KINDS[kind]), f"scripts.train.{stage}")
+        return path
 
     return build
 

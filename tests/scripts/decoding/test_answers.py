@@ -33,7 +33,7 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, longest_repeat
 from scripts.eval import eval_sft
 from tests.scripts.conftest import conversations
-from tests.scripts.models import ready, untrained
+from tests.scripts.models import ready
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=5)
 
@@ -188,7 +188,7 @@ PROMPTS = [
 @pytest.mark.parametrize("attention, config", CONFIGS)
 def test_the_batch_size_changes_no_answer(attention, config, gen_seed, tokenizer):
     """Each is the one of a single user who gave the question's own seed: the first one's, plus its place."""
-    loaded = ready(untrained(tokenizer, attention), tokenizer, 128, RUNTIME)
+    loaded = ready(tokenizer, attention, 128, runtime=RUNTIME)
     continuation = ContinuationConfig(8, gen_seed=gen_seed)
 
     def plain(size):
@@ -208,7 +208,7 @@ def test_the_batch_size_changes_no_answer(attention, config, gen_seed, tokenizer
 def test_the_seconds_of_a_batch_are_shared_by_its_answers(tokenizer, monkeypatch):
     batches, generate_batch = [], answers.generate_batch
     monkeypatch.setattr(answers, "generate_batch", lambda *a: batches.append(generate_batch(*a)) or batches[-1])
-    loaded = ready(untrained(tokenizer, "causal"), tokenizer, 128, RUNTIME)
+    loaded = ready(tokenizer, "causal", 128, runtime=RUNTIME)
     found = answer_all(loaded, PROMPTS, ContinuationConfig(4), SamplingConfig(), 2, "x")
     assert [len(batch) for batch in batches] == [2, 2, 1], "the warming up decodes no answer"
     assert sum(a.seconds for a in found) == pytest.approx(sum(batch[0].seconds for batch in batches))
@@ -219,15 +219,15 @@ def test_the_seconds_of_a_batch_are_shared_by_its_answers(tokenizer, monkeypatch
 
 @pytest.fixture
 def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
-    """argv(*kinds, stage="sft"): arguments of an evaluation on 60 conversations."""
+    """argv(*kinds, chats=True): arguments of an evaluation on 60 conversations."""
     shutil.copytree(weights_of_one_step, workspace / "weights")
     write(workspace / "chats.jsonl", conversations(texts))
 
-    def of(*kinds, stage="sft"):
+    def of(*kinds, chats=True):
         flags = ["--eval-data", "chats.jsonl", "--tokenizer-dir", str(tokenizer_dir)]
         for kind in kinds:
             path = workspace / "weights" / f"{kind}_state_dict.pt"
-            write_archive(path, {**load_checkpoint(path), "stage": stage})
+            write_archive(path, {**load_checkpoint(path), "chat": chats})
             flags += [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
         small = ["--dtype", "float32", "--device", "cpu", "--seq-len", "90", "--max-new-tokens", "30"]
         return [*flags, *small, "--prompts-per-language", "2"]
@@ -251,7 +251,7 @@ def test_every_policy_is_tried_with_the_steps_and_thresholds_that_it_heeds():
 
 def test_a_judge_gives_the_nats_of_each_answer_and_its_end_given_the_prompt(tokenizer):
     """By the chain rule, one token at a time; an answer that did not end is not charged for an end."""
-    loaded = ready(untrained(tokenizer, "causal"), tokenizer, 128, RUNTIME)
+    loaded = ready(tokenizer, "causal", 128, runtime=RUNTIME)
     questions = [Question(exchange("the cat"), "a river", "other"), Question(exchange("the dog"), "b", "other")] * 2
     made = [Answer("the river", 3, True), Answer("the", 5, False), Answer("", 1, True), Answer("", 0, False)]
     found = judge(loaded, questions, made)
@@ -323,7 +323,7 @@ def test_one_model_alone_is_compared_with_the_references(kind, name, argv, comma
 
 
 def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
-    result = command(eval_sft, [*argv("ar", stage="pretrain"), "--prompts-per-language", "1"])
+    result = command(eval_sft, [*argv("ar", chats=False), "--prompts-per-language", "1"])
     assert result.code == 0
     assert result.complaints.splitlines() == [
         f"{Path('weights/ar_state_dict.pt').resolve()} was not trained on conversations: the chat template is new to it"

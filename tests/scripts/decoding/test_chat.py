@@ -89,12 +89,12 @@ def decoding(monkeypatch, tokenizer):
 
 @pytest.fixture
 def flags(workspace, weights_of_one_step, tokenizer_dir):
-    """flags(kind, stage): arguments of a chat with a checkpoint fine-tuned on conversations, or of another stage."""
+    """flags(kind, chats): arguments of a chat with a checkpoint fine-tuned on conversations, or of plain text."""
     shutil.copytree(weights_of_one_step, workspace / "weights")
 
-    def of(kind, stage="sft"):
+    def of(kind, chats=True):
         path = workspace / "weights" / f"{kind}_state_dict.pt"
-        write_archive(path, {**load_checkpoint(path), "stage": stage})
+        write_archive(path, {**load_checkpoint(path), "chat": chats})
         return ["--checkpoint", str(path), "--tokenizer-dir", str(tokenizer_dir), *SMALL]
 
     return of
@@ -104,9 +104,9 @@ def flags(workspace, weights_of_one_step, tokenizer_dir):
 def talk(command, flags, monkeypatch):
     """talk(kind, lines, *flags) -> standard output, of a chat that ended well."""
 
-    def run(kind, lines, *more, stage="sft"):
+    def run(kind, lines, *more, chats=True):
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        result = command(chat, [*flags(kind, stage), *more])
+        result = command(chat, [*flags(kind, chats), *more])
         assert result.code == 0 and not result.complaints, result
         return result.out
 
@@ -178,12 +178,12 @@ def test_an_empty_reply_is_named_and_remembered(talk, decoding, tokenizer):
     assert decoding.prompts()[1] == history(tokenizer, "the cat", "", "why")
 
 
-@pytest.mark.parametrize("more, stage", [(["--no-chat-wrap"], "sft"), ([], "pretrain")])
-def test_outside_the_template_every_line_is_continued_for_itself(more, stage, talk, decoding, tokenizer):
-    out = talk("ar", ["the cat", "the river"], *more, stage=stage)
+@pytest.mark.parametrize("more, chats", [(["--no-chat-wrap"], True), ([], False)])
+def test_outside_the_template_every_line_is_continued_for_itself(more, chats, talk, decoding, tokenizer):
+    out = talk("ar", ["the cat", "the river"], *more, chats=chats)
     assert decoding.prompts() == [[tokenizer.bos_token_id, *encode(tokenizer, t)] for t in ("the cat", "the river")]
     assert "outside the chat template" in out
-    assert ("was not trained on conversations" in out) == (stage == "pretrain")
+    assert ("was not trained on conversations" in out) != chats
 
 
 def test_a_reply_that_did_not_end_is_marked(talk, decoding):

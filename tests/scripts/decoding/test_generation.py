@@ -10,12 +10,12 @@ from model.checkpoint import load_checkpoint, load_model, write_archive
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.decoding import generation
 from scripts.engine.decoding.generation import generate, generate_batch, infill
+from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from scripts.train import diffusion
 from tests.scripts.commands import EVALS
-from tests.scripts.models import ready
 
 MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
@@ -103,26 +103,26 @@ def test_every_diffusion_flag_works_where_it_has_an_effect(flags, prompting, com
 
 
 @pytest.mark.parametrize("flags", [[], ["--chat-wrap"], ["--no-chat-wrap"]])
-@pytest.mark.parametrize("stage", ["scripts.train.diffusion", "scripts.train.train_sft_diffusion"])
+@pytest.mark.parametrize("chats", [False, True])
 @pytest.mark.parametrize("name", ["eval_minimind", "eval_diffusion"])
 def test_a_prompt_is_put_as_the_checkpoint_was_trained_unless_a_flag_says_otherwise(
-    name, stage, flags, prompting, command, canvases, tokenizer
+    name, chats, flags, prompting, command, canvases, tokenizer
 ):
     argv = prompting[name]
     file = load_checkpoint(Path(argv[1]))
-    write_archive(argv[1], {**file, "stage": stage})
+    write_archive(argv[1], {**file, "chat": chats})
     result = command(EVALS[name], [*argv, "--prompt", "the cat", "--max-new-tokens", "3", *flags])
     assert result.code == 0 and result.out.startswith("the cat\u2502"), result.err
     plain = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
     chat = encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], add_generation_prompt=True)
-    wrapped = flags == ["--chat-wrap"] or (not flags and "sft" in stage)
+    wrapped = flags == ["--chat-wrap"] or (not flags and chats)
     assert given(canvases[0]) == [*(chat if wrapped else plain), None, None, None]
 
 
 @pytest.mark.parametrize("name, config", [("ar", SamplingConfig(ar_top_k=0)), ("dm", DenoisingConfig(gen_top_k=0))])
 def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, tokenizer):
     """Prompt i has the seed plus i; the seconds are shared."""
-    loaded = ready(load_model(Path(f"weights/{name}_state_dict.pt")), tokenizer, 64, RUNTIME)
+    loaded = Loaded(load_model(Path(f"weights/{name}_state_dict.pt")), tokenizer, RUNTIME, 64)
     prompts = [Prompt(content) for content in ("the cat", [{"role": "user", "content": "the river sees"}], "")]
     seen, observed = [], []
     together = generate_batch(
@@ -234,12 +234,12 @@ def test_a_text_with_blanks_may_fill_the_context_and_no_more(eval_argv, tokenize
     model = load_model(Path("weights/dm_state_dict.pt"))
     blanks, config = Blanks("a___b", 5), DenoisingConfig(gen_steps=1)
     length = len(blanks.encode(tokenizer)[0])
-    assert infill(ready(model, tokenizer, length), blanks, ContinuationConfig(), config).num_tokens == 5
+    assert infill(Loaded(model, tokenizer, RUNTIME, length), blanks, ContinuationConfig(), config).num_tokens == 5
     with pytest.raises(ValueError, match=f"{length} tokens long, more than --max-seq-len {length - 1}"):
-        infill(ready(model, tokenizer, length - 1), blanks, ContinuationConfig(), config)
+        infill(Loaded(model, tokenizer, RUNTIME, length - 1), blanks, ContinuationConfig(), config)
 
 
 def test_an_autoregressive_model_fills_no_blanks(eval_argv, tokenizer):
     model = load_model(Path("weights/ar_state_dict.pt"))
     with pytest.raises(ValueError, match="infilling needs one of diffusion"):
-        infill(ready(model, tokenizer), Blanks("a___b", 2), ContinuationConfig(), SamplingConfig())
+        infill(Loaded(model, tokenizer, RUNTIME, 64), Blanks("a___b", 2), ContinuationConfig(), SamplingConfig())

@@ -20,12 +20,12 @@ PROMPT = "一只小猫 sees the river"
 
 @pytest.fixture
 def files(workspace, weights_of_one_step):
-    """files(kind, stage) -> flag and checkpoint, fine-tuned on conversations or of another stage."""
+    """files(kind, chats) -> flag and checkpoint, fine-tuned on conversations or of plain text."""
     shutil.copytree(weights_of_one_step, workspace / "weights")
 
-    def of(kind, stage="sft"):
+    def of(kind, chats=True):
         path = workspace / "weights" / f"{kind}_state_dict.pt"
-        write_archive(path, {**load_checkpoint(path), "stage": stage})
+        write_archive(path, {**load_checkpoint(path), "chat": chats})
         return [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
 
     return of
@@ -147,7 +147,7 @@ def test_the_clock_stands_still_until_the_device_has_done_its_work(ask, monkeypa
 
 def test_a_checkpoint_of_no_conversations_is_put_the_text_and_said_so(files, command, argv, canvases, tokenizer):
     flags = argv("dm")
-    files("dm", stage="diffusion")
+    files("dm", chats=False)
     result = command(one_prompt, flags)
     assert result.code == 0 and "was not trained on conversations: it goes on with the text" in result.err
     assert given(canvases[0]) == [tokenizer.bos_token_id, *encode(tokenizer, PROMPT)]
@@ -273,7 +273,7 @@ def test_a_checkpoint_of_the_other_kind_is_refused_with_its_flag(files, argv, re
 
 def test_checkpoints_that_would_be_put_different_prompts_are_refused(files, argv, refused, command):
     flags = argv()
-    files("dm", stage="diffusion")
+    files("dm", chats=False)
     refused(one_prompt, flags, "dm_state_dict.pt was not trained on conversations", "--no-chat-wrap")
     assert command(one_prompt, [*flags, "--no-chat-wrap"]).code == 0
 

@@ -12,12 +12,6 @@ from scripts.engine.likelihood.windows import DataEvalConfig, chosen_texts, wind
 from scripts.eval import likelihood
 
 
-@pytest.fixture
-def data(workspace, jsonl):
-    """data(texts, name, **more) -> the evaluation of a file with these documents."""
-    return lambda texts, name="eval.jsonl", **more: DataEvalConfig(eval_data=jsonl(workspace / name, texts), **more)
-
-
 @pytest.mark.parametrize("batches", [1, 3, 7, 1000])
 def test_a_limit_on_batches_is_filled_by_no_more_documents_than_it_takes(batches, tokenizer, texts, data):
     every = windows_of(tokenizer, data(texts), 16)[1]

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,7 @@ import pytest
 import torch
 
 from dataset.sft import SFTData, SFTDataset
-from dataset.tokenizer import encode, encode_chat, fingerprint
-from model.checkpoint import save_checkpoint
+from dataset.tokenizer import encode, encode_chat
 from scripts.engine.likelihood.choices import (
     Accuracy,
     Question,
@@ -25,7 +25,7 @@ from scripts.engine.prompts import Prompt
 from scripts.eval import likelihood
 from tests.model.test_likelihood import block_bound, enumerated_bound
 from tests.scripts.conftest import sentences
-from tests.scripts.models import ready, untrained
+from tests.scripts.models import ready
 
 KINDS = ["causal", "full"]
 
@@ -122,10 +122,10 @@ def test_the_four_row_formats_mean_the_same_conversation(tokenizer, file):
 
 
 def test_an_ar_model_scores_replies_and_one_eos_each_by_the_chain_rule(tokenizer, chats):
-    model = untrained(tokenizer, "causal")
-    found, counts = evaluate_replies(ready(model, tokenizer), chats(), 128)
+    loaded = ready(tokenizer, "causal")
+    found, counts = evaluate_replies(loaded, chats(), 128)
     expected = replies_of(tokenizer)
-    nats = sum(cost(model, given + reply, len(given)) for given, reply in expected)
+    nats = sum(cost(loaded.model, given + reply, len(given)) for given, reply in expected)
     value = found["all"]
     assert value.kind == "exact" and value.documents == 3 and value.tokens == sum(len(r) for _, r in expected)
     assert value.nats_per_token * value.tokens == pytest.approx(nats, rel=1e-6)
@@ -138,7 +138,7 @@ def test_an_ar_model_scores_replies_and_one_eos_each_by_the_chain_rule(tokenizer
 @pytest.mark.parametrize("canvas", [0, 4, 64])
 def test_a_model_that_knows_nothing_pays_for_every_token_of_the_canvas(canvas, tokenizer, chats):
     """By hand: max(canvas, reply + EOS) tokens of ln(V - 1) nats, over the tokens of reply and EOS alone."""
-    value = evaluate_replies(ready(untrained(tokenizer, "full", uniform=True), tokenizer), chats(), canvas)[0]
+    value = evaluate_replies(ready(tokenizer, "full", uniform=True), chats(), canvas)[0]
     lengths = [len(reply) for _, reply in replies_of(tokenizer)]
     paid = sum(max(canvas, length) for length in lengths) * math.log(len(tokenizer) - 1)
     assert value["all"].tokens == sum(lengths)
@@ -147,21 +147,21 @@ def test_a_model_that_knows_nothing_pays_for_every_token_of_the_canvas(canvas, t
 
 @pytest.mark.parametrize("canvas", [0, 5])
 def test_the_bound_of_a_reply_with_its_canvas_is_the_enumeration_over_all_masks(canvas, tokenizer, chats):
-    model, config = untrained(tokenizer, "full"), chats([turns("the cat", "the river")], num_samples=400)
+    loaded, config = ready(tokenizer, "full"), chats([turns("the cat", "the river")], num_samples=400)
     ((given, reply),) = replies_of(tokenizer, [turns("the cat", "the river")])
     ids = torch.tensor(given + reply + [tokenizer.eos_token_id] * max(canvas - len(reply), 0))
     assert len(reply) == 3 and len(ids) == len(given) + max(canvas, 3)
     with torch.no_grad():
-        exact = enumerated_bound(model, ids, len(given))
-    found = evaluate_replies(ready(model, tokenizer), config, canvas)[0]["all"]
+        exact = enumerated_bound(loaded.model, ids, len(given))
+    found = evaluate_replies(loaded, config, canvas)[0]["all"]
     assert found.nats_per_token * 3 == pytest.approx(exact, abs=4.5 * found.mask_standard_error * 3)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 3"])
 def test_neither_batches_nor_order_nor_neighbours_change_a_reply(kind, tokenizer, chats):
-    model = untrained(tokenizer, kind)
+    loaded = ready(tokenizer, kind)
     files = [chats(eval_batch_size=size) for size in (1, 3, 100)] + [chats(CHATS[::-1], "reversed.jsonl")]
-    first, *others = (evaluate_replies(ready(model, tokenizer), f, 12)[0]["all"] for f in files)
+    first, *others = (evaluate_replies(loaded, f, 12)[0]["all"] for f in files)
     for other in others:
         for field in ("nats_per_token", "standard_error", "mask_standard_error", "bits_per_byte"):
             assert getattr(other, field) == pytest.approx(getattr(first, field), rel=1e-5, abs=1e-9)
@@ -213,19 +213,19 @@ def test_the_context_may_cut_the_last_block(tokenizer, chats):
 
 def test_the_bound_of_a_reply_in_blocks_is_the_enumeration_over_all_masks(tokenizer, chats):
     """Its EOS and those up to the end of the block cost nats and count as one token."""
-    model, ((given, reply), *_) = untrained(tokenizer, "block 4"), replies_of(tokenizer)
+    loaded, ((given, reply), *_) = ready(tokenizer, "block 4"), replies_of(tokenizer)
     ids = torch.tensor(given + reply + [tokenizer.eos_token_id] * (-(len(given) + len(reply)) % 4))
     with torch.no_grad():
-        expected = block_bound(model, ids, torch.arange(len(ids)) >= len(given))
-    found = evaluate_replies(ready(model, tokenizer), chats(CHATS[:1]), 128)[0]["all"]
+        expected = block_bound(loaded.model, ids, torch.arange(len(ids)) >= len(given))
+    found = evaluate_replies(loaded, chats(CHATS[:1]), 128)[0]["all"]
     assert (found.tokens, found.mask_standard_error) == (len(reply), 0)
     assert found.nats_per_token * len(reply) == pytest.approx(expected, rel=1e-5)
 
 
 def test_every_kind_scores_the_same_tokens_and_bytes(tokenizer, chats):
     """And a model that knows nothing pays for them and the rest of the block."""
-    kinds = {kind: untrained(tokenizer, kind, uniform=True) for kind in (*KINDS, "block 4", "block 6")}
-    found = {kind: evaluate_replies(ready(m, tokenizer), chats(), 64)[0]["all"] for kind, m in kinds.items()}
+    kinds = {kind: ready(tokenizer, kind, uniform=True) for kind in (*KINDS, "block 4", "block 6")}
+    found = {kind: evaluate_replies(m, chats(), 64)[0]["all"] for kind, m in kinds.items()}
     assert len({(value.documents, value.tokens, value.bytes) for value in found.values()}) == 1
     for size in (4, 6):
         paid = sum(len(reply) + -(len(given) + len(reply)) % size for given, reply in replies_of(tokenizer))
@@ -250,7 +250,7 @@ def continuations(row: dict) -> tuple[str, list[str]]:
 @pytest.mark.parametrize("kind", [*KINDS, "block 3"])
 def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokenizer, file):
     """One choice at a time: for a causal model by the chain rule, for diffusion by the score of one response."""
-    model, right, right_by_byte = untrained(tokenizer, kind), [], []
+    loaded, right, right_by_byte = ready(tokenizer, kind), [], []
     for row, answer in zip(QUESTIONS, (1, 0, 1), strict=True):
         prompt, parts = (row["question"], row["choices"]) if wrap else continuations(row)
         given = (
@@ -259,18 +259,15 @@ def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokeniz
             else [tokenizer.bos_token_id, *encode(tokenizer, prompt)]
         )
         if kind == "causal":
-            nats = [cost(model, given + encode(tokenizer, part), len(given)) for part in parts]
+            nats = [cost(loaded.model, given + encode(tokenizer, part), len(given)) for part in parts]
         else:
-            scores = [
-                response_likelihood(ready(model, tokenizer), Prompt(turns(prompt) if wrap else prompt), part, 3)
-                for part in parts
-            ]
+            scores = [response_likelihood(loaded, Prompt(turns(prompt) if wrap else prompt), part, 3) for part in parts]
             nats = [-score["log_likelihood"] for score in scores]
         rates = [n / len(choice.encode()) for n, choice in zip(nats, row["choices"], strict=True)]
         right.append(nats.index(min(nats)) == answer)
         right_by_byte.append(rates.index(min(rates)) == answer)
     for size in (1, 4, 100):
-        found, too_long = evaluate_choices(ready(model, tokenizer), file(QUESTIONS, eval_batch_size=size), wrap)
+        found, too_long = evaluate_choices(loaded, file(QUESTIONS, eval_batch_size=size), wrap)
         assert too_long == 0 and found["all"].acc == sum(right) / 3 and found["all"].acc_norm == sum(right_by_byte) / 3
         assert found["all"].chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
 
@@ -297,27 +294,27 @@ def test_the_blank_between_question_and_choice_belongs_to_the_choice(question, c
 
 def test_every_question_is_right_if_the_likeliest_choice_is_the_answer(tokenizer, file):
     """And none if it is another: the outcome follows the answers, question by question."""
-    model = untrained(tokenizer, "causal")
+    loaded = ready(tokenizer, "causal")
     choices = ["the cat", "the river", "a small dog"]
     rows = [{"question": text, "choices": choices[i % 3 :] + choices[: i % 3]} for i, text in enumerate(sentences(12))]
     for row in rows:
         given = [tokenizer.bos_token_id, *encode(tokenizer, row["question"])]
-        nats = [cost(model, given + encode(tokenizer, " " + choice), len(given)) for choice in row["choices"]]
+        nats = [cost(loaded.model, given + encode(tokenizer, " " + choice), len(given)) for choice in row["choices"]]
         row["answer"] = nats.index(min(nats))
     assert len({row["answer"] for row in rows}) > 1
-    assert evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"].acc == 1
+    assert evaluate_choices(loaded, file(rows), False)[0]["all"].acc == 1
     for row in rows:
         row["answer"] = (row["answer"] + 1) % 3
-    assert evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"].acc == 0
+    assert evaluate_choices(loaded, file(rows), False)[0]["all"].acc == 0
 
 
 def test_a_model_that_knows_nothing_takes_the_fewest_tokens_or_the_fewest_per_byte(tokenizer, file):
     short, dense = "z", "the cat sees the river."  # one token of one byte; few tokens of many bytes
     assert len(encode(tokenizer, " " + short)) <= 2 < len(encode(tokenizer, dense))
-    model = untrained(tokenizer, "causal", uniform=True)
+    loaded = ready(tokenizer, "causal", uniform=True)
     for answer, expected in ((short, (1, 0)), (dense, (0, 1))):
         rows = [{"question": "a small dog", "choices": [short, dense], "answer": answer}]
-        found = evaluate_choices(ready(model, tokenizer), file(rows), False)[0]["all"]
+        found = evaluate_choices(loaded, file(rows), False)[0]["all"]
         assert (found.acc, found.acc_norm) == expected
 
 
@@ -344,32 +341,25 @@ def test_the_errors_of_an_accuracy_are_binomial_and_wilsons():
 
 
 def test_questions_longer_than_the_context_are_left_out_whole_and_counted(tokenizer, file):
-    model = untrained(tokenizer, "causal")
+    loaded = ready(tokenizer, "causal")
     lengths = []
     for row in QUESTIONS:
         prompt, parts = continuations(row)
         lengths.append(1 + len(encode(tokenizer, prompt)) + max(len(encode(tokenizer, part)) for part in parts))
     for limit in range(min(lengths), max(lengths) + 1):
-        found, too_long = evaluate_choices(ready(model, tokenizer, limit), file(QUESTIONS), False)
+        found, too_long = evaluate_choices(replace(loaded, max_length=limit), file(QUESTIONS), False)
         assert too_long == sum(length > limit for length in lengths) and found["all"].questions == 3 - too_long
     with pytest.raises(ValueError, match="all 3 questions are longer than --max-seq-len 3"):
-        evaluate_choices(ready(model, tokenizer, 3), file(QUESTIONS), False)
+        evaluate_choices(replace(loaded, max_length=3), file(QUESTIONS), False)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def argv(tokenizer, tokenizer_dir, workspace):
-    """argv(kind, data, *more, stage="test"): arguments with a checkpoint of that kind."""
-
-    def build(kind, data, *more, stage="test"):
-        model = untrained(tokenizer, kind)
-        save_checkpoint(Path("m.pt"), model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage=stage)
-        given = ["--checkpoint", "m.pt", "--tokenizer-dir", tokenizer_dir, "--dtype", "float32", "--device", "cpu"]
-        return [*given, "--eval-data", data.eval_data, *more]
-
-    return build
+def argv(saved):
+    """argv(kind, data, *more, stage="test"): arguments of an evaluation of the data."""
+    return lambda kind, data, *more, **about: saved(kind, "--eval-data", data.eval_data, *more, **about)
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 4"])
