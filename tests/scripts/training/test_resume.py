@@ -181,11 +181,12 @@ def test_a_killed_run_continues_from_its_last_save_as_if_nothing_had_been(moment
     assert_same_run(run_name(argv))
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_during_validation_loses_nothing(number, code, whole, command, at):
-    """The average of the weights, swapped in for the validation, must not be what is continued with."""
+@pytest.mark.parametrize("number, code, step", [(signal.SIGINT, 130, 8), (signal.SIGTERM, 143, 12)])
+def test_a_signal_during_validation_loses_nothing(number, code, step, whole, command, at):
+    """The average of the weights, swapped in for the validation, must not be what is continued with; the last step has
+    not been saved when it is validated."""
     module, argv = whole("ar-everything")
-    at("_validate", [8], send(number), before=True)
+    at("_validate", [step], send(number), before=True)
     assert command(module, [*argv, "--save-dir", "parts"]).code == code
     assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
     assert_same_run("ar")
@@ -255,10 +256,11 @@ def test_worse_validations_leave_the_best_weights_alone(runs, command, validatio
     assert load_checkpoint(Path("weights/ar_state_dict.pt"))["step"] == 12
 
 
-def test_resuming_a_finished_run_changes_nothing(runs, command):
+def test_the_last_step_is_saved_once_and_resuming_a_finished_run_changes_nothing(runs, command):
     module, argv = runs["ar"]
     for save_dir in ("whole", "parts"):
-        assert command(module, [*argv, "--save-dir", save_dir]).code == 0
+        result = command(module, [*argv, "--save-dir", save_dir])
+        assert result.code == 0 and result.out.count("(step 12)") == 1
     again = command(module, [*argv, "--save-dir", "parts", "--resume", "must"])
     assert again.code == 0
     assert_same_run("ar")
