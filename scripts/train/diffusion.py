@@ -27,7 +27,6 @@ from dataset.tokenizer import (
     train_characters,
 )
 from model.checkpoint import load_model
-from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
@@ -35,9 +34,8 @@ from scripts.engine.decoding.generation import generate, idle_sampling_flags
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import OptimConfig
-from scripts.engine.training.run import RunConfig, continues
+from scripts.engine.training.config import GROUPS, StageConfigs
+from scripts.engine.training.run import continues
 from scripts.engine.training.stage import Stage
 
 
@@ -67,11 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         ContinuationConfig,
         DenoisingConfig,
         MaskedDiffusion,
-        ModelConfig,
-        OptimConfig,
-        TrainerConfig,
-        RunConfig,
-        RuntimeConfig,
+        *GROUPS,
         argv=argv,
         run_name="diffusion",
         learning_rate=4e-4,

@@ -9,21 +9,23 @@ has become is measured against a frozen reference, by default the weights that t
 """
 
 from dataset.preferences import PreferenceData
-from model.config import ModelConfig
 from model.preference import DiffusionDPO
 from scripts.engine.cli import parse_args, run
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.config import GROUPS, StageConfigs
 from scripts.engine.training.preferences import DEFAULTS, tune
-from scripts.engine.training.run import RunConfig
 from scripts.engine.training.stage import require_start
-
-GROUPS = PreferenceData, DiffusionDPO, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    data, objective, *configs = parse_args(__doc__, *GROUPS, argv=argv, run_name="diffusion_dpo", **DEFAULTS)
+    data, objective, *configs = parse_args(
+        __doc__,
+        PreferenceData,
+        DiffusionDPO,
+        *GROUPS,
+        argv=argv,
+        run_name="diffusion_dpo",
+        **DEFAULTS,
+    )
     configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/diffusion_sft_state_dict.pt")
     tune("scripts.train.train_dpo_diffusion", configs, objective, data)

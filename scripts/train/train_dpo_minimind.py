@@ -9,21 +9,23 @@ Validation is the preference loss alone; ln 2 = 0.6931 is no preference.
 """
 
 from dataset.preferences import PreferenceData
-from model.config import ModelConfig
 from model.preference import ExactDPO
 from scripts.engine.cli import parse_args, run
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.config import GROUPS, StageConfigs
 from scripts.engine.training.preferences import DEFAULTS, tune
-from scripts.engine.training.run import RunConfig
 from scripts.engine.training.stage import require_start
-
-GROUPS = PreferenceData, ExactDPO, ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    data, objective, *configs = parse_args(__doc__, *GROUPS, argv=argv, run_name="minimind_dpo", **DEFAULTS)
+    data, objective, *configs = parse_args(
+        __doc__,
+        PreferenceData,
+        ExactDPO,
+        *GROUPS,
+        argv=argv,
+        run_name="minimind_dpo",
+        **DEFAULTS,
+    )
     configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/minimind_sft_state_dict.pt")
     tune("scripts.train.train_dpo_minimind", configs, objective, data)

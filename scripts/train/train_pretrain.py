@@ -8,13 +8,9 @@ Writes weights/<run>.pt (everything needed to continue), <run>_state_dict.pt (fo
 
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer
-from model.config import ModelConfig
 from model.objective import NextToken
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import OptimConfig
-from scripts.engine.training.run import RunConfig
+from scripts.engine.training.config import GROUPS, StageConfigs
 from scripts.engine.training.stage import Stage
 
 
@@ -22,11 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     data, *configs = parse_args(
         __doc__,
         PretrainData,
-        ModelConfig,
-        OptimConfig,
-        TrainerConfig,
-        RunConfig,
-        RuntimeConfig,
+        *GROUPS,
         argv=argv,
         run_name="minimind_pretrain",
     )

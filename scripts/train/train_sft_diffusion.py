@@ -14,13 +14,9 @@ from dataclasses import replace
 
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from model.config import ModelConfig
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import SFTOptimConfig
-from scripts.engine.training.run import RunConfig
+from scripts.engine.training.config import SFT_GROUPS, StageConfigs
 from scripts.engine.training.stage import Stage, require_start
 
 
@@ -29,11 +25,7 @@ def main(argv: list[str] | None = None) -> None:
         __doc__,
         DiffusionSFTData,
         MaskedDiffusion,
-        ModelConfig,
-        SFTOptimConfig,
-        TrainerConfig,
-        RunConfig,
-        RuntimeConfig,
+        *SFT_GROUPS,
         argv=argv,
         run_name="diffusion_sft",
         learning_rate=3e-4,

@@ -8,13 +8,9 @@ All replies of a conversation are learnt in one row; prompts are never scored. W
 
 from dataset.sft import SFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
-from model.config import ModelConfig
 from model.objective import NextToken
 from scripts.engine.cli import parse_args, run
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import StageConfigs, TrainerConfig
-from scripts.engine.training.optim import SFTOptimConfig
-from scripts.engine.training.run import RunConfig
+from scripts.engine.training.config import SFT_GROUPS, StageConfigs
 from scripts.engine.training.stage import Stage, require_start
 
 
@@ -22,11 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     data, *configs = parse_args(
         __doc__,
         SFTData,
-        ModelConfig,
-        SFTOptimConfig,
-        TrainerConfig,
-        RunConfig,
-        RuntimeConfig,
+        *SFT_GROUPS,
         argv=argv,
         run_name="minimind_sft",
         learning_rate=3e-4,

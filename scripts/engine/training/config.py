@@ -7,7 +7,7 @@ from typing import Annotated
 from model.config import ModelConfig
 from scripts.engine.runtime import RuntimeConfig, launched, num_processes
 from scripts.engine.training.compiling import require_compiler
-from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.optim import OptimConfig, SFTOptimConfig
 from scripts.engine.training.run import RunConfig
 
 
@@ -70,3 +70,8 @@ class StageConfigs:
     runtime: RuntimeConfig
     given: frozenset[str]  # fields typed on the command line
     argv: list[str] | None  # what was typed, as `main` was given it
+
+
+# The groups of a command line, in the order of StageConfigs: `parse_args(__doc__, PretrainData, *GROUPS, argv=argv)`.
+GROUPS = ModelConfig, OptimConfig, TrainerConfig, RunConfig, RuntimeConfig
+SFT_GROUPS = ModelConfig, SFTOptimConfig, TrainerConfig, RunConfig, RuntimeConfig
