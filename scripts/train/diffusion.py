@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
         room = data.max_seq_len - len(prompt_tokens(tokenizer, prompt, 1, data.max_seq_len))
         continuation = replace(continuation, max_new_tokens=min(continuation.max_new_tokens, room))
-    # Found out before the training, not after it.
+    # A prompt that does not fit is refused before the training, not after it.
     prompt_tokens(tokenizer, prompt, continuation.max_new_tokens, data.max_seq_len)
     if what.train:
         stage = Stage("scripts.train.diffusion", configs, objective, data, tokenizer)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def refuse_unused(what: DiffusionRun, configs: StageConfigs, denoising: DenoisingConfig) -> None:
-    """ValueError for typed flags that would be ignored."""
+    """Raise ValueError for typed flags that would be ignored."""
     generating = {
         f.name for group in (DiffusionRun, ContinuationConfig, DenoisingConfig, RuntimeConfig) for f in fields(group)
     }
@@ -116,7 +116,7 @@ def refuse_unused(what: DiffusionRun, configs: StageConfigs, denoising: Denoisin
 def find_tokenizer(
     what: DiffusionRun, data: PretrainData, configs: StageConfigs
 ) -> tuple[PreTrainedTokenizerFast, bool]:
-    """The tokenizer in --tokenizer-dir, or the run's own; and whether that is new, made from --data, not yet saved."""
+    """Return the tokenizer in --tokenizer-dir, or the run's own, and whether it is new, made from --data."""
     own = configs.run.path("_tokenizer")
     if what.use_tokenizer and not what.retrain_tokenizer:
         return load_tokenizer(data.tokenizer_dir), False

@@ -3,8 +3,8 @@
     uv run python -m scripts.train.train_sft_diffusion --data dataset/sft_mini_512.jsonl \\
         --load-from weights/diffusion_from_ar_eq3_state_dict.pt --run-name diffusion_sft
 
-A conversation of several turns becomes one row for each reply, whose prompt is never masked nor scored. Behind the
-reply stand its EOS and a random number of further ones: the empty end of the canvas on which the decoder writes.
+A conversation of several turns becomes one row for each reply, whose prompt is never masked nor scored. After the
+reply come its EOS and a random number of further ones: the empty end of the canvas on which the decoder writes.
 
 From weights of block diffusion, or with --block-size, it learns block by block (LLaDA 2.0, section 5.1), and the EOS
 fill the reply's last block.

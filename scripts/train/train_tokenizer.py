@@ -53,7 +53,7 @@ class TokenizerTraining:
         self.weights()
 
     def weights(self) -> dict[str, int]:
-        """How many times a row of each kept source counts."""
+        """Return how many times a row of each kept source counts."""
         weights = {}
         for item in filter(None, self.keep_sources.split(",")):
             source, _, count = item.partition("=")
@@ -64,7 +64,7 @@ class TokenizerTraining:
 
 
 def training_texts(config: TokenizerTraining) -> Iterator[str]:
-    """The texts to count pairs in; a row of weight N comes N times."""
+    """Yield the texts to count pairs in; a row of weight N comes N times."""
     if config.data is None:
         print("no --data, so the bundled corpus is used")
     bad = BadRows(config.on_bad_row)
@@ -74,7 +74,7 @@ def training_texts(config: TokenizerTraining) -> Iterator[str]:
 
 
 def _kept(documents: Iterator[str], config: TokenizerTraining, bad: BadRows) -> Iterator[str]:
-    """The documents of the kept sources, by their weights."""
+    """Yield the documents of the kept sources, each as often as its weight says."""
     weights = config.weights()
     labels = _read_labels(config.sources)
     if unknown := weights.keys() - set(labels):
@@ -95,12 +95,12 @@ def print_skipped(bad: BadRows) -> None:
 
 
 def _read_labels(path: Path) -> list[str]:
-    """The source of each row: a line up to its first slash."""
+    """Return the source of each row: a line up to its first slash."""
     return [line.decode("utf-8").partition("/")[0].strip() for _, line in read_lines(path)]
 
 
 def compression(tokenizer, texts: list[str]) -> tuple[float, float]:
-    """(characters per token, UTF-8 bytes per token) over all texts together."""
+    """Return characters per token and UTF-8 bytes per token, over all texts together."""
     tokens = sum(map(len, encode_batch(tokenizer, texts)))
     return sum(map(len, texts)) / tokens, sum(len(text.encode()) for text in texts) / tokens
 
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     if (config.out / "tokenizer.json").exists() and not config.overwrite:
         raise ValueError(f"{config.out} already holds a tokenizer; choose another --out, or add --overwrite")
     require_writable(config.out / "tokenizer.json", "--out")
-    if config.eval_data:  # found out before the training, not after it
+    if config.eval_data:  # a file that cannot be read is refused before the training, not after it
         text_format(config.eval_data)
         open_text(config.eval_data).close()
     save_tokenizer(train_bpe(training_texts(config), config.target_vocab_size, config.mask_token), config.out)

@@ -11,14 +11,14 @@ RECOMPILE_LIMIT = 32  # graphs of one layer's code; past it layers would run unc
 
 
 def require_compiler(remedy: str) -> None:
-    """ValueError where layers cannot be compiled, before anything else is done."""
+    """Raise ValueError if layers cannot be compiled, before anything else is done."""
     if not torch.cuda.is_available() and not any(map(shutil.which, CXX_COMPILERS)):
         raise ValueError(f"--compile needs a C++ compiler, one of {', '.join(CXX_COMPILERS)}; none was found: {remedy}")
 
 
 def compile_layers(model: Transformer) -> None:
-    """One graph for the first shape and one for all others, each with and without gradients, for every kind of mask,
-    for the last layer and for the others."""
+    """Compile the layers: one graph for the first shape and one for all others, each with and without gradients, for
+    every kind of mask, for the last layer and for the others."""
     torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
     torch._dynamo.config.optimize_ddp = False  # which would cut a layer in two where its buckets end
     for layer in model.layers:
@@ -26,6 +26,6 @@ def compile_layers(model: Transformer) -> None:
 
 
 def uncompile(model: Transformer) -> None:
-    """Layers as they were before `compile_layers`."""
+    """Undo `compile_layers`."""
     for layer in model.layers:
         del layer.forward

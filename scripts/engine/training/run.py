@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 # Settings that a resumed run may change: where it looks, how often it writes, how long it goes on, on what it computes.
-# The first ones leave every number as it is; the others are named when they differ.
+# SILENT ones leave every number as it is; REPORTED ones are named if they differ.
 SILENT = {
     "resume",
     "overwrite",
@@ -131,14 +131,16 @@ class RunConfig:
         return self.weights_path or self.path("_state_dict.pt")
 
     def writes(self, path: Path) -> bool:
-        """Whether `path` is a file of weights of this run."""
+        """Return whether `path` is a file of weights of this run."""
         own = (self.state_path, self.best_path, self.merged_path, self.exported_path)
         return path.resolve() in {mine.resolve() for mine in own}
 
 
 def continues(config: RunConfig) -> bool:
-    """Whether this command continues a saved run. An error where it exists and --resume is never, or is missing and
-    --resume is must; called before anything is written."""
+    """Return whether this command continues a saved run, before anything is written.
+
+    Raises ValueError if the run exists and --resume is never, FileNotFoundError if it is missing and --resume is must.
+    """
     exists = config.state_path.is_file()
     if config.resume == "must" and not exists:
         raise FileNotFoundError(f"--resume must, but there is no {config.state_path}")
@@ -157,7 +159,7 @@ def continues(config: RunConfig) -> bool:
 
 
 def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> list[str]:
-    """Lines on the settings that a resumed run changes; ValueError if one of them would make it another run."""
+    """Return lines on the settings that a resumed run changes; raise ValueError if one makes it another run."""
     differ = [
         name for name in sorted(saved.keys() | now.keys()) if saved.get(name) != now.get(name) and name not in SILENT
     ]
