@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+# Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
+ADJUSTABLE = ("inference_rope_scaling", "dropout")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

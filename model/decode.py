@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from model.attention_mask import block_causal_mask, document_mask
+from model.attention import block_causal_mask, document_mask
 from model.canvas import Canvas, Decoded, Decoder, DecodingStep
 from model.denoiser import Denoiser, DenoisingConfig
 from model.kv_cache import KVCache

@@ -19,11 +19,9 @@ from model.checkpoint import (
     unusable,
     weight_faults,
 )
-from model.config import ModelConfig
+from model.config import ADJUSTABLE, ModelConfig
 from model.transformer import Transformer
 
-# Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
-ADJUSTABLE = ("inference_rope_scaling", "dropout")
 # What no shape tells, and Hugging Face's config.json does, under the same names.
 IN_CONFIG_JSON = ("num_attention_heads", "num_key_value_heads", "rope_theta", "rms_norm_eps", "hidden_act")
 

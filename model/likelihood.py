@@ -1,43 +1,45 @@
 """How likely a model finds given tokens: nats per row, for any kind of model, on the same tokens.
 
-A row is scored where `loss_mask` is True, given every other real token to its left (autoregressive), anywhere (full
-diffusion), or in its block and the blocks before (block diffusion). Sums over rows compare directly between the kinds:
-the first is exact, the others are upper bounds, exact for blocks of one token.
+A token is scored if `loss_mask` is True, given the tokens before it (autoregressive), all others of its document (full
+diffusion), or those of its block and of the blocks before (block diffusion). Sums over rows compare directly between
+the kinds: the first is exact, the others are upper bounds, exact for blocks of one token.
+Shapes: B rows, L tokens; S masks in one pass; G blocks in a row, W tokens in a block. Masks are drawn on the host.
 """
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.attention_mask import block_diffusion_mask, document_mask, number_blocks
+from model.attention import document_mask
+from model.block_diffusion import Blocks, block_diffusion_mask
 from model.config import ModelConfig
-from model.forward_process import lowest
+from model.forward_process import k_of_n_by_block, lowest
 from model.losses import linear_nats
 from model.objective import Batch, NextToken
 from model.transformer import Transformer
 
 ENUMERATED = 4  # tokens in a block, up to which all its masks are tried: 2^4 - 1 of them, in as many passes
-GOLDEN = (5**0.5 - 1) / 2
 
 
 @dataclass(frozen=True)
 class RowNats:
     nats: Tensor  # (B,) float64 on the host, -log p of the row's scored tokens, or the estimate of its upper bound
-    variance: Tensor  # (B,) float64, variance of that estimate over the masks drawn (0 where none are)
+    variance: Tensor  # (B,) float64, variance of that estimate over the masks drawn (0 if none are)
     count: Tensor  # (B,) int64 scored tokens
 
 
 def draws_masks(config: ModelConfig) -> bool:
-    """Whether a likelihood is estimated from masks that are drawn, rather than computed."""
+    """Return whether a likelihood is estimated from masks that are drawn, rather than computed."""
     return config.attention == "full" or config.block_size > ENUMERATED
 
 
 @torch.no_grad()
 def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0, samples_per_pass: int = 1) -> RowNats:
-    """Chain rule for a causal model; for a diffusion model `diffusion_bound`."""
+    """Return the chain rule of a causal model; of a diffusion model `diffusion_bound`."""
     if not model.config.autoregressive:
         return diffusion_bound(model, batch, num_samples, seed, samples_per_pass)
     objective = NextToken()
@@ -50,57 +52,118 @@ def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0, 
 def diffusion_bound(
     model: Transformer, batch: Batch, num_samples: int, seed: int = 0, samples_per_pass: int = 1
 ) -> RowNats:
-    """sum_b E_k E_{|S| = k} (n_b / k) sum_{i in S} -log p(x_i | rest of block b, blocks before): the NELBO of every row
-    (BD3-LM Eq. 8), n_b being the block's scored tokens; of a full diffusion model a row is one block (LLaDA Eq. 6).
+    """Return the NELBO of every row (BD3-LM Eq. 8; of a full diffusion model, whose row is one block, LLaDA Eq. 6):
+    sum_b E_k E_{|S| = k} (n / k) sum_{i in S} -log p(x_i | rest of block b, blocks before), n scored tokens in block b.
 
     Blocks of at most ENUMERATED tokens: exact, by all masks, each tried on all blocks at once. Otherwise `num_samples`
-    masks per row, k systematic: the samples of a block fall into equal strata of {1..n_b}, and each k is marginally
-    uniform. The variance is the one that independent samples would have: too large where the loss rises or falls with
-    k, as it usually does. A row's masks depend on `seed` and the row's own number in `batch["row_ids"]` (default: its
-    place), so results do not depend on how rows are batched, nor on how many samples (`samples_per_pass`, copies of the
-    batch) go through the network together.
+    masks per row, k systematic: the samples of a block fall into equal strata of {1..n}, and each k is marginally
+    uniform. The variance is the one that independent samples would have: too large if the loss rises or falls with k,
+    as it usually does.
+
+    A row's masks depend on `seed` and the row's own number in `batch["row_ids"]` (default: its place), so results
+    depend neither on how rows are batched nor on how many samples, copies of the batch, share a pass.
     """
-    size, maskable = model.config.block_size, batch["loss_mask"].cpu()
-    blocks = _blocks(batch, size)
-    counts = torch.zeros_like(blocks).scatter_add(1, blocks, maskable.long()).gather(1, blocks)  # n_b, of each position
-    most, network = int(counts.max()), _Denoising(model, batch)
+    # 1. Blocks, and n of each (B, G).
+    maskable, documents = batch["loss_mask"].cpu(), batch.get("document_ids")
+    in_blocks = model.config.block_size > 0 and documents is not None
+    blocks = Blocks(maskable, documents.cpu() if in_blocks else None, model.config.block_size)
+    totals = blocks.split(maskable).sum(dim=1).view(len(maskable), blocks.number)
+    largest = int(totals.max())
+    # 2. The masks to come: mask(number) -> scored and weight (B, L).
     if draws_masks(model.config):
-        num_masks = num_samples if most > 1 else 1  # of a single token there is one mask only
-        keys, offsets = _row_keys(batch, num_masks, seed)
+        num_masks = num_samples if largest > 1 else 1  # of a single token there is one mask only
+        mask = _drawn_masks(batch, blocks, num_masks, seed)
     else:
-        num_masks = max(2**most - 1, 1)
-        place = _rank(torch.zeros(maskable.shape), maskable, blocks)
-    estimates = []
-    for some in torch.arange(num_masks).split(samples_per_pass):
-        if draws_masks(model.config):
-            # Golden-ratio shifts spread the blocks of a row over all counts, so that no pass is all light or all heavy.
-            strata = offsets[:, None] + GOLDEN * blocks + some[:, None, None].double() / num_masks
-            k = (1 + (strata % 1.0 * counts).long()).minimum(counts)
-            scored = (_rank(keys[some], maskable, blocks) < k) & maskable
-            weight = counts / k.clamp(min=1)
-        else:
-            scored, weight = _all_masks(some[:, None, None] + 1, place, maskable, counts)
-        estimates.append(network.nats(scored, weight))
-    found, total = torch.cat(estimates), maskable.sum(dim=1)
+        num_masks = max(2**largest - 1, 1)
+        mask = _all_masks(maskable, blocks)
+    # 3. Weighted nats (num_masks, B), S masks in one pass.
+    network, passes = _Network(model, batch), []
+    for numbers in torch.arange(num_masks).split(samples_per_pass):
+        scored, weight = zip(*map(mask, numbers.tolist()), strict=True)
+        passes.append(network.nats(torch.stack(scored), torch.stack(weight)))
+    nats, count = torch.cat(passes), maskable.sum(dim=1)
+    # 4. All masks add up to the bound; drawn ones estimate it by their mean.
     if not draws_masks(model.config):
-        return RowNats(found.sum(dim=0), torch.zeros_like(found[0]), total)
-    spread = found.var(dim=0) / num_masks if num_masks > 1 else torch.full_like(found[0], torch.nan)
-    return RowNats(found.mean(dim=0), spread.masked_fill(counts.amax(dim=1) <= 1, 0.0), total)
+        return RowNats(nats.sum(dim=0), torch.zeros_like(nats[0]), count)
+    variance = nats.var(dim=0) / num_masks if num_masks > 1 else torch.full_like(nats[0], torch.nan)
+    return RowNats(nats.mean(dim=0), variance.masked_fill(totals.amax(dim=1) <= 1, 0.0), count)
 
 
 @torch.no_grad()
 def masked_nats(model: Transformer, batch: Batch, ratio: float, seed: int = 0) -> RowNats:
-    """Cross-entropy of the masked tokens, summed, with `ratio` of each row's maskable tokens masked (at least one).
+    """Return the cross-entropy of the masked tokens, summed, with `ratio` of each row's maskable tokens masked (at
+    least one).
 
     A diagnostic at one mask rate; it bounds no likelihood. `count` are the masked tokens. The ratio is that of a row,
-    for in a small block few ratios can be had: models of any block size meet the same masks.
+    since a small block has few ratios: models of any block size meet the same masks.
     """
     maskable = batch["loss_mask"].cpu()
     total = maskable.sum(dim=1)
     k = (total * ratio).round().long().clamp(min=1).minimum(total)
     scored = lowest(_row_keys(batch, 1, seed)[0][0], maskable, k)[None]
-    nats = _Denoising(model, batch).nats(scored, torch.ones(scored.shape))[0]
+    nats = _Network(model, batch).nats(scored, torch.ones(scored.shape))[0]
     return RowNats(nats, torch.zeros_like(nats), k)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+Masks = Callable[[int], tuple[Tensor, Tensor]]  # number of a mask -> scored, weight (B, L)
+
+
+def _drawn_masks(batch: Batch, blocks: Blocks, num_masks: int, seed: int) -> Masks:
+    """Return `num_masks` masks that depend on `seed` and the number of each row."""
+    maskable = batch["loss_mask"].cpu()
+    keys, offsets = _row_keys(batch, num_masks, seed)
+    # Keys are multiples of 2^-24; among equal ones the first is the lowest, however a machine sorts.
+    tie_break = torch.arange(maskable.shape[1]).double() * 2.0**-48
+
+    def mask(number: int) -> tuple[Tensor, Tensor]:
+        share = offsets[:, None] + blocks.golden_steps + number / num_masks  # (B, G)
+        return k_of_n_by_block(maskable, blocks, share, keys[number].double() + tie_break)
+
+    return mask
+
+
+def _row_keys(batch: Batch, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return random keys (num_samples, B, L) in [0, 1) at the maskable positions, and offsets (B,) in [0, 1), by row.
+
+    Drawn over maskable tokens alone, so that neither padding nor neighbours nor the device change them.
+    """
+    maskable = batch["loss_mask"].cpu()
+    row_ids = batch["row_ids"].tolist() if "row_ids" in batch else range(len(maskable))
+    keys = torch.zeros(num_samples, *maskable.shape)
+    offsets = torch.empty(len(maskable), dtype=torch.float64)
+    for row, (row_id, eligible) in enumerate(zip(row_ids, maskable, strict=True)):
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}/{row_id}").getrandbits(63))
+        offsets[row] = torch.rand((), generator=generator, dtype=torch.float64)
+        keys[:, row, eligible] = torch.rand(num_samples, int(eligible.sum()), generator=generator)
+    return keys, offsets
+
+
+def _all_masks(maskable: Tensor, blocks: Blocks) -> Masks:
+    """Return all masks of blocks of up to ENUMERATED tokens: bit i of a mask's number + 1 masks the i-th maskable token
+    of every block that has so many."""
+    # 1. In every block (B * G, W): n, and which of the n a token is.
+    by_block = blocks.split(maskable)
+    total = by_block.sum(dim=1)
+    rank = (by_block.long().cumsum(dim=1) - 1).clamp(min=0)
+    # 2. E_k E_S n / k gives a set of k tokens the weight (1 / n) (1 / C(n, k)) (n / k).
+    weights = torch.zeros(ENUMERATED + 1, ENUMERATED + 1, dtype=torch.float64)  # [k, n]
+    for n in range(1, ENUMERATED + 1):
+        for k in range(1, n + 1):
+            weights[k, n] = 1 / (k * math.comb(n, k))
+
+    def mask(number: int) -> tuple[Tensor, Tensor]:
+        pattern = number + 1
+        exists = (pattern < 2**total)[:, None]  # a block of n tokens has 2^n - 1 masks
+        scored = by_block & (pattern >> rank & 1).bool() & exists
+        weight = weights[pattern.bit_count(), total]
+        return blocks.join(scored), blocks.join(weight[:, None].expand(scored.shape))
+
+    return mask
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
 
 
 class _CleanKeys:
@@ -122,81 +185,45 @@ class _CleanKeys:
         return torch.cat([clean_key, key], dim=2), torch.cat([clean_value, value], dim=2)
 
 
-class _Denoising:
-    """The network on any number of x_t of one batch, as `block_diffusion.predict` has it."""
+class _Network:
+    """The network on any number of x_t of one batch, with the masks of `denoising_inputs`: x_0 is computed once."""
 
     def __init__(self, model: Transformer, batch: Batch):
         self.model, self.input_ids, self.clean = model, batch["input_ids"], None
         documents, (_, length) = batch.get("document_ids"), self.input_ids.shape
+        model.config.require_length(length)
         self.attn_mask = None if documents is None else document_mask(documents)
         self.position_ids = torch.arange(length, device=self.input_ids.device)[None]
         if 0 < model.config.block_size < length:
             documents = torch.zeros_like(self.input_ids[:1]) if documents is None else documents
-            rule = block_diffusion_mask(documents, model.config.block_size)
+            mask = block_diffusion_mask(documents, model.config.block_size)  # queries and keys are [x_t, x_0]
             self.clean = _CleanKeys(length)
-            self._hidden(self.input_ids, rule[:, :, length:, length:], self.position_ids[0, :0])
-            self.clean.filled, self.attn_mask = True, rule[:, :, :length].roll(length, dims=-1)
+            self._hidden(self.input_ids, mask[:, :, length:, length:], self.position_ids[0, :0])
+            self.clean.filled = True
+            self.attn_mask = mask[:, :, :length].roll(length, dims=-1)  # of x_t alone, to the keys [x_0, x_t]
 
     def nats(self, scored: Tensor, weight: Tensor) -> Tensor:
-        """(S, B) float64 sums, weighted, of -log p(x_0 | x_t) over the scored (S, B, L) positions, [MASK] in x_t, of S
-        copies of the batch; all on the host, for not every device has float64."""
-        copies, (rows, length) = len(scored), self.input_ids.shape
-        input_ids, where = self.input_ids.repeat(copies, 1), scored.flatten().nonzero()[:, 0]
-        noised = torch.where(scored.flatten(0, 1).to(input_ids.device), self.model.config.mask_token_id, input_ids)
+        """Return weighted sums (S, B) of -log p(x_0 | x_t) over the scored (S, B, L) positions, [MASK] in x_t.
+
+        In float64 on the host, since not every device has float64.
+        """
+        # 1. S copies of the batch, (S * B, L), with their masks.
+        (copies, rows, length), config = scored.shape, self.model.config
+        input_ids, chosen = self.input_ids.repeat(copies, 1), scored.flatten().nonzero()[:, 0]
+        noised = torch.where(scored.flatten(0, 1).to(input_ids.device), config.mask_token_id, input_ids)
         attn_mask = self.attn_mask
         if attn_mask is not None and len(attn_mask) > 1:
             attn_mask = attn_mask.repeat(copies, 1, 1, 1)
-        positions = where.to(input_ids.device)
-        hidden, head = self._hidden(noised, attn_mask, positions), self.model.lm_head.weight
-        nats = linear_nats(hidden, head, input_ids.flatten()[positions], self.model.config.mask_token_id)
-        nats = nats.cpu().double() * weight.flatten()[where]
-        return nats.new_zeros(copies * rows).index_add(0, where // length, nats).view(copies, rows)
+        # 2. Nats of the scored tokens (N,).
+        positions = chosen.to(input_ids.device)
+        hidden = self._hidden(noised, attn_mask, positions)
+        targets = input_ids.flatten()[positions]
+        nats = linear_nats(hidden, self.model.lm_head.weight, targets, config.mask_token_id)
+        # 3. Sums by row.
+        nats = nats.cpu().double() * weight.flatten()[chosen]
+        return nats.new_zeros(copies * rows).index_add(0, chosen // length, nats).view(copies, rows)
 
     def _hidden(self, ids: Tensor, attn_mask: Tensor | None, select: Tensor) -> Tensor:
-        more = {"position_ids": self.position_ids, "canvas": ids.shape[1], "cache": self.clean, "head": False}
-        return self.model(ids, attn_mask=attn_mask, select=select, **more)
-
-
-def _blocks(batch: Batch, block_size: int) -> Tensor:
-    """int64 (B, L) on the host, ascending in every row: the block of a position."""
-    documents = batch.get("document_ids")
-    if not block_size:
-        return torch.zeros(batch["input_ids"].shape, dtype=torch.long)
-    documents = torch.zeros_like(batch["input_ids"]) if documents is None else documents
-    return number_blocks(documents.cpu(), block_size)
-
-
-def _rank(keys: Tensor, maskable: Tensor, blocks: Tensor) -> Tensor:
-    """int64 like keys (..., B, L) in [0, 1): which of its block's maskable positions (B, L) one is, by rising key and
-    then by place, from 0."""
-    by_block = blocks + keys.double().masked_fill(~maskable, 1 - 2**-30)  # behind every float32 below 1
-    return by_block.argsort(dim=-1, stable=True).argsort(dim=-1) - torch.searchsorted(blocks, blocks)
-
-
-def _all_masks(pattern: Tensor, place: Tensor, maskable: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """Scored positions and weights (S, B, L) of the patterns (S, 1, 1), bit i of which masks the i-th maskable token
-    of every block that has so many; place and counts (B, L): which of its block's n_b a position is. E_k E_S n_b / k
-    gives a set S of k tokens the weight (1 / n_b) (1 / C(n_b, k)) (n_b / k)."""
-    chance = torch.zeros(ENUMERATED + 1, ENUMERATED + 1, dtype=torch.float64)  # [k, n_b]
-    for n in range(1, ENUMERATED + 1):
-        for k in range(1, n + 1):
-            chance[k, n] = 1 / (k * math.comb(n, k))
-    size = sum(pattern >> bit & 1 for bit in range(ENUMERATED))
-    scored = maskable & (pattern >> place & 1).bool() & (pattern < 2**counts)
-    return scored, chance[size.clamp(max=ENUMERATED), counts]
-
-
-def _row_keys(batch: Batch, num_samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Random keys (num_samples, B, L) in [0, 1) at the maskable positions, and offsets (B,) in [0, 1), by row.
-
-    Drawn on the host over maskable tokens alone, so that neither padding nor neighbours nor the device change them.
-    """
-    maskable = batch["loss_mask"].cpu()
-    row_ids = batch["row_ids"].tolist() if "row_ids" in batch else range(len(maskable))
-    keys = torch.zeros(num_samples, *maskable.shape)
-    offsets = torch.empty(len(maskable), dtype=torch.float64)
-    for row, (row_id, eligible) in enumerate(zip(row_ids, maskable, strict=True)):
-        generator = torch.Generator().manual_seed(random.Random(f"{seed}/{row_id}").getrandbits(63))
-        offsets[row] = torch.rand((), generator=generator, dtype=torch.float64)
-        keys[:, row, eligible] = torch.rand(num_samples, int(eligible.sum()), generator=generator)
-    return keys, offsets
+        return self.model(
+            ids, attn_mask=attn_mask, position_ids=self.position_ids, cache=self.clean, select=select, head=False
+        )

@@ -1,4 +1,7 @@
-"""Tensors to nats; no sampling, no model call. Shapes: N scored positions, C hidden_size, V vocabulary."""
+"""Cross-entropies and other losses in nats; no sampling, no model call.
+
+Shapes: N scored positions, flat over B rows of L tokens; C hidden_size; V vocabulary.
+"""
 
 import math
 from typing import Any
@@ -9,22 +12,23 @@ from torch import Tensor
 
 
 def forbid(logits: Tensor, token_id: int) -> Tensor:
-    """logits (..., V) with one token made impossible, in place: [MASK] is never predicted, nor decoded."""
+    """Make one token impossible in logits (..., V), in place: [MASK] is never predicted, nor decoded."""
     logits[..., token_id] = -math.inf
     return logits
 
 
 # Logits in float32 at a time: on a CPU few enough to stay in its caches, on a GPU enough to keep it busy.
+# Other devices take the value between.
 CHUNK_OF_LOGITS = {"cpu": 2**22, "cuda": 2**25}
 
 
 def linear_nats(hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None = None) -> Tensor:
-    """token_nats(forbid(hidden @ weight.T, forbidden), targets), (N,) float32, in a fifth of the memory.
+    """Return token_nats(forbid(hidden @ weight.T, forbidden), targets), (N,) float32, in a fifth of the memory.
 
     hidden (N, C), weight (V, C), targets (N,) int64. Softmax and its gradient are computed in float32 from logits of
-    the autocast dtype, a chunk of rows at a time; of all rows only p - onehot(target), the gradient by the logits, is
-    kept, in that dtype: 2 bytes an entry in bfloat16 where autograd would keep 10. Where a gradient flows back, it is
-    the one of autograd up to the rounding of p to that dtype.
+    the autocast dtype, a chunk of rows at a time. Only p - onehot(target), the gradient by the logits, is kept of all
+    rows, in that dtype: 2 bytes an entry in bfloat16, and autograd would keep 10. The gradients are those of autograd
+    up to the rounding of p to that dtype.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
@@ -33,19 +37,23 @@ def linear_nats(hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int 
 
 
 class _LinearNats(torch.autograd.Function):
+    """The operation of `linear_nats`, with a backward pass of its own."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None) -> Tensor:
         nats = hidden.new_empty(len(hidden), dtype=torch.float32)
         chunk = max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
         gradient = None
         if any(ctx.needs_input_grad[:2]):
-            # On a CPU of whole chunks: sizes that come again are memory that is there already.
+            # Whole chunks on a CPU: the allocator reuses memory of a size that it has seen before.
             room = -(-len(hidden) // chunk) * chunk if hidden.device.type == "cpu" else len(hidden)
             gradient = hidden.new_empty(room, len(weight))[: len(hidden)]
         for first in range(0, len(hidden), chunk):
+            # 1. log p (chunk, V) in float32.
             rows, target = slice(first, first + chunk), targets[first : first + chunk, None]
             logits = F.linear(hidden[rows], weight).float()
             log_p = (logits if forbidden is None else forbid(logits, forbidden)).log_softmax(dim=-1)
+            # 2. -log p(target), and in place of log p the gradient by the logits.
             nats[rows] = -log_p.gather(1, target)[:, 0]
             if gradient is not None:
                 gradient[rows] = log_p.exp_().scatter_add_(1, target, log_p.new_full((), -1.0).expand(target.shape))
@@ -55,7 +63,8 @@ class _LinearNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, gradient = ctx.saved_tensors
-        scale = upstream[:, None]  # of a row of the logits' gradient, so it may come after the product or before
+        # The scale of a row of the logits' gradient may be applied on either side of the product, where it is cheaper.
+        scale = upstream[:, None]
         by_hidden = (scale * (gradient @ weight)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         by_weight = gradient.T @ (scale * hidden).to(hidden.dtype) if ctx.needs_input_grad[1] else None
         return by_hidden, by_weight, None, None
@@ -69,7 +78,7 @@ def token_nats(logits: Tensor, targets: Tensor) -> Tensor:
 def entropy(logits: Tensor) -> Tensor:
     """logits (N, V), -inf allowed -> entropy (N,) in nats, in float32."""
     log_p = logits.float().log_softmax(dim=-1)
-    # 0 log 0 is 0, and so must its gradient be.
+    # 0 log 0 is 0, and its gradient must be 0, not NaN.
     return -(log_p.exp() * log_p.masked_fill(log_p == -math.inf, 0.0)).sum(dim=-1)
 
 
@@ -85,7 +94,7 @@ def unlikelihood(logits: Tensor, unwanted: Tensor) -> Tensor:
 
 
 def run_lengths(ids: Tensor) -> Tensor:
-    """ids (B, L) -> int64 (B, L): how many equal tokens end at each position, itself included."""
+    """ids (B, L) -> int64 (B, L): the number of equal tokens in a row that end at each position, itself included."""
     index = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     new_run = torch.ones_like(ids, dtype=torch.bool)
     new_run[:, 1:] = ids[:, 1:] != ids[:, :-1]

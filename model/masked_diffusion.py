@@ -1,25 +1,22 @@
-"""Masked diffusion, with full attention or in blocks: what LLaDA and LLaDA 2.0 train."""
+"""Masked diffusion, with full attention or in blocks: what LLaDA and LLaDA 2.0 train.
 
-from dataclasses import dataclass, fields, replace
+`prepare` masks a batch, `loss` predicts what was masked. Each addition of LLaDA 2.0 is a field (a flag) and a function
+in the last part of this file, called at one numbered step.
+Shapes: B rows of a batch; R rows of x_t, B or with complementary masks 2B; L positions; N masked positions, flat over
+R * L; C hidden_size; V vocabulary.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from model.attention_mask import number_blocks
-from model.block_diffusion import predict
+from model.block_diffusion import denoising_inputs
 from model.config import ModelConfig
-from model.forward_process import (
-    MASK_SCHEDULES,
-    MaskSettings,
-    Noised,
-    StepNoise,
-    complement,
-    mask_tokens,
-    rate_range,
-)
+from model.forward_process import MASK_SCHEDULES, MaskSettings, Noised, StepNoise, complement, mask_tokens, rate_range
 from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
-from model.objective import Batch, BatchView, Objective, Prepared, RowLoss, number_of, share_of
+from model.objective import Averages, Batch, BatchView, Objective, Prepared, RowLoss, number_of, share_of
 from model.transformer import Transformer
 
 RATE_BINS = 10
@@ -64,11 +61,11 @@ class BlockSchedule:
 
     @property
     def last_block_size(self) -> int:
-        """That at which a run ends."""
+        """The block size at which a run ends; 0 = the whole row."""
         return self.wsd_block_sizes_down[-1] if self.use_block_curriculum else self.block_size or 0
 
     def block_size_at(self, progress: float) -> int:
-        """Block size when a share `progress` of the run is done; 0: the whole row."""
+        """Return the block size when a share `progress` of the run is done; 0 = the whole row."""
         if not self.use_block_curriculum:
             return self.last_block_size
         up, stable, down = self.wsd_phase_ratios
@@ -96,6 +93,7 @@ class RepetitionPenalty:
             raise ValueError(f"--repeat-penalty-min-run must be at least 1, not {self.repeat_penalty_min_run}")
 
     def penalty_weight_at(self, step: int) -> float:
+        """Return the weight at a step: 0 during the delay, then a linear ramp to the full weight."""
         ramp = (step - self.repeat_penalty_delay_steps) / max(self.repeat_penalty_warmup_steps, 1)
         if self.repeat_penalty_warmup_steps == 0:
             ramp = float(step >= self.repeat_penalty_delay_steps)
@@ -169,11 +167,22 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         if not 0 <= self.variable_length_prob <= 1:
             raise ValueError(f"--variable-length-prob must be in [0, 1], not {self.variable_length_prob}")
 
+    @property
+    def num_copies(self) -> int:
+        """Rows of x_t for each row of a batch, R / B."""
+        return 2 if self.complementary_masks else 1
+
+    @property
+    def keeps_logits(self) -> bool:
+        return self.cap_weight > 0 or self.repeat_penalty_weight > 0
+
     def settle(self, config: ModelConfig) -> tuple["MaskedDiffusion", ModelConfig]:
-        """Take --block-size, if it was left out, from the starting weights, and write the last one of the run into the
-        config."""
-        open_ = self.block_size is None and not self.use_block_curriculum
-        objective = replace(self, block_size=config.block_size) if open_ else self
+        """Take --block-size from the starting weights if it was left out; write the run's last one into the config.
+
+        The config then says how the weights at the end of the run are decoded.
+        """
+        unsettled = self.block_size is None and not self.use_block_curriculum
+        objective = replace(self, block_size=config.block_size) if unsettled else self
         size = objective.last_block_size
         return objective, replace(config, attention="block" if size else "full", block_size=size)
 
@@ -184,35 +193,31 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         return self.mask_schedule != "wsd" or progress >= min(decay, 1.0)
 
     def for_validation(self) -> "MaskedDiffusion":
-        """The full-range bound that every schedule is judged by, at the block size of the run's end, so that all
-        validation losses of a run are one quantity."""
+        """Return the full-range bound by which every schedule is judged, at the block size of the run's end."""
         return MaskedDiffusion(block_size=self.last_block_size, variable_length_prob=0.0)
 
-    @property
-    def keeps_logits(self) -> bool:
-        return self.cap_weight > 0 or self.repeat_penalty_weight > 0
-
     def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
-        """The first half of complementary masks alone."""
+        """Return what is masked in the first half of complementary masks."""
         noised = self.corrupt(batch, config.mask_token_id, noise)
         return BatchView(batch["loss_mask"], noised.scored[: len(batch["loss_mask"])])
 
     def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise) -> Noised:
-        """The batch masked; with complementary masks twice as many rows, the second half the other way round."""
-        ids, maskable, documents = batch["input_ids"], batch["loss_mask"], batch.get("document_ids")
-        size = self.block_size_at(noise.progress)
-        noised = mask_tokens(ids, maskable, mask_id, self.mask_schedule, noise, self, documents, size)
-        if not self.complementary_masks:
-            return noised
-        # A whole row has one rate, however many documents it holds.
-        whole = documents is None or not 0 < size < ids.shape[1]
-        blocks = number_blocks(torch.zeros_like(ids) if whole else documents, size or ids.shape[1])
-        return stack(noised, complement(noised, ids, maskable, mask_id, blocks))
+        """Mask a batch; with complementary masks (2B, L), the second half the other way round."""
+        block_size = self.block_size_at(noise.progress)
+        noised = mask_tokens(batch, mask_id, self.mask_schedule, noise, self, block_size)
+        return stacked(noised, complement(noised, batch, mask_id, block_size)) if self.complementary_masks else noised
+
+    def embedding_noise_at(self, step: int) -> float:
+        """Return the size of the noise on the embedding of [MASK] at a step; it falls linearly to 0."""
+        return max(self.mask_embedding_noise * (1 - step / self.mask_embedding_noise_steps), 0.0)
 
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
-        batch = self.shorten(batch, noise)
-        noised, copies = self.corrupt(batch, config.mask_token_id, noise), self.num_copies
-        input_ids, maskable = (batch[name].repeat(copies, 1) for name in ("input_ids", "loss_mask"))
+        # 1. x_0 and x_t, (R, L).
+        batch = shortened(batch, self.variable_length_prob, noise)
+        config.require_length(batch["input_ids"].shape[1])
+        noised = self.corrupt(batch, config.mask_token_id, noise)
+        input_ids, maskable = (batch[name].repeat(self.num_copies, 1) for name in ("input_ids", "loss_mask"))
+        # 2. The masked positions (N,), and of each its clean token and its weight.
         positions = noised.scored.flatten().nonzero()[:, 0]
         masked = noised.scored.sum(dim=1)
         prepared = {
@@ -221,112 +226,143 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             "positions": positions,
             "targets": input_ids.flatten()[positions],
             "weight": noised.weight.flatten()[positions],
+            # 3. By row (R,): tokens that its loss stands for, masks, and mask rate.
             "count": noised.count,
             "masked": masked,
             "rate": masked / maskable.sum(dim=1).clamp(min=1),
+            # 4. What the schedules say of this step.
             "block_size": self.block_size_at(noise.progress),
             "penalty_weight": self.penalty_weight_at(noise.step),
         }
+        # 5. What not every step has.
         if "document_ids" in batch:
-            prepared["document_ids"] = batch["document_ids"].repeat(copies, 1)
+            prepared["document_ids"] = batch["document_ids"].repeat(self.num_copies, 1)
         if "reply_tokens" in batch:
             prepared["reply_tokens"] = batch["reply_tokens"].float()
-        if (perturbation := self.perturbation(noised.scored, config.hidden_size, noise)) is not None:
-            prepared["perturbation"] = perturbation
+        if size := self.embedding_noise_at(noise.step):
+            draw = embedding_noise(noised.scored, self.num_copies, config.hidden_size, noise)
+            prepared["perturbation"] = draw * size
         return prepared
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
         input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
-        rows, mask_id, perturbation = len(input_ids), model.config.mask_token_id, prepared.get("perturbation")
-        if perturbation is not None:  # in units of the embeddings' size
-            perturbation = perturbation * model.embed_tokens.weight.detach().square().mean().sqrt()
-        noised_ids, documents, size = prepared["noised_ids"], prepared.get("document_ids"), prepared["block_size"]
-        hidden = predict(model, noised_ids, input_ids, documents, size, positions, perturbation, head=False)
-        logits, penalty_weight = None, prepared["penalty_weight"]
+        shape, penalty_weight = input_ids.shape, prepared["penalty_weight"]
+        # 1. Hidden states (N, C) at the masked positions.
+        hidden = predicted_states(model, prepared)
+        # 2. -log p(x_0 | x_t) of each (N,). Only CAP and the repetition penalty need the logits (N, V) themselves.
         if self.cap_weight or penalty_weight:
-            logits = forbid(model.lm_head(hidden), mask_id)
+            logits = forbid(model.lm_head(hidden), model.config.mask_token_id)
             nats = token_nats(logits, targets)
         else:
-            nats = linear_nats(hidden, model.lm_head.weight, targets, mask_id)
-        averages = loss_by_rate(sum_by_row(nats.detach(), positions, *input_ids.shape), prepared)
+            nats = linear_nats(hidden, model.lm_head.weight, targets, model.config.mask_token_id)
+        averages = loss_by_rate(sum_by_row(nats.detach(), positions, *shape), prepared)
         averages["eos_share"] = share_of(targets, model.config.eos_token_id)
+        # 3. Additions by token (N,).
         if penalty_weight:
-            penalty = self.repeat_penalty(logits, noised_ids, input_ids, positions)
+            penalty = repetition_penalty(logits, prepared, self.repeat_penalty_min_run)
             averages["repeat_penalty"] = (penalty.detach().sum(), number_of(penalty))
             nats = nats + penalty_weight * penalty
-        total = sum_by_row(nats * prepared["weight"], positions, *input_ids.shape)
+        # 4. Weighted sums by row (R,), and additions by row.
+        total = sum_by_row(nats * prepared["weight"], positions, *shape)
         if self.cap_weight:
-            confidence = self.confidence_loss(logits, targets, positions, input_ids.shape, averages)
+            confidence, cap_averages = confidence_loss(logits, targets, positions, shape)
+            averages |= cap_averages
             total = total + self.cap_weight * prepared["count"] * confidence
-        copies = self.num_copies
-        by_row = (values.view(copies, rows // copies).sum(dim=0) for values in (total, prepared["count"]))
-        loss = RowLoss(*by_row, averages)
+        # 5. The copies of a row together (B,), and the tokens they stand for.
+        nats, count = (values.view(self.num_copies, -1).sum(dim=0) for values in (total, prepared["count"]))
+        loss = RowLoss(nats, count, averages)
         if self.sequence_mean:
             return loss.by_sequence()
         # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
         return replace(loss, count=prepared["reply_tokens"]) if "reply_tokens" in prepared else loss
 
-    def confidence_loss(
-        self, logits: Tensor, targets: Tensor, positions: Tensor, shape: tuple[int, int], averages: dict
-    ) -> Tensor:
-        """CAP (LLaDA 2.0 Eq. 6), (R,): the mean entropy, in nats, of a row's predictions that are right as they stand;
-        0 where none is. Which ones are right has no gradient."""
-        right = (logits.detach().argmax(dim=-1) == targets).float()
-        spread = entropy(logits) * right
-        sums, number = (sum_by_row(values, positions, *shape) for values in (spread, right))
-        averages["cap_entropy"] = (sums.detach().sum(), number.sum())
-        averages["right"] = (number.sum(), number_of(right))
-        return sums / number.clamp(min=1)
 
-    def perturbation(self, masked: Tensor, width: int, noise: StepNoise) -> Tensor | None:
-        """(R, L, C) noise on the embeddings of the masked (R, L) positions, in units of the embeddings' root mean
-        square (LLaDA 2.0, section 7.1): autoregressive training has never seen [MASK], and so many equal inputs make
-        large gradients."""
-        left = self.mask_embedding_noise * (1 - noise.step / self.mask_embedding_noise_steps)
-        if left <= 0:
-            return None
-        rows = noise.normal("embedding", len(masked) // self.num_copies, masked.shape[1], width)
-        return rows.repeat(self.num_copies, 1, 1) * masked[:, :, None] * left
+def shortened(batch: Batch, probability: float, noise: StepNoise) -> Batch:
+    """Cut all rows of a few steps to one random length (LLaDA, section 2.2), so that short canvases are familiar."""
+    choices, length = noise.choices("length"), batch["input_ids"].shape[1]
+    if choices.random() >= probability:
+        return batch
+    length = choices.randint(1, length)
+    return {name: tensor[:, :length] for name, tensor in batch.items()}
 
-    @property
-    def num_copies(self) -> int:
-        return 2 if self.complementary_masks else 1
 
-    def shorten(self, batch: Batch, noise: StepNoise) -> Batch:
-        """LLaDA, section 2.2: a few steps see rows of a random length, lest short canvases be off-distribution."""
-        choices, length = noise.choices("length"), batch["input_ids"].shape[1]
-        if choices.random() >= self.variable_length_prob:
-            return batch
-        length = choices.randint(1, length)
-        return {name: tensor[:, :length] for name, tensor in batch.items()}
+def stacked(first: Noised, second: Noised) -> Noised:
+    """Return the rows of both, first those of `first`."""
+    return Noised(
+        torch.cat([first.input_ids, second.input_ids]),
+        torch.cat([first.scored, second.scored]),
+        torch.cat([first.weight, second.weight]),
+        torch.cat([first.count, second.count]),
+    )
 
-    def repeat_penalty(self, logits: Tensor, noised_ids: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """(N,) unlikelihood, at each scored position, of the token whose run ends just before it.
 
-        Runs are counted on the canvas as a greedy decoder would fill it; where the text itself goes on with the run,
-        nothing is penalised.
-        """
-        canvas = noised_ids.flatten().index_put((positions,), logits.detach().argmax(dim=-1)).view_as(input_ids)
-        previous = canvas.roll(1, dims=1).flatten()[positions]
-        run = run_lengths(canvas).roll(1, dims=1)
-        run[:, 0] = 0
-        wrong = (run.flatten()[positions] >= self.repeat_penalty_min_run) & (previous != input_ids.flatten()[positions])
-        return unlikelihood(logits, previous) * wrong
+def predicted_states(model: Transformer, prepared: Prepared) -> Tensor:
+    """Return the hidden states (N, C) from which x_0 is predicted at the masked positions of x_t."""
+    ids, attention = denoising_inputs(
+        prepared["noised_ids"],
+        prepared["input_ids"],
+        prepared.get("document_ids"),
+        prepared["block_size"],
+        prepared["positions"],
+    )
+    noise = prepared.get("perturbation")
+    if noise is not None:  # from units of the embeddings' root mean square
+        noise = noise * model.embed_tokens.weight.detach().square().mean().sqrt()
+    return model(ids, **attention, perturbation=noise, head=False)
+
+
+def loss_by_rate(nats: Tensor, prepared: Prepared) -> Averages:
+    """Return the mean cross-entropy of masked tokens, rows (R,) grouped by their mask rate into RATE_BINS equal bins of
+    (0, 1]."""
+    bins = (torch.ceil(prepared["rate"] * RATE_BINS).long() - 1).clamp(min=0)
+    zeros, masked = nats.new_zeros(RATE_BINS), prepared["masked"].to(nats.dtype)
+    return {"loss_by_rate": (zeros.index_add(0, bins, nats), zeros.index_add(0, bins, masked))}
+
+
+# -- additions ---------------------------------------------------------------------------------------------------------
+
+
+def embedding_noise(masked: Tensor, num_copies: int, hidden_size: int, noise: StepNoise) -> Tensor:
+    """Return standard normal noise (R, L, C) for the embeddings of the masked (R, L) positions, 0 elsewhere.
+
+    LLaDA 2.0, section 7.1: autoregressive training has never seen [MASK], and so many equal inputs make large
+    gradients. Copies of a row share their noise.
+    """
+    draw = noise.normal("embedding", len(masked) // num_copies, masked.shape[1], hidden_size)
+    return draw.repeat(num_copies, 1, 1) * masked[:, :, None]
+
+
+def confidence_loss(
+    logits: Tensor, targets: Tensor, positions: Tensor, shape: tuple[int, int]
+) -> tuple[Tensor, Averages]:
+    """CAP (LLaDA 2.0 Eq. 6), (R,): the mean entropy, in nats, of a row's predictions that are right as they stand.
+
+    0 if none is. Which ones are right has no gradient. shape: (R, L). Also returns what the log says of it.
+    """
+    right = (logits.detach().argmax(dim=-1) == targets).float()
+    sums, number = (sum_by_row(values, positions, *shape) for values in (entropy(logits) * right, right))
+    averages = {"cap_entropy": (sums.detach().sum(), number.sum()), "right": (number.sum(), number_of(right))}
+    return sums / number.clamp(min=1), averages
+
+
+def repetition_penalty(logits: Tensor, prepared: Prepared, min_run: int) -> Tensor:
+    """Return the unlikelihood (N,), at each masked position, of the token whose run ends just before it.
+
+    Runs of at least `min_run` equal tokens are penalised; not if the text itself goes on with the run.
+    """
+    input_ids, positions = prepared["input_ids"], prepared["positions"]
+    # 1. The canvas (R, L) as a greedy decoder would fill it.
+    guess = logits.detach().argmax(dim=-1)
+    canvas = prepared["noised_ids"].flatten().index_put((positions,), guess).view_as(input_ids)
+    # 2. The token before each masked position (N,), and the length of its run, 0 before the first column.
+    previous = canvas.roll(1, dims=1).flatten()[positions]
+    run = run_lengths(canvas).roll(1, dims=1)
+    run[:, 0] = 0
+    # 3. Where going on with it would be wrong.
+    wrong = (run.flatten()[positions] >= min_run) & (previous != input_ids.flatten()[positions])
+    return unlikelihood(logits, previous) * wrong
 
 
 def _part(sizes: tuple[int, ...], progress: float) -> int:
-    """The size whose turn it is when a share `progress` of their phase is done, each having an equal part."""
+    """Return the size whose turn it is when a share `progress` of their phase is done; all have equal parts of it."""
     return sizes[min(int(progress * len(sizes) + 1e-9), len(sizes) - 1)]
-
-
-def stack(one: Noised, other: Noised) -> Noised:
-    """The rows of both, one below the other."""
-    return Noised(*(torch.cat([getattr(one, f.name), getattr(other, f.name)]) for f in fields(Noised)))
-
-
-def loss_by_rate(by_row: Tensor, prepared: Prepared) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean cross-entropy of masked tokens, rows grouped by their mask rate into RATE_BINS equal bins of (0, 1]."""
-    bins = (torch.ceil(prepared["rate"] * RATE_BINS).long() - 1).clamp(min=0)
-    zeros = by_row.new_zeros(RATE_BINS)
-    masked = prepared["masked"].to(by_row.dtype)
-    return {"loss_by_rate": (zeros.index_add(0, bins, by_row), zeros.index_add(0, bins, masked))}

@@ -1,11 +1,13 @@
-"""What a stage optimises: (model, batch, noise) -> RowLoss. Frozen dataclasses whose annotated fields are flags.
+"""What a training stage optimises: (model, batch, noise) -> RowLoss; and next-token prediction.
 
-A batch holds (B, L) tensors: `input_ids` int64; `loss_mask` bool, "may be noised, and is scored"; `document_ids` int64
-where a row holds several documents or padding (-1).
+Objectives are frozen dataclasses whose annotated fields are flags.
 
-An objective works in two parts, so that the next step can be made ready while the device is busy with this one:
-`prepare` has all that is random and all sizes that depend on the data; it runs on the host and gives a dict of tensors
-and plain numbers. `loss` is a function of the weights and of that dict alone, and never waits for the device.
+A batch holds (B, L) tensors: `input_ids` int64; `loss_mask` bool, "is scored, and may be masked"; `document_ids` int64
+if a row holds several documents or padding (-1).
+
+An objective works in two parts, so that the host prepares the next step while the device is busy with this one.
+`prepare` has all that is random and all sizes that depend on the data; it runs on the host and returns a dict of
+tensors and plain numbers. `loss` is a function of the weights and of that dict alone, and never waits for the device.
 """
 
 from dataclasses import dataclass, field, replace
@@ -14,14 +16,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from model.attention_mask import causal_attention
+from model.attention import causal_attention
 from model.config import ModelConfig
-from model.forward_process import StepNoise
+from model.forward_process import Batch, StepNoise
 from model.losses import linear_nats, sum_by_row
 from model.transformer import Transformer
 
-Batch = dict[str, Tensor]
 Prepared = dict[str, Any]
+Averages = dict[str, tuple[Tensor, Tensor]]  # name -> (sums, numbers of summands), for the log
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,10 @@ class RowLoss:
 
     nats: Tensor  # (B,)
     count: Tensor  # (B,) tokens
-    averages: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # name -> (sums, counts), for the log
+    averages: Averages = field(default_factory=dict)
 
     def by_sequence(self) -> "RowLoss":
-        """LLaDA Eq. 5: a batch costs the mean over its rows of each row's nats per token."""
+        """Return each row's nats per token (LLaDA Eq. 5): a batch then costs their mean."""
         return RowLoss(self.nats / self.count.clamp(min=1), (self.count > 0).float(), self.averages)
 
 
@@ -107,6 +109,7 @@ class NextToken(Objective):
 
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise | None = None) -> Prepared:
         input_ids, documents = batch["input_ids"], batch.get("document_ids")
+        # Position i predicts token i + 1: flat positions (N,) in (B, L) whose next token is scored.
         scored = predictable(batch)[:, 1:]
         positions = torch.nn.functional.pad(scored, (0, 1)).flatten().nonzero()[:, 0]
         prepared = {
@@ -119,9 +122,12 @@ class NextToken(Objective):
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
         input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
+        # 1. Hidden states (N, C) before the scored tokens, and the nats (N,) of these.
         attention = causal_attention(prepared.get("document_ids"), input_ids.shape[1])
         hidden = model(input_ids, **attention, select=positions, head=False)
-        nats = sum_by_row(linear_nats(hidden, model.lm_head.weight, targets), positions, *input_ids.shape)
+        token_costs = linear_nats(hidden, model.lm_head.weight, targets)
+        # 2. Sums by row (B,).
+        nats = sum_by_row(token_costs, positions, *input_ids.shape)
         loss = RowLoss(nats, prepared["count"], {"eos_share": share_of(targets, model.config.eos_token_id)})
         return loss.by_sequence() if self.sequence_mean else loss
 
@@ -130,7 +136,7 @@ class NextToken(Objective):
 
 
 def predictable(batch: Batch) -> Tensor:
-    """bool (B, L): the positions of loss_mask that have a token before them in their document."""
+    """Return the positions of loss_mask that have a token before them in their document, bool (B, L)."""
     maskable = batch["loss_mask"]
     documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
     first = torch.ones_like(maskable)
@@ -139,10 +145,10 @@ def predictable(batch: Batch) -> Tensor:
 
 
 def number_of(values: Tensor) -> Tensor:
-    """How many they are, on their device, without waiting for it."""
+    """Return the number of values (N,) on their device, without waiting for it."""
     return torch.full((), len(values), device=values.device)
 
 
 def share_of(targets: Tensor, token_id: int) -> tuple[Tensor, Tensor]:
-    """(how many of the targets (N,) are `token_id`, N): for EOS, how much of the learning goes into ending."""
+    """Return how many of the targets (N,) are `token_id`, and N: of EOS, how much of the learning goes into ending."""
     return (targets == token_id).sum(), number_of(targets)

@@ -13,11 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from model.block_diffusion import predict
-from model.config import ModelConfig
-from model.forward_process import Noised, StepNoise, lowest
-from model.import_weights import ADJUSTABLE
-from model.likelihood import GOLDEN
+from model.block_diffusion import Blocks, denoising_inputs
+from model.config import ADJUSTABLE, ModelConfig
+from model.forward_process import Noised, StepNoise, k_of_n_by_block
 from model.losses import linear_nats, sum_by_row
 from model.objective import Batch, BatchView, NextToken, Objective, Prepared, RowLoss
 from model.transformer import Transformer
@@ -44,29 +42,31 @@ class Preference(Objective):
 
     def settle(self, config: ModelConfig) -> tuple["Preference", ModelConfig]:
         """Leave both as they are. Raises ValueError if the reference is of another shape or kind than the weights."""
-        found, expected = asdict(self.reference.config), asdict(config)
-        wrong = [name for name in expected if name not in ADJUSTABLE and found[name] != expected[name]]
-        if wrong:
-            told = ", ".join(f"{name} {found[name]} (the weights to tune have {expected[name]})" for name in wrong)
-            raise ValueError(f"--reference-from {self.reference_from} has {told}; give the checkpoint they come from")
+        theirs, ours = asdict(self.reference.config), asdict(config)
+        different = [name for name in ours if name not in ADJUSTABLE and theirs[name] != ours[name]]
+        if different:
+            names = ", ".join(f"{name} {theirs[name]} (the weights to tune have {ours[name]})" for name in different)
+            raise ValueError(f"--reference-from {self.reference_from} has {names}; give the checkpoint they come from")
         return self, config
 
     def for_validation(self) -> "Preference":
-        """The preference loss alone."""
+        """Return the preference loss alone."""
         return replace(self, dpo_sft_weight=0.0)
 
     def compare(self, policy: Tensor, reference: Tensor, loss_mask: Tensor) -> RowLoss:
-        """-log sigmoid(margin) (DPO, Eq. 7), from the nats (2B,) that the replies cost either model.
+        """Return the loss of each pair (DPO, Eq. 7), from the nats (2B,) that the replies cost either model.
 
-        margin = beta ((log p(w) - log ref(w)) - (log p(l) - log ref(l))), w chosen and l rejected. In the averages, a
-        pair without a margin, as all are before the first step, counts half in the accuracy.
+        -log sigmoid(margin), margin = beta ((log p(w) - log ref(w)) - (log p(l) - log ref(l))), w chosen, l rejected.
         """
+        # 1. Nats that a reply (B,) costs the policy less than the reference, and the margin between the two.
         chosen_gain, rejected_gain = (reference - policy).chunk(2)
         margin = self.dpo_beta * (chosen_gain - rejected_gain)
+        # 2. The loss, with the chosen reply's own cost per token if asked for.
         nats, pairs = -F.logsigmoid(margin), torch.ones_like(margin)
         if self.dpo_sft_weight:
             tokens = loss_mask.sum(dim=1).chunk(2)[0]
             nats = nats + self.dpo_sft_weight * policy.chunk(2)[0] / tokens
+        # 3. For the log. A pair without a margin, as all are before the first step, counts half in the accuracy.
         logged = {
             "accuracy": (margin.sign() + 1) / 2,
             "margin": margin,
@@ -116,10 +116,11 @@ class DiffusionDPO(Preference):
             raise ValueError(f"--dpo-num-masks must be from 1 to 1024, not {self.dpo_num_masks}")
 
     def for_validation(self) -> "DiffusionDPO":
-        """The preference loss alone, with the same number of masks in every run: fewer of them raise it."""
+        """Return the preference loss alone, with the same number of masks in every run: fewer of them raise it."""
         return replace(super().for_validation(), dpo_num_masks=VALIDATION_MASKS, shared_masks=True)
 
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
+        config.require_length(batch["input_ids"].shape[1])
         prepared = dict(batch)
         for purpose in ("policy",) if self.shared_masks else ("policy", "reference"):
             masks = [
@@ -130,57 +131,38 @@ class DiffusionDPO(Preference):
         return prepared
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
-        policy, reference = 0.0, 0.0
+        policy, reference = 0.0, 0.0  # sums (2B,) over the masks
         masks = prepared["policy_masks"]
         for own, other in zip(masks, prepared.get("reference_masks", masks), strict=True):
-            # Computed again for the gradient, lest the activations of all masks be kept.
+            # Computed again for the gradient, so that the activations of one mask at a time are kept.
             policy = policy + checkpoint(bound, model, prepared, own, use_reentrant=False)
             with torch.no_grad():
                 reference = reference + bound(self.reference, prepared, other)
         return self.compare(policy / self.dpo_num_masks, reference / self.dpo_num_masks, prepared["loss_mask"])
 
     def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
-        """The first mask of each reply."""
+        """Return the first mask of each reply."""
         return BatchView(batch["loss_mask"], self.corrupt(batch, config.mask_token_id, noise).scored)
 
     def corrupt(self, batch: Batch, mask_id: int, noise: StepNoise, sample: int = 0, purpose: str = "policy") -> Noised:
-        """The batch with mask number `sample`: k_b of the n_b maskable tokens of block b masked, weight n_b / k_b.
+        """Return the batch with mask number `sample`: k of the n maskable tokens of each block, weight n / k.
 
-        k_b ~ U{1..n_b} is systematic: a block's counts fall into equal strata of {1..n_b} over the masks, and golden
-        ratios spread those of a row's blocks.
+        k is systematic: over the masks the counts of a block fall into equal strata of {1..n}, and multiples of the
+        golden ratio spread those of the blocks of a row. Blocks are counted from the start of each row.
         """
-        weights, size = [], self.reference.config.block_size
+        draws, size = [], self.reference.config.block_size
         for side, maskable in zip(("chosen", "rejected"), batch["loss_mask"].chunk(2), strict=True):
-            strata = noise.uniform(f"{purpose}/{side}/count", len(maskable)) + sample / self.dpo_num_masks
+            blocks = Blocks(maskable, None, size)
+            stratum = noise.uniform(f"{purpose}/{side}/count", len(maskable)) + sample / self.dpo_num_masks  # (B, 1)
             keys = noise.uniform(f"{purpose}/{side}/mask {sample}", *maskable.shape)
-            weights.append(count_weights(maskable, size, strata, keys))
-        weight = torch.cat(weights)
-        noised = torch.where(weight > 0, mask_id, batch["input_ids"])
-        return Noised(noised, weight > 0, weight, batch["loss_mask"].sum(dim=1).float())
-
-
-def count_weights(maskable: Tensor, block_size: int, strata: Tensor, keys: Tensor) -> Tensor:
-    """float32 (B, L): n_b / k_b where one of block b's k_b masks falls, 0 elsewhere; n_b maskable (B, L) positions.
-
-    Blocks are counted from each row's start; block_size 0: the row is one block. Block b of a row at `strata` (B, 1)
-    masks the share (strata + b * golden ratio) mod 1 of its tokens, rounded up, those with the lowest keys (B, L).
-    """
-    rows, length = maskable.shape
-    size = min(block_size or length, length)
-
-    def blocks(values: Tensor) -> Tensor:
-        return F.pad(values, (0, -length % size)).view(-1, size)
-
-    eligible = blocks(maskable)
-    total = eligible.sum(dim=1)
-    share = (strata + GOLDEN * torch.arange(len(eligible) // rows, device=maskable.device)).flatten() % 1.0
-    k = (1 + (share * total).long()).minimum(total)
-    weight = lowest(blocks(keys), eligible, k) * (total / k.clamp(min=1))[:, None]
-    return weight.view(rows, -1)[:, :length]
+            draws.append(k_of_n_by_block(maskable, blocks, stratum + blocks.golden_steps, keys))
+        scored, weight = (torch.cat(sides) for sides in zip(*draws, strict=True))
+        noised = torch.where(scored, mask_id, batch["input_ids"])
+        return Noised(noised, scored, weight * scored, batch["loss_mask"].sum(dim=1).float())
 
 
 def prepare_mask(input_ids: Tensor, noised: Noised) -> Prepared:
-    """One mask of a batch as `bound` wants it."""
+    """Return one mask of a batch as `bound` reads it."""
     positions = noised.scored.flatten().nonzero()[:, 0]
     return {
         "noised_ids": noised.input_ids,
@@ -191,9 +173,11 @@ def prepare_mask(input_ids: Tensor, noised: Noised) -> Prepared:
 
 
 def bound(model: Transformer, batch: Batch, mask: Prepared) -> Tensor:
-    """(R,) weighted sums of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
+    """Return weighted sums (2B,) of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
     input_ids, config, positions = batch["input_ids"], model.config, mask["positions"]
-    documents = batch.get("document_ids")
-    hidden = predict(model, mask["noised_ids"], input_ids, documents, config.block_size, positions, head=False)
+    ids, attention = denoising_inputs(
+        mask["noised_ids"], input_ids, batch.get("document_ids"), config.block_size, positions
+    )
+    hidden = model(ids, **attention, head=False)
     nats = linear_nats(hidden, model.lm_head.weight, mask["targets"], config.mask_token_id)
     return sum_by_row(nats * mask["weight"], positions, *input_ids.shape)

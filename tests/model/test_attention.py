@@ -3,9 +3,9 @@ import itertools
 import pytest
 import torch
 
-from model import attention
-from model.attention import EXPLICIT_ATTENTION_KEYS, attend, explicit_attention, mask_of_pass
-from model.attention_mask import block_causal_mask, document_mask
+from model import cpu_attention
+from model.attention import Visibility, attend, block_causal_mask, document_mask, visibility
+from model.cpu_attention import EXPLICIT_ATTENTION_KEYS, explicit_attention, explicit_attention_backward
 
 MASKS = {
     "none": (None, False),
@@ -25,7 +25,7 @@ def examples(dtype, heads=(4, 2)):
 def run(inputs, upstream, mask):
     q, k, v = (x.transpose(1, 2) for x in inputs)
     x = torch.zeros(3, 9, 1, dtype=q.dtype)
-    out = attend(q, k, v, *mask_of_pass(*mask, x))
+    out = attend(q, k, v, visibility(*mask, x))
     return out, torch.autograd.grad(out, inputs, upstream)
 
 
@@ -33,7 +33,7 @@ def run(inputs, upstream, mask):
 @pytest.mark.parametrize("scores_per_chunk", [1, 10**6])
 def test_explicit_attention_and_its_gradient_are_those_of_the_fused_kernel(mask, scores_per_chunk, monkeypatch):
     """In bfloat16 as near to float32 as 8 bits allow; a chunk may hold one row or all."""
-    monkeypatch.setattr(attention, "CHUNK_OF_SCORES", scores_per_chunk)
+    monkeypatch.setattr(cpu_attention, "CHUNK_OF_SCORES", scores_per_chunk)
     inputs, upstream = examples(torch.bfloat16)
     exact, gradients = run([x.detach().float().requires_grad_() for x in inputs], upstream.float(), MASKS[mask])
     found, ours = run(inputs, upstream, MASKS[mask])
@@ -46,7 +46,7 @@ def test_explicit_attention_and_its_gradient_are_those_of_the_fused_kernel(mask,
 
 def run_forward(inputs, mask):
     q, k, v = (x.detach().transpose(1, 2) for x in inputs)
-    return attend(q, k, v, *mask_of_pass(*mask, torch.zeros(3, 9, 1, dtype=q.dtype)))
+    return attend(q, k, v, visibility(*mask, torch.zeros(3, 9, 1, dtype=q.dtype)))
 
 
 def test_the_operation_itself_is_exact_and_its_gradient_that_of_differences():
@@ -68,22 +68,24 @@ def test_compilers_are_told_the_shapes_that_the_operations_give():
     torch.library.opcheck(explicit_attention, (q, k, v, None), test_utils=("test_schema", "test_faketensor"))
     p = explicit_attention(q, k, v, None)[1].detach()
     inputs = (torch.randn_like(q), q.detach(), k.detach(), v.detach(), p)
-    torch.library.opcheck(attention.explicit_attention_backward, inputs, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(explicit_attention_backward, inputs, test_utils=("test_schema", "test_faketensor"))
 
 
-def test_a_mask_is_turned_once_and_only_where_attention_will_be_explicit():
-    seen = block_causal_mask(9, 1)
+def test_a_mask_becomes_a_bias_only_for_explicit_attention():
     for dtype, length in itertools.product((torch.float32, torch.bfloat16), (9, EXPLICIT_ATTENTION_KEYS + 1)):
-        mask = seen if length == 9 else block_causal_mask(length, 1)
-        turned, causal = mask_of_pass(mask, False, torch.zeros(1, length, 1, dtype=dtype))
-        explicit = dtype == torch.bfloat16 and length == 9
-        assert not causal and turned.dtype == (dtype if explicit else torch.bool)
-        assert torch.equal(turned == 0 if explicit else turned, mask)
-    x = torch.zeros(1, 9, 1)
+        mask = block_causal_mask(length, 1)
+        visible = visibility(mask, False, torch.zeros(1, length, 1, dtype=dtype))
+        if dtype == torch.bfloat16 and length == 9:
+            assert visible.attn_mask is None and torch.equal(visible.bias == 0, mask)
+        else:
+            assert visible == Visibility(mask)
+    x, mask = torch.zeros(1, 9, 1), block_causal_mask(9, 1)
     with torch.autocast("cpu", torch.bfloat16):
-        turned, causal = mask_of_pass(None, True, x)
-    assert not causal and torch.equal(turned == 0, seen) and (turned[~seen] == -torch.inf).all()
-    assert mask_of_pass(None, True, x) == (None, True) and mask_of_pass(None, False, x.bfloat16()) == (None, False)
+        visible = visibility(None, True, x)
+    assert not visible.is_causal and visible.bias.dtype == torch.bfloat16
+    assert torch.equal(visible.bias, torch.zeros(1, 1, 9, 9).masked_fill(~mask, -torch.inf).bfloat16())
+    assert visibility(None, True, x) == Visibility(is_causal=True)
+    assert visibility(None, False, x.bfloat16()) == Visibility()
 
 
 @pytest.mark.parametrize("kind", ["causal", "documents"])

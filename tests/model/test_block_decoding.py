@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.attention_mask import block_causal_mask
-from model.block_diffusion import predict
+from model.attention import block_causal_mask
+from model.block_diffusion import denoising_inputs
 from model.decode import Canvas, DenoisingConfig, decode
 from model.denoiser import Denoiser
 from model.denoiser_cache import BlockCache, Span
@@ -132,7 +132,8 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
                 clean = noised.where(noised != MASK, 5)
                 clean[0, masked[0] // SIZE * SIZE :] = torch.randint(4, 24, (1,))
                 with torch.no_grad():
-                    logits = predict(model, noised, clean, None, SIZE, block)
+                    both, attention = denoising_inputs(noised, clean, None, SIZE, block)
+                    logits = model(both, **attention)
                 logits[:, MASK] = -math.inf
                 if not canvas.may_end:
                     logits[:, EOS] = -math.inf

@@ -8,18 +8,17 @@ import pytest
 import torch
 
 from model import block_diffusion
-from model.attention_mask import (
-    block_causal_mask,
+from model.attention import block_causal_mask, document_mask
+from model.block_diffusion import (
     block_diffusion_attention,
     block_diffusion_flex_mask,
     block_diffusion_mask,
-    document_mask,
+    denoising_inputs,
     number_blocks,
 )
-from model.block_diffusion import predict
 from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens
-from model.masked_diffusion import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion, confidence_loss, embedding_noise
 
 MASK = 3
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] * 5 + [1] * 7])
@@ -35,7 +34,8 @@ def batch_of(ids, documents=None, loss_mask=None):
 
 
 def all_logits(model, noisy, clean, documents, size):
-    return predict(model, noisy, clean, documents, size, torch.arange(clean.numel())).view(*clean.shape, -1)
+    ids, attention = denoising_inputs(noisy, clean, documents, size, torch.arange(clean.numel()))
+    return model(ids, **attention).view(*clean.shape, -1)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5])
@@ -209,9 +209,8 @@ def test_the_training_loss_of_blocks_estimates_their_bound(name, tiny_model):
 def test_every_stratum_of_every_blocks_rate_is_drawn_once():
     """12 rows of 4 blocks of 6: each count 1..6 stands 8 times."""
     ids = torch.randint(4, 24, (12, 24))
-    full = torch.ones_like(ids, dtype=torch.bool)
     counts = (
-        mask_tokens(ids, full, MASK, "fixed_count", StepNoise(3, 0, 12), MaskedDiffusion(), None, 6)
+        mask_tokens(batch_of(ids), MASK, "fixed_count", StepNoise(3, 0, 12), MaskedDiffusion(), 6)
         .scored.view(12, 4, 6)
         .sum(dim=2)
     )
@@ -220,19 +219,20 @@ def test_every_stratum_of_every_blocks_rate_is_drawn_once():
         assert all(k in quarter for k, quarter in zip(row.sort().values, ((1, 2), (2, 3), (4, 5), (5, 6)), strict=True))
     half = MaskedDiffusion()
     parts = [
-        mask_tokens(ids[a:b], full[a:b], MASK, "fixed_count", StepNoise(3, 0, 12, a), half, None, 6)
+        mask_tokens(batch_of(ids[a:b]), MASK, "fixed_count", StepNoise(3, 0, 12, a), half, 6)
         for a, b in ((0, 5), (5, 12))
     ]
-    whole = mask_tokens(ids, full, MASK, "fixed_count", StepNoise(3, 0, 12), half, None, 6)
+    whole = mask_tokens(batch_of(ids), MASK, "fixed_count", StepNoise(3, 0, 12), half, 6)
     assert torch.equal(torch.cat([p.input_ids for p in parts]), whole.input_ids)
 
 
 @pytest.mark.parametrize("size", [0, 4])
 def test_complementary_masks_partition_what_may_be_masked(size):
     ids, maskable = torch.randint(4, 24, (40, 12)), torch.rand(40, 12) < 0.7
-    one = mask_tokens(ids, maskable, MASK, "fixed_count", StepNoise(0, 0, 40), MaskedDiffusion(), None, size)
+    batch = batch_of(ids, None, maskable)
+    one = mask_tokens(batch, MASK, "fixed_count", StepNoise(0, 0, 40), MaskedDiffusion(), size)
     blocks = number_blocks(torch.zeros_like(ids), size or 12)
-    other = complement(one, ids, maskable, MASK, blocks)
+    other = complement(one, batch, MASK, size)
     assert torch.equal(one.scored ^ other.scored, maskable) and not (one.scored & other.scored).any()
     assert torch.equal(other.input_ids, torch.where(other.scored, MASK, ids))
     for row in range(40):  # each half weighs its masks by its own rates: every block that has masks counts its tokens
@@ -278,7 +278,7 @@ def test_cap_touches_only_predictions_that_are_right(tiny_model):
     targets = torch.where(scored.scored, guess, ids)[scored.scored]
     right = logits.argmax(-1) == targets
     positions = scored.scored.flatten().nonzero()[:, 0]
-    by_row = objective.confidence_loss(logits, targets, positions, ids.shape, {})
+    by_row, _ = confidence_loss(logits, targets, positions, ids.shape)
     entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
     for row in range(4):
         mine = right & (positions // 12 == row)
@@ -308,13 +308,15 @@ def test_noise_on_the_mask_embedding_touches_masked_positions_and_fades(tiny_mod
     model, masked = tiny_model(), torch.rand(3, 8) < 0.5
     objective = MaskedDiffusion(mask_embedding_noise=2.0, mask_embedding_noise_steps=100)
     for step, left in ((0, 2.0), (50, 1.0), (99, 0.02)):
-        added = objective.perturbation(masked, 16, StepNoise(0, step, 3))
-        assert torch.equal(added.abs().sum(dim=-1) > 0, masked)
-        assert added[masked].std().item() == pytest.approx(left, rel=0.15)
-    assert objective.perturbation(masked, 16, StepNoise(0, 100, 3)) is None
-    halves = [objective.perturbation(masked[a:b], 16, StepNoise(0, 0, 3, a)) for a, b in ((0, 1), (1, 3))]
-    assert torch.equal(torch.cat(halves), objective.perturbation(masked, 16, StepNoise(0, 0, 3)))
+        assert objective.embedding_noise_at(step) == pytest.approx(left)
+    assert objective.embedding_noise_at(100) == objective.embedding_noise_at(200) == 0
+    whole = embedding_noise(masked, 1, 16, StepNoise(0, 0, 3))
+    assert torch.equal(whole.abs().sum(dim=-1) > 0, masked)
+    assert whole[masked].std().item() == pytest.approx(1, rel=0.15)
+    parts = [embedding_noise(masked[a:b], 1, 16, StepNoise(0, 0, 3, a)) for a, b in ((0, 1), (1, 3))]
+    assert torch.equal(torch.cat(parts), whole)
     batch = batch_of(torch.randint(4, 24, (3, 8)))
+    assert "perturbation" not in objective.prepare(batch, model.config, StepNoise(0, 100, 3))
     for block_size in (0, 4):
         quiet, noisy = (
             MaskedDiffusion(block_size=block_size, mask_embedding_noise=s, variable_length_prob=0.0)(
@@ -352,10 +354,10 @@ def test_the_block_curriculum_goes_up_stays_and_comes_down():
 def test_the_ceiling_of_the_mask_rate_warms_up_stays_and_decays():
     objective = MaskedDiffusion(mask_schedule="wsd", wsd_min_mask_ratio=0.2, wsd_max_mask_ratio=0.8)
     ids = torch.randint(4, 24, (300, 400))
-    full, highest = torch.ones_like(ids, dtype=torch.bool), []
+    highest = []
     for progress in (0.0, 0.1, 0.5, 0.9, 1.0):
         noise = StepNoise(0, 1, 300, progress=progress)
-        rates = mask_tokens(ids, full, MASK, "wsd", noise, objective).scored.float().mean(dim=1)
+        rates = mask_tokens(batch_of(ids), MASK, "wsd", noise, objective).scored.float().mean(dim=1)
         assert rates.min() < 0.1  # whatever the ceiling, light masks are drawn, too
         highest.append(rates.max().item())
     assert highest == pytest.approx([0.2, 0.5, 0.8, 0.5, 0.2], abs=0.06)
@@ -363,18 +365,17 @@ def test_the_ceiling_of_the_mask_rate_warms_up_stays_and_decays():
 
 def test_without_time_weights_every_masked_token_counts_the_same():
     ids = torch.randint(4, 24, (50, 12))
-    full = torch.ones_like(ids, dtype=torch.bool)
     objective = MaskedDiffusion(mask_schedule="wsd", wsd_min_mask_ratio=0.05)
-    found = mask_tokens(ids, full, MASK, "wsd", StepNoise(0, 0, 50), objective)
+    found = mask_tokens(batch_of(ids), MASK, "wsd", StepNoise(0, 0, 50), objective)
     assert torch.equal(found.weight, torch.ones(50, 12)) and torch.equal(found.count, found.scored.sum(dim=1).float())
     assert found.count.min() == 1  # at a ceiling of 0.05 most rows would have none
 
 
 def test_the_cosine_schedule_masks_more_than_the_linear_one_and_owes_it_less():
     ids = torch.randint(4, 24, (2000, 50))
-    full = torch.ones_like(ids, dtype=torch.bool)
     for schedule, mean in (("linear", 0.5), ("cosine", 2 / math.pi)):
-        found = mask_tokens(ids, full, MASK, "iid_t", StepNoise(0, 0, 2000), MaskedDiffusion(noise_schedule=schedule))
+        settings = MaskedDiffusion(noise_schedule=schedule)
+        found = mask_tokens(batch_of(ids), MASK, "iid_t", StepNoise(0, 0, 2000), settings)
         assert found.scored.float().mean().item() == pytest.approx(mean, abs=0.02)
         # Either way the expected weight of a token is 1: the bound does not depend on the schedule.
         assert (found.weight * found.scored).mean().item() == pytest.approx(1.0, abs=0.03)

@@ -9,7 +9,7 @@ from model.forward_process import MASK_SCHEDULES, MaskSettings, StepNoise, mask_
 def masked(schedule, maskable, step=0, seed=0, total=None, first=0, **settings):
     ids = torch.arange(maskable.numel()).view(maskable.shape) + 10
     noise = StepNoise(seed, step, total or len(maskable), first)
-    return ids, mask_tokens(ids, maskable, 3, schedule, noise, MaskSettings(**settings))
+    return ids, mask_tokens({"input_ids": ids, "loss_mask": maskable}, 3, schedule, noise, MaskSettings(**settings))
 
 
 @pytest.mark.parametrize("schedule", MASK_SCHEDULES)

@@ -13,8 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from model.attention_mask import causal_attention
-from model.block_diffusion import predict
+from model.attention import causal_attention
+from model.block_diffusion import denoising_inputs
 from model.decode import Canvas, DenoisingConfig, SamplingConfig, decode
 from model.likelihood import row_nats
 from model.remasking import POLICIES
@@ -95,7 +95,8 @@ def logits_of(model, noised, clean, documents):
     if model.config.autoregressive:
         return model(clean, **causal_attention(documents, clean.shape[1]))
     every = torch.arange(clean.numel())
-    return predict(model, noised, clean, documents, model.config.block_size, every).view(*clean.shape, -1)
+    ids, attention = denoising_inputs(noised, clean, documents, model.config.block_size, every)
+    return model(ids, **attention).view(*clean.shape, -1)
 
 
 @several(60)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from model import likelihood
-from model.attention_mask import block_causal_mask
+from model.attention import block_causal_mask
 from model.likelihood import diffusion_bound, masked_nats, row_nats
 from tests.model.test_objective import batch_of, brute_force_bound
 

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.attention_mask import block_causal_mask, document_mask
+from model.attention import block_causal_mask, document_mask
 from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
 from model.losses import run_lengths, unlikelihood
-from model.masked_diffusion import MaskedDiffusion
+from model.masked_diffusion import MaskedDiffusion, repetition_penalty
 from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO
 from model.transformer import Transformer
@@ -165,7 +165,7 @@ def test_random_rate_is_the_plain_mean_over_masked_tokens_and_not_the_bound(tiny
     model, batch = tiny_model(), batch_of(torch.randint(4, 24, (8, 12)))
     noise = StepNoise(0, 0, 8)
     loss = replace(DIFFUSION, mask_schedule="random")(model, batch, noise)
-    noised = mask_tokens(batch["input_ids"], batch["loss_mask"], 3, "random", noise, DIFFUSION)
+    noised = mask_tokens(batch, 3, "random", noise, DIFFUSION)
     logits = model(noised.input_ids)
     logits[..., 3] = -math.inf
     plain = F.cross_entropy(logits[noised.scored], batch["input_ids"][noised.scored])
@@ -196,7 +196,7 @@ def test_loss_and_gradient_with_the_scored_only_head_equal_the_dense_ones(object
         nats = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none") * scored
         dense = nats.sum()
     else:
-        noised = mask_tokens(ids, batch["loss_mask"], 3, objective.mask_schedule, noise, objective)
+        noised = mask_tokens(batch, 3, objective.mask_schedule, noise, objective)
         logits = model(noised.input_ids, attn_mask=attn_mask).index_fill(-1, torch.tensor([3]), -math.inf)
         nats = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
         dense = (noised.weight * torch.where(noised.scored, nats, 0.0)).sum()
@@ -257,16 +257,11 @@ def test_the_repetition_penalty_waits_warms_up_and_acts_on_wrong_repetitions_onl
     )
     assert [objective.penalty_weight_at(s) for s in (0, 10, 20, 30, 99)] == [0.0, 0.0, pytest.approx(0.2), 0.4, 0.4]
     assert replace(objective, repeat_penalty_warmup_steps=0).penalty_weight_at(10) == 0.4
-    model = tiny_model()
-    with torch.no_grad():  # a model that always says 7: runs of 7 wherever two positions in a row are masked
-        model.norm.weight.zero_()
-        model.lm_head.weight.zero_()
-        model.norm.weight[0] = 1.0
-    always = replace(objective, repeat_penalty_delay_steps=0, repeat_penalty_warmup_steps=0, repeat_penalty_min_run=2)
     logits = torch.full((5, 24), -4.0)
     logits[:, 7] = 4.0
     text = torch.tensor([[9, 7, 9, 9, 7]])
-    penalty = always.repeat_penalty(logits, torch.full_like(text, 3), text, torch.arange(5))
+    prepared = {"noised_ids": torch.full_like(text, 3), "input_ids": text, "positions": torch.arange(5)}
+    penalty = repetition_penalty(logits, prepared, min_run=2)
     # Two 7s stand before positions 2, 3 and 4; at 4 the text itself goes on with 7.
     assert (penalty > 0).tolist() == [False, False, True, True, False]
 

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from model import preference
-from model.forward_process import StepNoise
+from model.block_diffusion import Blocks
+from model.forward_process import StepNoise, k_of_n_by_block
 from model.likelihood import row_nats
 from model.objective import NextToken
-from model.preference import DiffusionDPO, ExactDPO, bound, count_weights, prepare_mask
+from model.preference import DiffusionDPO, ExactDPO, bound, prepare_mask
 from tests.conftest import TINY
 from tests.model.test_likelihood import enumerated_bound
 
@@ -199,11 +200,14 @@ def test_the_masks_of_a_block_take_every_count_once_and_never_the_prompt():
         for block, total in enumerate(expected):
             counts = []
             for sample in range(total):
-                weight = count_weights(maskable, size, strata + sample / total, torch.rand(5, 11))
+                blocks = Blocks(maskable, None, size)
+                share = strata + sample / total + blocks.golden_steps
+                scored, weight = k_of_n_by_block(maskable, blocks, share, torch.rand(5, 11))
+                weight = weight * scored
                 own = weight[:, block * size : (block + 1) * size] if size else weight
                 counts.append((own > 0).sum(dim=1))
                 torch.testing.assert_close(own.sum(dim=1), torch.full((5,), float(total)))
-                assert (weight[:, 0] == 0).all()
+                assert not scored[:, 0].any()
             assert torch.stack(counts).sort(dim=0).values.T.tolist() == [[*range(1, total + 1)]] * 5
 
 
@@ -246,7 +250,7 @@ class LikelierWithContext:
     lm_head = torch.nn.Linear(24, 24, bias=False)
     torch.nn.init.eye_(lm_head.weight)
 
-    def __call__(self, ids, attn_mask, select, perturbation, head):
+    def __call__(self, ids, attn_mask, select, head):
         masked = (ids == MASK).sum(dim=1)[select // ids.shape[1]]
         return F.one_hot(torch.full_like(select, 5), 24) * (8.0 - masked[:, None])
 

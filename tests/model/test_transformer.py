@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from model.attention_mask import block_causal_mask, document_mask
+from model.attention import block_causal_mask, document_mask
 from model.config import ModelConfig
 from model.kv_cache import ColumnCache, KVCache
 from model.transformer import Transformer
@@ -77,9 +77,10 @@ def test_causal_logits_equal_those_of_stock_transformers(case, tiny_model):
 def test_yarn_leaves_sequences_within_the_original_context_plain(tiny_model):
     plain, stretched = tiny_model(), tiny_model(inference_rope_scaling=True, rope_original_length=16)
     stretched.load_state_dict(plain.state_dict())
-    ids = torch.randint(24, (2, 17))
-    assert torch.equal(plain(ids[:, :16]), stretched(ids[:, :16]))
-    assert not torch.allclose(plain(ids), stretched(ids))
+    ids = torch.randint(24, (2, 9))
+    for context, equal in ((16, True), (17, False)):
+        stretched.set_context(context)
+        assert torch.allclose(plain(ids), stretched(ids), rtol=0, atol=0) == equal
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,8 @@ def test_sequences_past_the_longest_are_refused(tiny_model):
 
 def test_yarn_is_decided_by_the_context_that_is_declared(tiny_model):
     model, ids = tiny_model(inference_rope_scaling=True, rope_original_length=8), torch.randint(24, (1, 20))
-    stretched, model.context_length = model(ids), 8
+    stretched = model(ids)  # the longest context that the model accepts
+    model.set_context(8)
     plain = tiny_model()
     plain.load_state_dict(model.state_dict())
     assert torch.equal(model(ids), plain(ids)) and not torch.allclose(model(ids), stretched)

@@ -201,7 +201,7 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
         exec(compile(block, module.__name__, "exec"), module.__dict__)
     tokens, maskable = torch.arange(20).view(2, 10), torch.ones(2, 10, dtype=torch.bool)
     noise, settings = forward_process.StepNoise(0, 0, 2), masked_diffusion.MaskedDiffusion()
-    noised = forward_process.mask_tokens(tokens, maskable, 99, "half", noise, settings)
+    noised = forward_process.mask_tokens({"input_ids": tokens, "loss_mask": maskable}, 99, "half", noise, settings)
     assert 0 < noised.scored.sum() < 20 and noised.weight.unique().tolist() == [2.0]
     step = remasking.Step(
         *[torch.ones(1, 3)] * 1,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention_mask import block_causal_mask, block_diffusion_mask, document_mask
+from model.attention import block_causal_mask, document_mask
+from model.block_diffusion import block_diffusion_mask
 from model.config import ModelConfig
 from scripts.engine.bench.timing import markdown, take_turns
 

@@ -16,11 +16,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 from torch import Tensor
 
-import model.attention
+import model.cpu_attention
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer, token_ids
-from model.attention_mask import causal_attention
-from model.block_diffusion import predict
+from model.attention import causal_attention
+from model.block_diffusion import denoising_inputs
 from model.config import ModelConfig
 from model.forward_process import StepNoise
 from model.losses import forbid, token_nats
@@ -92,7 +92,9 @@ def plain_nats(network: Transformer, prepared: dict[str, Any]) -> Tensor:
     targets[prepared["positions"]] = prepared["targets"]
     weight[prepared["positions"]] = prepared.get("weight", torch.ones((), device=ids.device))
     if "noised_ids" in prepared:
-        logits = predict(network, prepared["noised_ids"], ids, documents, prepared["block_size"], everywhere)
+        noised_ids, size = prepared["noised_ids"], prepared["block_size"]
+        both, attention = denoising_inputs(noised_ids, ids, documents, size, everywhere)
+        logits = network(both, **attention)
         logits = forbid(logits, network.config.mask_token_id)
     else:
         logits = network(ids, **causal_attention(documents, ids.shape[1])).flatten(0, 1)
@@ -178,12 +180,12 @@ class Case:
     @contextmanager
     def _switched(self) -> Iterator[None]:
         keep_freed_memory(self.variant.kept_memory)
-        usual = model.attention.EXPLICIT_ATTENTION_KEYS
-        model.attention.EXPLICIT_ATTENTION_KEYS = usual if self.variant.explicit_attention else 0
+        usual = model.cpu_attention.EXPLICIT_ATTENTION_KEYS
+        model.cpu_attention.EXPLICIT_ATTENTION_KEYS = usual if self.variant.explicit_attention else 0
         try:
             yield
         finally:
-            model.attention.EXPLICIT_ATTENTION_KEYS = usual
+            model.cpu_attention.EXPLICIT_ATTENTION_KEYS = usual
 
     def row(self, rounds: int) -> dict[str, Any]:
         """The results of the last `rounds` turns: medians of seconds, means of counts."""

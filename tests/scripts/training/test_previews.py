@@ -103,9 +103,9 @@ def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_a
     shown = re.findall(r": (\d+) masked of (\d+) maskable", command(diffusion, [*argv, "--show-batch"]).out)
     first = []
 
-    def spy(input_ids, maskable, *more):
-        noised = mask_tokens(input_ids, maskable, *more)
-        first.extend(zip(noised.scored.sum(dim=1).tolist(), maskable.sum(dim=1).tolist(), strict=True))
+    def spy(batch, *settings):
+        noised = mask_tokens(batch, *settings)
+        first.extend(zip(noised.scored.sum(dim=1).tolist(), batch["loss_mask"].sum(dim=1).tolist(), strict=True))
         return noised
 
     monkeypatch.setattr(masked_diffusion, "mask_tokens", spy)
