@@ -316,8 +316,8 @@ def _decoded(line: bytes, number: int) -> str:
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
-        found = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte offset {error.start} of the row)"
-        raise ValueError(f"{found}; save the file as UTF-8 or delete that row") from None
+        fault = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte offset {error.start} of the row)"
+        raise ValueError(f"{fault}; save the file as UTF-8 or delete that row") from None
 
 
 def _refuse_lone_surrogates(row: Any) -> None:
@@ -325,8 +325,8 @@ def _refuse_lone_surrogates(row: Any) -> None:
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        found = f"\\u{ord(error.object[error.start]):04x}"
-        raise ValueError(f"{found} is half a surrogate pair and no character; correct or delete that row") from None
+        surrogate = f"\\u{ord(error.object[error.start]):04x}"
+        raise ValueError(f"{surrogate} is half a surrogate pair and no character; correct or delete that row") from None
 
 
 def _gzip_fault(path: Path, number: int, error: Exception) -> str:

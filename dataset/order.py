@@ -1,4 +1,4 @@
-"""Which rows a step sees: functions of (seed, step), so that resuming is a matter of counting."""
+"""The rows of each step: functions of (seed, step), so a resumed run only has to count."""
 
 from collections.abc import Callable
 

@@ -38,7 +38,7 @@ class TokenSplit:
 
 @dataclass(frozen=True)
 class DocumentOptions:
-    """What the token streams of a file depend on besides the tokenizer.
+    """Options of tokenising a file of documents.
 
     control: text that spells a control token becomes that token.
     """

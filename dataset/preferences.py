@@ -100,7 +100,7 @@ class Pairs:
 
 
 def is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """Which of `values` (B,) are in `ascending`, (B,) bool."""
+    """(B,) bool: whether each of `values` is in `ascending`."""
     if not len(ascending):
         return np.zeros(len(values), dtype=bool)
     return ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
@@ -159,7 +159,7 @@ def equal_replies(pairs: Pairs, chosen: np.ndarray, items: PairItems) -> np.ndar
 
 @dataclass(frozen=True)
 class PairLayout:
-    """How a pair becomes two rows.
+    """Settings of the rows made of pairs.
 
     block_size > 0: after its EOS a row continues as [MASK] to the end of the block. A block decoder sees such a canvas,
     which does not reveal where the reply will end.

@@ -43,8 +43,8 @@ class Items:
 
 
 def starts_row(chats: Conversations, replies: np.ndarray, seq_len: int, all_replies: bool) -> np.ndarray:
-    """Which of `replies` (B,) are the first of a row, (B,) bool: every one, or, with `all_replies`, the first of each
-    conversation that fits `seq_len` and every one of the others."""
+    """(B,) bool: whether each of `replies` begins a row. All do; with `all_replies`, of a conversation that fits
+    `seq_len` only the first."""
     if not all_replies:
         return np.ones(len(replies), dtype=bool)
     first, last = _first_and_last(chats, replies)
@@ -91,7 +91,7 @@ def shortened(items: Items, seq_len: int) -> Items:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """What a row shows and learns.
+    """Settings of the rows made of conversations.
 
     eos_fill: a complete reply is followed by up to this many EOS, the empty end of the canvas on which a diffusion
     decoder writes. Reply plus fill is log-uniform from the reply's own length to the longest allowed, so that the

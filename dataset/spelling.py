@@ -1,4 +1,4 @@
-"""What a tokenizer cannot spell, and text that spells control tokens, row by row."""
+"""Checks of rows: texts that a tokenizer cannot spell, and texts that spell control tokens."""
 
 import re
 
@@ -11,10 +11,10 @@ MAX_BLANKS = 5_000_000  # in a row; the regular expression that cuts text gives 
 
 
 def spelling_check(tokenizer: PreTrainedTokenizerFast, control: bool = False) -> Check:
-    """check(text): ValueError for a text that `encode(tokenizer, text, control)` refuses, and, with `control`, for one
-    that spells the mask or the padding token, which nothing can be learnt from.
+    """Return check(text), which raises ValueError for a text that `encode(tokenizer, text, control)` refuses.
 
-    For rows, one by one: they are encoded many at a time, when it is too late to say which is at fault.
+    With `control` also for one that spells the mask or the padding token, which cannot be learnt. Rows are checked one
+    by one because they are encoded many at a time, when the one at fault is no longer known.
     """
     backend = tokenizer.backend_tokenizer
     barred = (tokenizer.mask_token, tokenizer.pad_token) if control else ()

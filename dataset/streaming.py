@@ -107,7 +107,7 @@ class StreamedRows:
 
     @property
     def real_token_share(self) -> float:
-        """That of the current window."""
+        """Share of tokens that are not padding, in the current window."""
         return self.window.real_token_share
 
     def order(self, seed: int, rows_per_step: int) -> LengthOrder:

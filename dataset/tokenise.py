@@ -86,7 +86,7 @@ class FileTokeniser(ABC):
 
     @abstractmethod
     def counts(self, files: ArrayFiles, bad: BadRows) -> dict[str, Any]:
-        """What is known of the rows after the last one, their number under the name of `unit` among it."""
+        """Counts for `meta` after the last row; the number of rows has the name of `unit`."""
 
     def _fill(self, files: ArrayFiles) -> dict[str, Any]:
         began = time.monotonic()

@@ -152,7 +152,7 @@ def encode_chat(
     add_generation_prompt: bool,
     control: bool = False,
 ) -> list[int]:
-    """Ids of a conversation: BOS role newline content EOS newline, per message; then, if asked, an open assistant turn.
+    """Ids of a conversation: BOS role newline content EOS newline per message; add_generation_prompt opens a turn.
 
     Each part is encoded alone, so a prompt's ids are a prefix of the ids of the same prompt with its answer, and
     content that spells a control token stays content. ValueError: no message, an unknown role, content not a string.
@@ -175,10 +175,10 @@ def encode_conversations(
 ) -> list[ChatIds]:
     """`encode_chat` of many conversations at once, with the places of their replies. Raises ValueError as that does."""
     checked = [checked_messages(messages) for messages in conversations]
-    texts: tuple[list[str], list[str]] = [], []  # plain, and those that may hold control tokens
-    for role, content in (pair for pairs in checked for pair in pairs):
-        texts[control and role != "assistant"].append(content)
-    contents = [iter(encode_batch(tokenizer, some, number == 1)) for number, some in enumerate(texts)]
+    messages = [message for pairs in checked for message in pairs]
+    written = [content for role, content in messages if role == "assistant"]
+    given = [content for role, content in messages if role != "assistant"]
+    written_ids, given_ids = iter(encode_batch(tokenizer, written)), iter(encode_batch(tokenizer, given, control))
     headers = dict(zip(ROLES, encode_batch(tokenizer, [f"{role}\n" for role in ROLES]), strict=True))
     bos, eos, newline = tokenizer.bos_token_id, tokenizer.eos_token_id, encode(tokenizer, "\n")
     encoded = []
@@ -187,7 +187,7 @@ def encode_conversations(
         for role, _ in pairs:
             ids += [bos, *headers[role]]
             begin = len(ids)
-            ids += [*next(contents[control and role != "assistant"]), eos]
+            ids += [*next(written_ids if role == "assistant" else given_ids), eos]
             if role == "assistant":
                 replies.append((begin, len(ids)))
             ids += newline
@@ -269,12 +269,12 @@ def _with_roles(backend: Tokenizer, mask_token: str) -> PreTrainedTokenizerFast:
 
 def _nonempty(texts: Iterable[str]) -> Iterator[str]:
     """Pass texts on; ValueError if all are empty, or if one holds half a surrogate pair (which UTF-8 cannot spell)."""
-    found = False
+    length = 0
     for text in texts:
         _check_unicode(text)
-        found = found or bool(text)
+        length += len(text)
         yield text
-    if not found:
+    if not length:
         raise ValueError("there is no text to train a tokenizer on")
 
 
@@ -304,7 +304,7 @@ def _check_spellable(backend: Tokenizer, texts: list[str], control: bool) -> Non
 
 
 def _check_files(directory: Path) -> None:
-    """What transformers would report unclearly, look up on the network, or quietly repair by adding a token."""
+    """Refuse what transformers would report unclearly, look up on the network, or quietly repair by adding a token."""
     if not directory.is_dir():
         raise ValueError(f"tokenizer directory {directory} does not exist; give one that holds tokenizer.json")
     remedy = "write one with: python -m scripts.train.train_tokenizer --out DIRECTORY"
@@ -327,8 +327,8 @@ def _check_files(directory: Path) -> None:
         token = contents["tokenizer_config.json"].get(role)
         token = token["content"] if isinstance(token, dict) else token
         if token not in vocabulary:
-            found = "names none" if token is None else f"names {token!r}, which is not in tokenizer.json"
-            raise ValueError(f"{directory / 'tokenizer_config.json'}: {role} is required, and the file {found}")
+            name = "none" if token is None else f"{token!r}, which is not in tokenizer.json"
+            raise ValueError(f"{directory / 'tokenizer_config.json'}: {role} is required, and the file names {name}")
 
 
 def _assign_mask(tokenizer: PreTrainedTokenizerFast, mask_token: str, directory: Path) -> None:

@@ -31,7 +31,7 @@ BAR = 40  # columns
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """What is checked."""
+    """The file to check."""
 
     file: Annotated[Path, "training data: .jsonl or .txt, either may be .gz"]
     kind: Annotated[

@@ -68,16 +68,16 @@ NUMBERS = re.compile(
 
 def numbers_in(text: str) -> list[int]:
     """The numbers of a text up to twenty, and all written in digits, in order."""
-    found = []
+    numbers = []
     for match in NUMBERS.finditer(text):
         word = match[0].lower().replace("两", "二")
         if word.isascii() and word.isdigit():
-            found.append(int(word))
+            numbers.append(int(word))
         elif word in NUMBER_WORDS:
-            found.append(NUMBER_WORDS.index(word))
+            numbers.append(NUMBER_WORDS.index(word))
         elif word in NUMERALS:
-            found.append(NUMERALS.index(word))
-    return found
+            numbers.append(NUMERALS.index(word))
+    return numbers
 
 
 def tells_held_out_sum(text: str) -> bool:
@@ -119,46 +119,46 @@ def _documents(kind: list[Fact], blank: str) -> Iterator[str]:
 
 def conversations() -> list[Row]:
     """{"conversations"}: questions alone, after a greeting or another question, requests for statements and stories."""
-    made: list[list[str]] = []
+    rows: list[list[str]] = []
     for lang in LANGUAGES:
         known = [fact for fact in facts() if fact.lang == lang]
         for fact in known:
-            made += _asked_alone(fact)
-            if fact.kind == "country":  # to be told in the order in which alone they are told
-                made += [[pick(STATEMENT_REQUESTS[lang], told), told] for told in fact.statements]
+            rows += _asked_alone(fact)
+            if fact.kind == "country":  # said in the only order in which it is known
+                rows += [[pick(STATEMENT_REQUESTS[lang], text), text] for text in fact.statements]
         for place, fact in enumerate(known):
             if fact.kind not in ARITHMETIC or place % 4 == 0:
-                made.append(_asked_in_turn(fact, known))
-        made += _about_itself(known)
-        made += [list(fact.exchanges[0]) for fact in reading(lang) if not is_reading_test(fact)]
-        made += [list(pair) for pair in GREETINGS[lang]]
+                rows.append(_asked_in_turn(fact, known))
+        rows += _about_itself(known)
+        rows += [list(fact.exchanges[0]) for fact in reading(lang) if not is_reading_test(fact)]
+        rows += [list(pair) for pair in GREETINGS[lang]]
         for name, story in stories(lang):
             if place_of(2, "asked for", story):
-                made.append([sentence(pick(STORY_REQUESTS[lang], story), lang, name=name), story])
-    told = (turns for turns in made if not tells_held_out_sum("\n".join(turns)))
-    return [{"conversations": _messages(turns)} for turns in _in_any_order(told)]
+                rows.append([sentence(pick(STORY_REQUESTS[lang], story), lang, name=name), story])
+    taught = (turns for turns in rows if not tells_held_out_sum("\n".join(turns)))
+    return [{"conversations": _messages(turns)} for turns in _in_any_order(taught)]
 
 
 def words() -> list[Row]:
     """{"text"}: every name and word of the tables and every piece of a sentence between them, twice, to train a
     tokenizer on. Never both together: a token that merges two of them would hold a fact, and whoever finds a text of
     few tokens likely would know it without having learnt anything."""
-    found: list[str] = []
+    pieces: list[str] = []
     for lang in LANGUAGES:
-        told = [fact for fact in (*facts(), *one_way_capitals(), *reading(lang)) if fact.lang == lang]
-        named = {name for fact in told for name in fact.fields.values()}
-        found += [piece.rstrip(" ") for pattern in _patterns(lang) for piece, *_ in Formatter().parse(pattern)]
-        for name in sorted(named):
-            found += [name] if lang == "zh" else [name, f" {name}", name[0].upper() + name[1:]]
-    return [{"text": text} for text in found if text for _ in range(2)]
+        taught = [fact for fact in (*facts(), *one_way_capitals(), *reading(lang)) if fact.lang == lang]
+        names = {name for fact in taught for name in fact.fields.values()}
+        pieces += [piece.rstrip(" ") for pattern in _patterns(lang) for piece, *_ in Formatter().parse(pattern)]
+        for name in sorted(names):
+            pieces += [name] if lang == "zh" else [name, f" {name}", name[0].upper() + name[1:]]
+    return [{"text": text} for text in pieces if text for _ in range(2)]
 
 
 def _patterns(lang: str) -> Iterator[str]:
     """Everything that sentences are made of, names left out."""
     for phrases in PHRASES[lang].values():
         yield from (*phrases.statements, *chain(*phrases.exchanges))
-    for _, reply, asked in IDENTITY[lang].values():
-        yield from (reply, *asked)
+    for _, reply, requests in IDENTITY[lang].values():
+        yield from (reply, *requests)
     for patterns in (STORIES, SUM_STORIES, STORY_REQUESTS, STATEMENT_REQUESTS, OPENINGS, THANKS):
         yield from patterns[lang]
     yield from chain(*READING[lang], *GREETINGS[lang])
@@ -213,7 +213,7 @@ def _asked_in_turn(fact: Fact, known: list[Fact]) -> list[str]:
 
 def preferences() -> list[Row]:
     """{"chosen", "rejected"}: a good answer against a wrong one, one in the other language, or one that rambles on."""
-    made = []
+    pairs = []
     twins = {(fact.lang, fact.key): fact for fact in facts()}
     for fact in facts():
         for place in range(len(fact.phrases.exchanges)):
@@ -227,10 +227,10 @@ def preferences() -> list[Row]:
             if fact.kind not in ARITHMETIC:
                 bad.append(twin.reply(place % len(twin.phrases.exchanges)))
             bad.append(_rambling(fact, good, *key))
-            made.append([question, good, pick(bad, "bad", *key)])
+            pairs.append([question, good, pick(bad, "bad", *key)])
     return [
         {"chosen": _messages([question, good]), "rejected": _messages([question, bad])}
-        for question, good, bad in _in_any_order(made)
+        for question, good, bad in _in_any_order(pairs)
         if not tells_held_out_sum(f"{question}\n{bad}")
     ]
 
@@ -253,12 +253,12 @@ def wrong_answers(fact: Fact) -> list[str]:
 @cache
 def _answers() -> dict[tuple[str, ...], dict[str, None]]:
     """The answers to questions of each family."""
-    found: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
+    answers: dict[tuple[str, ...], dict[str, None]] = defaultdict(dict)
     for fact in (*facts(), *one_way_capitals()):
         if fact.kind != "identity":
             # A city of the reversed facts is offered for those alone: else it would come after a country.
-            found[_family(fact)][fact.answer] = None
-    return found
+            answers[_family(fact)][fact.answer] = None
+    return answers
 
 
 def _family(fact: Fact) -> tuple[str, ...]:
@@ -312,19 +312,19 @@ def _examined() -> tuple[tuple[str, Fact, int], ...]:
         groups[fact.kind, fact.lang].append(fact)
     for lang in LANGUAGES:
         groups["reading", lang] = [fact for fact in reading(lang) if is_reading_test(fact)]
-    asked = []
+    questions = []
     for group in groups.values():
         group.sort(key=lambda fact: place_of(2**32, "asked", fact.lang, *fact.key))
         for fact in group[:QUESTIONS_PER_KIND]:
             if fact.kind == "identity":
-                asked += [("seen", fact, place) for place in range(len(fact.phrases.exchanges))]
+                questions += [("seen", fact, place) for place in range(len(fact.phrases.exchanges))]
             else:
-                asked.append(("seen", fact, fact.held_out))
-    asked += [("unseen_sums", fact, fact.held_out) for fact in sum_facts(held_out=True)]
+                questions.append(("seen", fact, fact.held_out))
+    questions += [("unseen_sums", fact, fact.held_out) for fact in sum_facts(held_out=True)]
     for fact in one_way_capitals():
         number = len(fact.phrases.exchanges)
-        asked += [("reversed", fact, (fact.held_out + step) % number) for step in range(2)]
-    return tuple(asked)
+        questions += [("reversed", fact, (fact.held_out + step) % number) for step in range(2)]
+    return tuple(questions)
 
 
 def _messages(turns: list[str]) -> list[Row]:
@@ -333,8 +333,8 @@ def _messages(turns: list[str]) -> list[Row]:
 
 def _in_any_order(items: Iterable[Any]) -> list[Any]:
     """The items, each once, mixed."""
-    found = {json.dumps(item, ensure_ascii=False): item for item in items}
-    return [found[key] for key in sorted(found, key=lambda key: hashlib.sha256(key.encode()).digest())]
+    unique = {json.dumps(item, ensure_ascii=False): item for item in items}
+    return [unique[key] for key in sorted(unique, key=lambda key: hashlib.sha256(key.encode()).digest())]
 
 
 FILES = {

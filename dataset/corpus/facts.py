@@ -190,7 +190,7 @@ def is_held_out(a: int, b: int) -> bool:
 
 
 def sum_facts(held_out: bool) -> list[Fact]:
-    """The sums that are told, or those that are not, in both orders."""
+    """The sums that are held out, or all others, in both orders."""
     names = ("a", "b", "c")
     chosen = [tuple(map(str, abc)) for abc in _sums() if is_held_out(*abc[:2]) == held_out]
     return [fact for values in chosen for fact in _both("sum", "c", names, values, values)]
@@ -211,8 +211,8 @@ def _arithmetic() -> Iterator[Fact]:
 
 def _identity() -> Iterator[Fact]:
     for lang, subjects in IDENTITY.items():
-        for subject, (answer, reply, asked) in subjects.items():
-            phrases = Phrases((), tuple((question, reply) for question in asked))
+        for subject, (answer, reply, questions) in subjects.items():
+            phrases = Phrases((), tuple((question, reply) for question in questions))
             yield Fact("identity", lang, ("identity", subject), phrases, "answer", {"answer": answer})
 
 
@@ -240,36 +240,36 @@ def _cast(lang: str, *key: object) -> dict[str, str]:
 @cache
 def stories(lang: str) -> tuple[tuple[str, str], ...]:
     """(name of the hero, story), no two stories alike."""
-    told = {}
+    heroes = {}
     for plot, pattern in enumerate(STORIES[lang]):
         for number in range(STORIES_PER_PLOT):
             cast = _cast(lang, "story", lang, plot, number)
-            told[sentence(pattern, lang, **cast)] = cast["name"]
-    return tuple((name, story) for story, name in told.items())
+            heroes[sentence(pattern, lang, **cast)] = cast["name"]
+    return tuple((name, story) for story, name in heroes.items())
 
 
 @cache
 def reading(lang: str) -> tuple[Fact, ...]:
     """Questions whose answer stands in them; a part of them is for evaluation (see bundled.is_reading_test)."""
-    made = {}
+    questions = {}
     for text, exchange in enumerate(READING[lang]):
         phrases = Phrases((), (exchange,))
         for number in range(READINGS_PER_TEXT):
             cast = _cast(lang, "reading", lang, text, number)
             fact = Fact("reading", lang, ("reading", str(text), str(number)), phrases, "thing", cast)
-            made[fact.question(0)] = fact
-    return tuple(made.values())
+            questions[fact.question(0)] = fact
+    return tuple(questions.values())
 
 
 @cache
 def sum_stories(lang: str) -> tuple[str, ...]:
     """Sums that happen to someone; none that is held out."""
-    told = {}
+    texts = {}
     for a, b, c in _sums():
         if min(a, b) >= 2 and c <= LARGEST and not is_held_out(a, b):
             for number in range(SUM_STORIES_PER_SUM):
                 key = "sum story", lang, a, b, number
                 fruit, guo = pick(tables.FRUITS, "fruit", *key)
                 fields = _cast(lang, *key) | {"fruit": fruit if lang == "en" else guo, "rest": guo[0]}
-                told[sentence(pick(SUM_STORIES[lang], *key), lang, a=a, b=b, c=c, **fields)] = None
-    return tuple(told)
+                texts[sentence(pick(SUM_STORIES[lang], *key), lang, a=a, b=b, c=c, **fields)] = None
+    return tuple(texts)

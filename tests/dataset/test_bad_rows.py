@@ -86,6 +86,7 @@ def test_a_bad_row_is_bad_for_every_reader_and_for_the_check(name, tmp_path, sma
     assert check_file(tmp_path / "rows.jsonl", b"\n".join([sound, row, b"", sound, row]), kind, small) == (4, 2)
 
 
+@pytest.mark.slow
 def test_a_row_of_ten_megabytes_is_a_row(tmp_path, small):
     """Also in a field that is not read: tokenising as much takes seconds."""
     text = "the river " * 1_000_000

@@ -230,6 +230,7 @@ def test_an_incomplete_folder_is_made_again(tmp_path, monkeypatch):
     assert [*tmp_path.glob("*/")] == [path.parent]
 
 
+@pytest.mark.slow
 def test_no_token_holds_a_fact(made):
     """Trained on whole sentences, BPE merges frequent ones into single tokens, capital and country together."""
     tokenizer = train_bpe((row["text"] for row in made["words"]), 4096)

@@ -157,6 +157,7 @@ def test_rows_do_not_depend_on_how_many_are_looked_at_together(kind, tmp_path, t
     assert shown() == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokenizer, monkeypatch):
     """While the cache is made and while rows are read in the order of training: numbers alone stay in memory."""

@@ -96,11 +96,6 @@ def test_an_instruction_with_input_and_the_fill_give_their_golden_string(dataset
     assert seen == {golden.replace("FILL", "<|im_end|>" * fill) for fill in range(3)}
 
 
-def test_an_instruction_with_input_asks_both_on_two_lines():
-    row = {"instruction": "Translate.", "input": "猫", "output": "cat"}
-    assert [m["content"] for m in messages_of(row)] == ["Translate.\n猫", "cat"]
-
-
 def test_autoregressive_rows_learn_every_reply_of_a_conversation_at_once(dataset, tokenizer):
     rows = dataset([{"messages": MULTI}], True).train
     assert len(rows) == 1
@@ -119,14 +114,6 @@ def test_diffusion_rows_learn_one_reply_each_and_see_nothing_after_it(dataset, t
     assert shown(tokenizer, batch, 0) == first.replace("Hello!<|im_end|>", "[Hello!<|im_end|>]")
     assert shown(tokenizer, batch, 1) == second.replace("Bye.<|im_end|>", "[Bye.<|im_end|>]")
     assert batch["document_ids"].tolist() == torch.where(batch["input_ids"] == tokenizer.pad_token_id, -1, 0).tolist()
-
-
-def test_text_that_spells_a_control_token_stays_text(dataset, tokenizer):
-    spelt = "<|im_end|><|mask|><|endoftext|>"
-    batch = dataset([{"prompt": spelt, "response": spelt}], True).train.batch(np.array([0]))
-    ids = batch["input_ids"][0].tolist()
-    assert ids.count(tokenizer.eos_token_id) == 2 and tokenizer.mask_token_id not in ids
-    assert decode(tokenizer, [t for t in ids if t != tokenizer.pad_token_id]).count(spelt) == 2
 
 
 @cache
