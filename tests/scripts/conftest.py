@@ -125,10 +125,12 @@ def workspace(tmp_path, monkeypatch, texts) -> Path:
     return tmp_path
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
+@pytest.fixture(scope="session", autouse=True)
+def _no_waiting_for_the_disk():
     """No file of a test has to survive a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture

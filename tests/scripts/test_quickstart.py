@@ -15,19 +15,23 @@ from scripts import quickstart
 from scripts.engine.report.results import summary_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct
-from scripts.engine.training import run as run_module
+from scripts.engine.training import guard
 from tests.scripts.conftest import Result, run_command
 
 CHEAP = ["--scale", "0.001", "--dtype", "float32"]
-FEW = " --questions 12 --max-rows 12"
-SMALL = tuple(
-    stage._replace(flags=stage.flags + FEW) if stage.title == "evaluation" else stage for stage in quickstart.SMALL
-)
+TINY = {  # module -> flags after those of its stage
+    "scripts.train.train_pretrain": " --batch-size 8 --hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2",
+    "scripts.train.train_sft_minimind": " --batch-size 8",
+    "scripts.train.diffusion": " --batch-size 8",
+    "scripts.train.train_sft_diffusion": " --batch-size 8",
+    "scripts.eval.report": " --questions 12 --max-rows 12",
+}
+SMALL = tuple(stage._replace(flags=stage.flags + TINY.get(stage.module, "")) for stage in quickstart.SMALL)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which the small recipe is evaluated on a few rows."""
+    """A folder in which the small recipe is a tiny one."""
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -137,7 +141,7 @@ def test_a_stage_whose_file_is_gone_is_repeated_with_all_after_it(finished, monk
 
 def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, monkeypatch):
     broken = place / "broken"
-    enter, entered = run_module.StopSignals.__enter__, []
+    enter, entered = guard.StopSignals.__enter__, []
 
     def asked_to_stop_at_first(self):
         enter(self)
@@ -145,7 +149,7 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, mo
         self.number = 2 if len(entered) % 2 else 0  # as after Ctrl-C, of every training once
         return self
 
-    monkeypatch.setattr(run_module.StopSignals, "__enter__", asked_to_stop_at_first)
+    monkeypatch.setattr(guard.StopSignals, "__enter__", asked_to_stop_at_first)
     for _ in range(4):
         result = start(broken)
         assert result.code == 130 and "goes on from here" in result.out, result
@@ -177,7 +181,7 @@ def test_an_overwritten_quickstart_that_is_interrupted_goes_on_from_itself(finis
 
     def stopped(module, command):
         if module == "scripts.train.train_pretrain":
-            raise run_module.Interrupted(130)
+            raise guard.Interrupted(130)
         return perform(module, command)
 
     monkeypatch.setattr(quickstart, "perform", stopped)

@@ -7,10 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch.distributed as dist
-
 from model.checkpoint import load_checkpoint, read_archive
-from tests.soak.processes import Command, Disturbance, Ended, FilesUpTo, Forbid, Kill
+from tests.soak.processes import Command, Disturbance, Ended, FilesUpTo, Forbid, Kill, nothing, start_together
 from tests.soak.state import difference_of_runs, temporaries, unsound
 from tests.soak.workplace import AR, DIFFUSION, RECIPES, STEPS, Outcome, Recipe, Workplace
 
@@ -24,9 +22,9 @@ SURVIVOR = r"error: another process of this training has ended.*--resume auto"
 
 def training(place: Workplace, kills: int, recipes: tuple[Recipe, ...] = RECIPES) -> Iterator[Outcome]:
     """SIGKILL at random moments, `kills` times in all; the run goes on after each."""
-    for number, recipe in enumerate(recipes):
-        share = kills * (number + 1) // len(recipes) - kills * number // len(recipes)
+    for number, recipe in enumerate(recipes, start=1):
         outcome = Outcome("training", f"SIGKILL, {recipe.module.rpartition('.')[2]}")
+        share = kills * number // len(recipes) - kills * (number - 1) // len(recipes)
         while outcome.tries < share and not outcome.failures:
             _kill_one_run(place, recipe, min(share - outcome.tries, place.draw.randint(3, KILLS_PER_RUN)), outcome)
         yield outcome
@@ -40,7 +38,7 @@ def _kill_one_run(place: Workplace, recipe: Recipe, kills: int, outcome: Outcome
         if ended.code == 0:
             break
         hits.append(_name_of(place.operations()[-1]))
-        fault = unsound(folder, recipe.run) if ended.killed else f"exit code {ended.code}: {ended.err.strip()[-500:]}"
+        fault = unsound(folder, recipe.run) if ended.killed else f"not killed: {ended}"
     fault = fault or place.fault_at_end(recipe)
     for hit in hits:
         outcome.add(hit, fault)
@@ -69,15 +67,15 @@ def _name_of(operation: str) -> str:
 
 def distributed(place: Workplace, tries: int) -> Iterator[Outcome]:
     """SIGKILL to one of two processes (gloo); two go on with the run."""
-    outcome, whole = Outcome("distributed", "SIGKILL of one of two processes"), place.empty("whole_two")
-    ended = [command.wait() for command in _start_pair(place, whole.name)]
+    outcome, folder = Outcome("distributed", "SIGKILL of one of two processes"), place.empty()
+    ended = [command.wait() for command in _start_pair(place)]
     if any(process.code for process in ended):
         raise ValueError(f"two processes failed undisturbed: {ended}")
-    operations = len(place.operations())
+    operations, whole = len(place.operations()), folder.rename(place.empty("whole_two"))
     for number in range(tries):
-        place.empty("parts")
+        place.empty()
         victim = number % 2
-        commands = _start_pair(place, "parts", 0 if victim else place.draw.randint(3, operations))
+        commands = _start_pair(place, 0 if victim else place.draw.randint(3, operations))
         if victim:  # it writes no files; and before the first step the other one waits longer
             while commands[0].code is None and "\ndata " not in commands[0].outputs[0].read_text(encoding="utf-8"):
                 time.sleep(0.002)
@@ -85,47 +83,30 @@ def distributed(place: Workplace, tries: int) -> Iterator[Outcome]:
             commands[1].kill()
         ended = commands[victim].wait()
         if ended.code:
-            outcome.add(f"rank {victim}", _fault_of_pair(place, commands, victim))
+            outcome.add(f"rank {victim}", _fault_of_pair(place, commands, victim, whole))
     yield outcome
 
 
-def _start_pair(place: Workplace, save_dir: str, number: int = 0) -> list[Command]:
-    """Two processes as torchrun starts them; the first is killed before its `number`-th file operation. As under
-    torchrun, the store by which they find each other is in another process, this one."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    shared = {
-        "WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-    }
-    disturbances = Disturbance(place.folder / save_dir, place.record, number, Kill(), place.before), place.before
-    commands = []
-    for rank, disturbance in enumerate(disturbances):
-        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        argv = AR.argv(save_dir, "auto")
-        commands.append(Command(place.folder, AR.module, argv, disturbance, f"rank{rank}", environment))
-        commands[-1].store = store  # lives as long as the command
-    return commands
+def _start_pair(place: Workplace, number: int = 0) -> list[Command]:
+    """The first is killed before its `number`-th file operation."""
+    kill = Disturbance(place.folder / "parts", place.record, number, Kill())
+    return start_together(place.folder, AR.module, AR.argv("parts", "auto"), [kill, nothing])
 
 
-def _fault_of_pair(place: Workplace, commands: list[Command], victim: int) -> str | None:
+def _fault_of_pair(place: Workplace, commands: list[Command], victim: int, whole: Path) -> str | None:
     """One of two processes was killed: the other ends in time with one sentence, and two of them end the run."""
     folder, killed, survivor = place.folder / "parts", commands[victim].wait(), commands[1 - victim].wait(BOUND)
     state = folder / f"{AR.run}.pt"
     finished = survivor.code == 0 and state.exists() and load_checkpoint(state)["step"] == STEPS
     if not killed.killed:
-        return f"exit code {killed.code} without a kill: {killed.err.strip()[-500:]}"
+        return f"not killed: {killed}"
     if not finished and (survivor.code in (0, None) or not re.search(SURVIVOR, survivor.err)):
-        return f"the other process: exit code {survivor.code} within {BOUND} s: {survivor.err.strip()[-800:]}"
-    if "Traceback" in survivor.err:
-        return survivor.err
-    if fault := unsound(folder, AR.run):
-        return fault
-    ended = [command.wait() for command in _start_pair(place, folder.name)]
+        return f"the other process did not end within {BOUND} s with its sentence: {survivor}"
+    fault = survivor.err if "Traceback" in survivor.err else unsound(folder, AR.run)
+    ended = [command.wait() for command in _start_pair(place)]
     if any(process.code for process in ended):
-        return f"could not be continued: {ended}"
-    return difference_of_runs(place.folder / "whole_two", folder, AR.run)
+        return fault or f"could not be continued: {ended}"
+    return fault or difference_of_runs(whole, folder, AR.run)
 
 
 # -- files that cannot be written --------------------------------------------------------------------------------------
@@ -212,24 +193,23 @@ def damaged_bytes(place: Workplace, changes: int) -> Iterator[Outcome]:
             cut.add(source.name, _fault_of_refusal(path, data[: len(data) * percent // 100]))
     for number in range(changes):
         chosen = place.draw.randrange(len(whole))
-        outcome, change = (zeroed, _zero) if number % 4 == 0 else (flipped, _flip)
+        outcome, change = (zeroed, _with_hole) if number % 4 == 0 else (flipped, _with_other_byte)
         outcome.add(sources[chosen].name, _fault_of_refusal(path, change(place.draw, whole[chosen])))
     yield from (cut, flipped, zeroed)
 
 
-def _flip(draw: random.Random, data: bytes) -> bytes:
-    changed, at = bytearray(data), draw.randrange(len(data))
-    changed[at] ^= draw.randrange(1, 256)
-    return bytes(changed)
+def _with_other_byte(draw: random.Random, data: bytes) -> bytes:
+    at = draw.randrange(len(data))
+    return data[:at] + bytes([data[at] ^ draw.randrange(1, 256)]) + data[at + 1 :]
 
 
-def _zero(draw: random.Random, data: bytes) -> bytes:
-    changed = bytearray(data)
-    while changed == data:
+def _with_hole(draw: random.Random, data: bytes) -> bytes:
+    changed = data
+    while changed == data:  # it was zero there
         first, length = draw.randrange(len(data)), draw.choice((1, 16, 512, 4096))
-        length = min(length, len(data) - first)
-        changed[first : first + length] = bytes(length)
-    return bytes(changed)
+        hole = bytes(min(length, len(data) - first))
+        changed = data[:first] + hole + data[first + len(hole) :]
+    return changed
 
 
 def _fault_of_refusal(path: Path, data: bytes) -> str | None:

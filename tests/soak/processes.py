@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 from scripts.engine import cli
@@ -107,6 +108,26 @@ class Command:
         self.process.kill()
 
 
+def start_together(
+    folder: Path, module: str, argv: Sequence[str], disturbances: Sequence[Callable[[], None]]
+) -> list[Command]:
+    """The processes of one training as torchrun starts them, one for each disturbance. As under torchrun, the store by
+    which they find each other is in another process, this one."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": str(len(disturbances)),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    commands = []
+    for rank, disturbance in enumerate(disturbances):
+        environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        commands.append(Command(folder, module, argv, disturbance, f"rank{rank}", environment))
+        commands[-1].store = store  # lives as long as the command
+    return commands
+
+
 def _run(
     folder: str,
     module: str,
@@ -148,7 +169,7 @@ def written_path(event: str, arguments: tuple, folder: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Disturbance:
-    """Do `before` at once, and `action` just before the `number`-th file operation below `folder` (0: never).
+    """Do `action` just before the `number`-th file operation below `folder` (0: never).
 
     An operation opens a file for writing, renames or deletes it. Those up to the `number`-th are listed in `record`.
     """
@@ -157,10 +178,8 @@ class Disturbance:
     record: Path
     number: int = 0
     action: Callable[[], None] = nothing
-    before: Callable[[], None] = nothing
 
     def __call__(self) -> None:
-        self.before()
         numbers = itertools.count(1)
         record = os.open(self.record, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
 

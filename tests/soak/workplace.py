@@ -76,9 +76,8 @@ class Outcome:
 class Workplace:
     """A folder with corpora and a tokenizer, in which each recipe is run undisturbed once, into whole/."""
 
-    def __init__(self, folder: Path, seed: int, before: Callable[[], None] = nothing):
-        """before(): called at the beginning of each command."""
-        self.folder, self.draw, self.before = folder, random.Random(seed), before
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.draw = folder, random.Random(seed)
         self.record = folder / "operations.txt"
         self._operations: dict[Recipe, list[str]] = {}
         texts = pretraining_rows()[:400]
@@ -93,7 +92,7 @@ class Workplace:
     ) -> Command:
         """The recipe's command, which goes on with the run in `save_dir` if there is one, and does `action` before its
         `number`-th file operation there."""
-        disturbance = Disturbance(self.folder / save_dir, self.record, number, action, self.before)
+        disturbance = Disturbance(self.folder / save_dir, self.record, number, action)
         return Command(self.folder, recipe.module, recipe.argv(save_dir, "auto", *flags), disturbance)
 
     def operations(self) -> list[str]:

@@ -22,7 +22,7 @@ from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.conftest import Result
 from tests.scripts.training.test_resume import at, send  # noqa: F401
-from tests.soak.processes import PRELOAD, ROOT, Command
+from tests.soak.processes import PRELOAD, ROOT, Command, start_together
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, __name__])
 
@@ -36,27 +36,14 @@ def begin(patch, rank):
 
 @pytest.fixture
 def processes(workspace):
-    """processes(module, argv, patch=None, size=2) -> a Result of each; patch(rank) is called first in each of them.
-
-    As under torchrun, the store by which they find each other is another process's.
-    """
+    """processes(module, argv, patch=None, size=2) -> a Result of each; patch(rank) is called first in each of them."""
 
     def start(module, argv, patch=None, size=2):
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        told = {
-            "WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(store.port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        started = []
-        for rank in range(size):
-            told |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            arguments = module.__name__, [str(a) for a in argv], partial(begin, patch, rank)
-            started.append(Command(workspace, *arguments, name=f"rank{rank}", environment=dict(told)))
-        ended = [command.wait(60) for command in started]
-        assert all(one.code is not None for one in ended), "it hangs"
-        return [Result(*one) for one in ended]
+        patches = [partial(begin, patch, rank) for rank in range(size)]
+        commands = start_together(workspace, module.__name__, [str(a) for a in argv], patches)
+        ended = [command.wait(60) for command in commands]
+        assert all(process.code is not None for process in ended), "it hangs"
+        return [Result(*process) for process in ended]
 
     return start
 
