@@ -75,7 +75,7 @@ def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) 
     for one in models.values() if {form for form, _ in forms} != {"text"} else ():
         if note := note_on_template(one, prompting.wraps(one)):
             print(note, file=sys.stderr)
-    setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising, runtime)
+    setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising)
     sections = [measure(setup, source) for source in sources]
     chosen = choose(sections) if frontier.frontier_questions else None
     about = circumstances(command_line(__spec__.name, argv), runtime, tokenizer, None, models.values(), *configs[:-1])

@@ -40,7 +40,6 @@ from scripts.engine.likelihood.windows import (
 from scripts.engine.loaded import Loaded, data_digest
 from scripts.engine.prompts import PromptConfig
 from scripts.engine.report.exercises import key_of, labels_of, read_exercises, whole_couplets
-from scripts.engine.runtime import RuntimeConfig
 
 BATCH_SIZE = 32  # of answers
 WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
@@ -87,7 +86,7 @@ class MeasureConfig:
             raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
     def choosing(self, source: "Source", limit: int | None) -> DataEvalConfig:
-        """Which rows of the file are taken: at most `limit`."""
+        """Selects at most `limit` rows of the file."""
         return DataEvalConfig(
             source.path, "text", source.split, self.val_fraction, 1, limit, num_samples=self.num_samples
         )
@@ -98,16 +97,17 @@ class MeasureConfig:
         return BadRows(self.on_bad_row)
 
     def scoring(self, source: "Source") -> DataEvalConfig:
+        """Scores the rows that were selected."""
         return replace(self.choosing(source, None), eval_batch_size=self.eval_batch_size)
 
 
 class Source(NamedTuple):
     """A file of one format."""
 
-    name: str
+    name: str  # in the report
     path: Path
-    form: str
-    split: str = "all"
+    form: str  # one of FORMS
+    split: str = "all"  # or "validation": only the rows that training held out
     bundled: bool = False
 
 
@@ -122,7 +122,6 @@ class Setup:
     continuation: ContinuationConfig
     sampling: SamplingConfig
     denoising: DenoisingConfig
-    runtime: RuntimeConfig
 
     @property
     def wraps(self) -> set[bool]:
@@ -166,7 +165,7 @@ def sources_of(files: str, config: MeasureConfig) -> list[Source]:
 
 
 def form_of(path: Path, bad: BadRows | None = None) -> str:
-    """The format of a file by the fields of its first row. ValueError: none known."""
+    """The format of a file by the fields of its first row. Raise ValueError if it is unknown."""
     if text_format(path) == ".txt":
         return "text"
     number, first = next(read_rows(path, bad=bad))

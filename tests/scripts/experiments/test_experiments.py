@@ -220,8 +220,6 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
     [
         (["--experiments", "schedule"], ["'schedule' is none", "schedules"]),
         (["--experiments", "frontier"], ["--reports"]),
-        (["--seeds", "2,1"], ["--seeds", "rising"]),
-        (["--seeds", "1,1"], ["--seeds"]),
         (["--experiments", "repetition", "--schedules-tokens", "9999"], ["--schedules-tokens", "schedules among"]),
         (["--tokenizer-dir", "x", "--target-vocab-size", "300"], ["--target-vocab-size", "--tokenizer-dir"]),
         (["--draw", "x", "--seeds", "1"], ["--seeds", "--draw"]),
@@ -231,8 +229,6 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
         (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is not a report"]),
         (["--experiments", "reversal", "--reports", "x.json", "--seeds", "1"], ["--seeds", "that trains"]),
         (["--schedules-band", "0.8"], ["--schedules-band", "two rates"]),
-        (["--initialisation-shares", "0,1"], ["--initialisation-shares", "below 1"]),
-        (["--repetition-counts", "0,1"], ["--repetition-counts"]),
         (["--hidden-size", "30", "--num-attention-heads", "4"], ["--hidden-size 30"]),
         (["--data", "x.csv"], ["x.csv", ".jsonl"]),
     ],

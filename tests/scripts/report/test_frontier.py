@@ -14,7 +14,7 @@ from scripts.engine.report.frontier import FrontierConfig, measure_frontier
 from scripts.engine.report.measure import MeasureConfig, Setup, answers_of
 from scripts.engine.report.results import points_of
 from scripts.engine.statistics import is_correct
-from tests.scripts.report.conftest import DM, NEW_TOKENS, RUNTIME
+from tests.scripts.report.conftest import DM, NEW_TOKENS
 
 
 def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections, models):
@@ -71,7 +71,7 @@ def setup(models, tokenizer):
     """The models of the report, their questions seeded to the last seed there is."""
     sampling = SamplingConfig(), DenoisingConfig(gen_steps=2)
     continuation = ContinuationConfig(6, gen_seed=2**32 - 1)
-    return Setup(models, tokenizer, MeasureConfig(64), PromptConfig(), continuation, *sampling, RUNTIME)
+    return Setup(models, tokenizer, MeasureConfig(64), PromptConfig(), continuation, *sampling)
 
 
 def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_were_alone(
