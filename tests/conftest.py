@@ -15,21 +15,20 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the processes share the cores
 # Files of more than some seconds, the longest first: they start first, so that the processes end together, and
 # `-m "not slow"` leaves them out.
 SLOW = (
-    "test_resume.py",
-    "test_readme.py",
     "test_quickstart_learns.py",
-    "test_mutated_rows.py",
-    "test_crash.py",
     "test_distributed.py",
+    "test_crash.py",
+    "test_readme.py",
+    "test_resume.py",
+    "test_quickstart.py",
+    "test_mutated_rows.py",
     "test_experiments.py",
     "test_bundled.py",
     "test_evaluation.py",
     "test_benchmark.py",
-    "test_quickstart.py",
     "test_invariance.py",
     "test_dpo.py",
     "test_benchmark_decoding.py",
-    "test_report.py",
     "test_health.py",
 )
 

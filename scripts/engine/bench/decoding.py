@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import content_hash
@@ -213,7 +212,7 @@ def _cases(config: DecodingBenchmarkConfig, kind: str, model: Transformer, train
 def naive(model: Transformer, canvas: Canvas, num_steps: int) -> Decoded:
     """LLaDA's released sampler as it is mostly written, greedy, keeping the most confident: every step computes the
     logits of the whole canvas anew, and none is left out, whether or not it writes, and whatever has ended."""
-    ids, masked = canvas.ids.clone(), canvas.open.clone()
+    ids, masked, eos = canvas.ids.clone(), canvas.open.clone(), model.config.eos_token_id
     columns = torch.arange(ids.shape[1], device=ids.device)
     seen = (columns < canvas.lengths[:, None])[:, None, None] if int(canvas.lengths.min()) < ids.shape[1] else None
     new_tokens = int(masked[0].sum())
@@ -225,14 +224,10 @@ def naive(model: Transformer, canvas: Canvas, num_steps: int) -> Decoded:
         confidence = logits.softmax(dim=-1).gather(-1, tokens[..., None])[..., 0].masked_fill(~masked, -torch.inf)
         kept = torch.zeros_like(masked).scatter_(1, confidence.topk(quota, dim=1).indices, True)
         ids, masked = torch.where(kept, tokens, ids), masked & ~kept
-    return _up_to_eos(ids.cpu(), canvas.open.cpu(), model.config.eos_token_id, num_steps)
-
-
-def _up_to_eos(ids: Tensor, opened: Tensor, eos: int, passes: int) -> Decoded:
-    new = [row[blank].tolist() for row, blank in zip(ids, opened, strict=True)]
+    new = [row[blank].tolist() for row, blank in zip(ids.cpu(), canvas.open.cpu(), strict=True)]
     ended = [eos in tokens for tokens in new]
     new = [tokens[: tokens.index(eos) + 1] if end else tokens for tokens, end in zip(new, ended, strict=True)]
-    return Decoded(ids, new, ended, passes, [passes] * len(new))
+    return Decoded(ids.cpu(), new, ended, num_steps, [num_steps] * len(new))
 
 
 def _figures(exam: Exam, answers: list[Decoded]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def _measured(setting: Setting, kind: str, point: Point) -> dict[str, Any]:
     """One case by itself: the largest ones leave no memory for another beside them."""
     shape, rounds = point.shape, setting.bench.rounds
     print(f"{kind}: {point.length} tokens, {point.batch_size} rows, width {shape.hidden_size}", file=sys.stderr)
-    bench, rows = replace(setting.bench, batch_size=point.batch_size), RandomRows(point.length, shape.vocab_size)
-    case = Case(kind, replace(OURS, compiled=False), shape, rows, bench, setting.runtime)
+    setting = replace(setting, shape=shape, bench=replace(setting.bench, batch_size=point.batch_size))
+    case = Case(kind, replace(OURS, compiled=False), RandomRows(point.length, shape.vocab_size), setting)
     take_turns({kind: case.turn}, rounds, warm_up=0, device=setting.runtime.torch_device)
     return {
         "kind": kind,

@@ -101,6 +101,16 @@ def plain_nats(network: Transformer, prepared: dict[str, Any]) -> Tensor:
     return (token_nats(logits, targets) * weight).sum()
 
 
+@dataclass(frozen=True)
+class Setting:
+    """All that a case is built from, in a form that can be sent to another process."""
+
+    shape: ModelConfig
+    data: PretrainData
+    bench: TrainingBenchmarkConfig
+    runtime: RuntimeConfig
+
+
 class Step(NamedTuple):
     """What one step took and did."""
 
@@ -113,21 +123,13 @@ class Step(NamedTuple):
 class Case:
     """A model in training, a step at a time. Rows, noise and initial weights are the same in every case."""
 
-    def __init__(
-        self,
-        kind: str,
-        variant: Variant,
-        config: ModelConfig,
-        rows: Rows,
-        bench: TrainingBenchmarkConfig,
-        runtime: RuntimeConfig,
-    ):
-        self.objective, self.variant = objective_of(kind, bench.block_size), variant
-        self.rows, self.batch_size = rows, bench.batch_size
+    def __init__(self, kind: str, variant: Variant, rows: Rows, setting: Setting):
+        runtime, self.batch_size = setting.runtime, setting.bench.batch_size
+        self.objective, self.variant, self.rows = objective_of(kind, setting.bench.block_size), variant, rows
         self.runtime = runtime if variant.bfloat16 else replace(runtime, dtype="float32")
-        self.order = rows.order(runtime.seed, bench.batch_size)
+        self.order = rows.order(runtime.seed, self.batch_size)
         torch.manual_seed(runtime.seed)
-        self.network = Transformer(config).to(runtime.torch_device).train()
+        self.network = Transformer(setting.shape).to(runtime.torch_device).train()
         self.parameters = list(self.network.parameters())
         self.optimizers = make_optimizers(self.network, OptimConfig())
         if not variant.fused_optimizer:
@@ -204,45 +206,33 @@ class Case:
         }
 
 
-@dataclass(frozen=True)
-class Setting:
-    """All that a case is built from, in a form that can be sent to another process."""
+def cases_of(setting: Setting, kind: str, variants: dict[str, Variant]) -> dict[str, Case]:
+    tokenizer = load_tokenizer(setting.data.tokenizer_dir)
+    setting = replace(setting, shape=replace(setting.shape, **token_ids(tokenizer)))
+    rows = {
+        packing: PretrainDataset(replace(setting.data, packing=packing), tokenizer).train
+        for packing in {variant.packing for variant in variants.values()}
+    }
+    return {name: Case(kind, variant, rows[variant.packing], setting) for name, variant in variants.items()}
 
-    shape: ModelConfig
-    data: PretrainData
-    bench: TrainingBenchmarkConfig
-    runtime: RuntimeConfig
 
-    def cases(self, kind: str, variants: dict[str, Variant]) -> dict[str, Case]:
-        tokenizer = load_tokenizer(self.data.tokenizer_dir)
-        config = replace(self.shape, **token_ids(tokenizer))
-        rows = {
-            packing: PretrainDataset(replace(self.data, packing=packing), tokenizer).train
-            for packing in {variant.packing for variant in variants.values()}
-        }
-        return {
-            name: Case(kind, variant, config, rows[variant.packing], self.bench, self.runtime)
-            for name, variant in variants.items()
-        }
-
-    def measured(self, kind: str, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
-        """Rows by name. Every case takes its turn in each round; those that give memory back do so after the others."""
-        rows = {}
-        for kept_memory in (True, False):
-            torch._dynamo.reset()  # the shapes of another kind would make these dynamic
-            cases = self.cases(
-                kind, {n: variant for n, variant in variants.items() if variant.kept_memory == kept_memory}
-            )
-            print(f"{kind}: {'; '.join(cases)}", file=sys.stderr)
-            turns = {name: case.turn for name, case in cases.items()}
-            take_turns(turns, self.bench.rounds, WARM_UP, self.runtime.torch_device)
-            rows |= {name: {"kind": kind, "case": name} | case.row(self.bench.rounds) for name, case in cases.items()}
-        return rows
+def measured(setting: Setting, kind: str, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
+    """Rows by name. Every case takes its turn in each round; those that give memory back do so after the others."""
+    rows, rounds = {}, setting.bench.rounds
+    for kept in (True, False):
+        torch._dynamo.reset()  # the shapes of another kind would make these dynamic
+        chosen = {name: variant for name, variant in variants.items() if variant.kept_memory == kept}
+        print(f"{kind}: {'; '.join(chosen)}", file=sys.stderr)
+        cases = cases_of(setting, kind, chosen)
+        turns = {name: case.turn for name, case in cases.items()}
+        take_turns(turns, rounds, WARM_UP, setting.runtime.torch_device)
+        rows |= {name: {"kind": kind, "case": name} | case.row(rounds) for name, case in cases.items()}
+    return rows
 
 
 def take_steps(setting: Setting, kind: str, variant: Variant) -> None:
     """For `peak_of`."""
-    setting.cases(kind, {"": variant})[""].turn()
+    cases_of(setting, kind, {"": variant})[""].turn()
 
 
 def measure_training(setting: Setting, peaks: dict[str, float]) -> list[dict[str, Any]]:
@@ -254,7 +244,7 @@ def measure_training(setting: Setting, peaks: dict[str, float]) -> list[dict[str
     variants = {"ours": ours, "plain": PLAIN, "plain, usual memory": replace(PLAIN, kept_memory=False)}
     rows: list[dict[str, Any]] = []
     for kind in setting.bench.kinds:
-        by_name = setting.measured(kind, variants)
+        by_name = measured(setting, kind, variants)
         for name, variant in variants.items():
             print(f"{kind}: memory of {name}", file=sys.stderr)
             row, eager = by_name[name], replace(variant, compiled=False)  # compiling takes memory of its own, once
@@ -273,7 +263,7 @@ def measure_ablation(setting: Setting) -> list[dict[str, Any]]:
     variants = {"ours": ours} | {f"without {n.replace('_', ' ')}": replace(ours, **{n: False}) for n in names}
     rows: list[dict[str, Any]] = []
     for kind in setting.bench.kinds:
-        by_name = setting.measured(kind, variants)
+        by_name = measured(setting, kind, variants)
         for row in by_name.values():
             row["worth"] = by_name["ours"]["real_tokens_per_second"] / row["real_tokens_per_second"]
         rows += by_name.values()

@@ -18,7 +18,7 @@ from scripts.engine.bench import flops, training
 from scripts.engine.bench.memory import most_resident, peak_of
 from scripts.engine.bench.scaling import shape_of
 from scripts.engine.bench.timing import Timing, markdown, take_turns
-from scripts.engine.bench.training import OURS, PLAIN, Setting, TrainingBenchmarkConfig, plain_nats
+from scripts.engine.bench.training import OURS, PLAIN, Setting, TrainingBenchmarkConfig, cases_of, plain_nats
 from scripts.engine.cli import run
 from scripts.engine.runtime import RuntimeConfig, keep_freed_memory
 from scripts.eval import benchmark
@@ -64,11 +64,11 @@ def test_operations_are_those_that_a_counter_sees_where_nothing_is_masked_or_lef
     # Of the CPU's other kernels the counter knows nothing.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         KINDS[kind].loss(model, batch).nats.sum().backward()
-    found, counted = flops.step_flops(model.config, batch), counter.get_total_flops()
+    needed, counted = flops.step_flops(model.config, batch), counter.get_total_flops()
     if kind == "full":
-        assert found == counted
+        assert needed == counted
     else:
-        assert 0.5 * counted < found < counted
+        assert 0.5 * counted < needed < counted
 
 
 def test_padding_and_unseen_positions_are_no_work(tiny_model):
@@ -161,25 +161,33 @@ def test_the_ablation_leaves_out_one_optimisation_at_a_time(measured):
     assert rows[0]["worth"] == 1 and "| worth |" in shown
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--parts", "speed"],
-        ["--kinds", "gpt"],
-        ["--rounds", "0"],
-        ["--scaling-lengths", "0"],
-        ["--decoding-dtypes", "bf16"],
-        ["--no-packing"],
-        ["--data-megabytes", "1,2", "--parts", "peak"],
-        ["--compile", "--parts", "peak"],
-        ["--rounds", "9", "--parts", "decoding"],
-        ["--batch-size", "9", "--parts", "data"],
-    ],
-)
-def test_what_cannot_be_measured_is_refused(wrong, capsys):
+REFUSED = """
+--parts speed
+--kinds gpt
+--rounds 0
+--scaling-lengths 0
+--no-packing
+--compile --parts peak
+--rounds 9 --parts decoding
+--batch-size 9 --parts data
+--data-megabytes 1,2 --parts peak
+--data-megabytes 4,4 --parts data
+--data-megabytes 0,4 --parts data
+--data-kinds poems --parts data
+--decoding-dtypes bf16
+--decoding-batch-sizes 1,0
+--decoding-rounds 0
+--decoding-policies best
+--gen-confidence-threshold by --decoding-thresholds 1.5
+"""
+
+
+@pytest.mark.parametrize("line", REFUSED.strip().splitlines())
+def test_what_cannot_be_measured_is_refused(line, capsys):
+    named, *argv = line.split(" by ")[-1].split()
     with pytest.raises(SystemExit) as exit:
-        run(benchmark.main, wrong)
-    assert exit.value.code == 2 and wrong[0] in capsys.readouterr().err
+        run(benchmark.main, [named, *argv])
+    assert exit.value.code == 2 and line.split()[0] in capsys.readouterr().err
 
 
 def test_other_ways_of_making_a_step_move_the_weights_the_same_way(corpus, tmp_path):
@@ -193,9 +201,9 @@ def test_other_ways_of_making_a_step_move_the_weights_the_same_way(corpus, tmp_p
     def weights(case):
         return torch.cat([parameter.detach().flatten() for parameter in case.network.parameters()])
 
-    start = weights(setting.cases("full", {"": eager})[""])
+    start = weights(cases_of(setting, "full", {"": eager})[""])
     moves = {}
-    for name, case in setting.cases("full", variants).items():
+    for name, case in cases_of(setting, "full", variants).items():
         case.turn()
         moves[name] = weights(case) - start
     assert moves["ours"].norm() > 0

@@ -59,11 +59,3 @@ def test_the_fitted_line_is_that_of_the_peaks(monkeypatch):
 def test_the_measuring_process_runs_on_its_own(tmp_path):
     write_corpus(tmp_path / "corpus.jsonl", "documents", 5000)
     assert data.in_own_process(build_cache, "documents", tmp_path / "corpus.jsonl", ROOT)["tokens"] > 500
-
-
-@pytest.mark.parametrize(
-    "flags", [{"data_kinds": ("poems",)}, {"data_megabytes": (4, 4)}, {"data_megabytes": (0, 4)}, {"data_kinds": ()}]
-)
-def test_an_impossible_flag_is_refused_by_name(flags):
-    with pytest.raises(ValueError, match=f"--{next(iter(flags)).replace('_', '-')} .*"):
-        DataBenchmarkConfig(**flags)
