@@ -19,6 +19,7 @@ from model.block_diffusion import (
 from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens
 from model.masked_diffusion import MaskedDiffusion, confidence_loss, embedding_noise
+from tests.model.bounds import batch_of, block_bound
 
 MASK = 3
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] * 5 + [1] * 7])
@@ -26,11 +27,6 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] *
 
 def noised(ids, rate=0.5):
     return torch.where(torch.rand(ids.shape) < rate, MASK, ids)
-
-
-def batch_of(ids, documents=None, loss_mask=None):
-    batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool) if loss_mask is None else loss_mask}
-    return batch | ({} if documents is None else {"document_ids": documents})
 
 
 def all_logits(model, noisy, clean, documents, size):
@@ -159,23 +155,6 @@ def test_a_block_that_holds_the_row_is_full_diffusion(size, tiny_model):
     assert torch.equal(whole.nats, block.nats) and calls == [(3, 9), (3, 9)]  # and x_0 is not computed
 
 
-def bound_by_blocks(model, ids, size, scorable):
-    """LLaDA 2.0 Eq. 1 by all masks of each block: sum over blocks of n/k times the mean over |S| = k of S's nats,
-    averaged over k."""
-    total, length = 0.0, len(ids)
-    for first in range(0, length, size):
-        places = [i for i in range(first, min(first + size, length)) if scorable[i]]
-        for k in range(1, len(places) + 1):
-            for subset in itertools.combinations(places, k):
-                text = ids[: first + size].clone()
-                text[list(subset)] = MASK
-                logits = model(text[None], attn_mask=block_causal_mask(len(text), size))[0].double()
-                logits[:, MASK] = -math.inf
-                nats = -logits.log_softmax(-1)[list(subset), ids[list(subset)]].sum().item()
-                total += nats / k / math.comb(len(places), k)
-    return total
-
-
 SCHEDULES = {
     "fixed_count": {},
     "iid_t": {"iid_mask_eps": 1e-4},
@@ -196,7 +175,7 @@ def test_the_training_loss_of_blocks_estimates_their_bound(name, tiny_model):
     batch = batch_of(ids.repeat(6_000, 1), None, scorable.repeat(6_000, 1))
     noise = StepNoise(5, 0, 6_000, progress=0.5)
     with torch.no_grad():
-        exact = bound_by_blocks(model, ids, 3, scorable)
+        exact = block_bound(model, ids, scorable, 3)
         objective = MaskedDiffusion(**settings)
         loss = objective(model, batch, noise)
         masks = objective.corrupt(batch, MASK, noise)

@@ -6,29 +6,14 @@ import torch
 import torch.nn.functional as F
 
 from model import likelihood
-from model.attention import block_causal_mask
 from model.likelihood import diffusion_bound, masked_nats, row_nats
-from tests.model.test_objective import batch_of, brute_force_bound
+from tests.model.bounds import batch_of, block_bound, enumerated_bound
 
 KINDS = {
     "causal": {"attention": "causal"},
     "full": {"attention": "full"},
     **{f"blocks of {size}": {"attention": "block", "block_size": size} for size in (1, 3, 5)},
 }
-
-
-def enumerated_bound(model, ids, begin):
-    """LLaDA Eq. 6 by all sets of masks among ids[begin:], given ids[:begin]."""
-    n, mask_id, total = len(ids) - begin, model.config.mask_token_id, 0.0
-    for k in range(1, n + 1):
-        for chosen in itertools.combinations(range(begin, len(ids)), k):
-            noised = ids.clone()
-            noised[list(chosen)] = mask_id
-            logits = model(noised[None])[0].double()
-            logits[:, mask_id] = -math.inf
-            nats = -logits.log_softmax(-1)[list(chosen), ids[list(chosen)]].sum().item()
-            total += nats / k / math.comb(n, k)
-    return total
 
 
 def test_the_bound_of_one_token_is_exact_with_one_sample(tiny_model):
@@ -49,7 +34,7 @@ def test_the_bound_of_one_token_is_exact_with_one_sample(tiny_model):
 def test_the_estimate_falls_within_its_stated_error_of_the_enumeration(ids, tiny_model):
     model, ids = tiny_model(vocab_size=4, attention="full"), torch.tensor(ids)
     with torch.no_grad():
-        exact = brute_force_bound(model, ids)[1]
+        exact = enumerated_bound(model, ids)
     batch = batch_of(ids.repeat(64, 1))
     result = diffusion_bound(model, batch, num_samples=32)
     errors = (result.nats - exact) / result.variance.sqrt().clamp(min=1e-9)
@@ -82,7 +67,7 @@ def test_the_sequence_probability_of_random_order_sampling_is_bounded(tiny_model
                     chance *= logits.softmax(-1)[ids[position]].item()
                     canvas[position] = ids[position]
                 probability += chance
-            assert -math.log(probability) <= brute_force_bound(model, ids)[1] + 1e-9
+            assert -math.log(probability) <= enumerated_bound(model, ids) + 1e-9
 
 
 def test_autoregressive_nats_are_the_chain_rule(tiny_model):
@@ -162,27 +147,6 @@ def test_uniform_logits_cost_ln_v_per_token_whatever_the_kind(kind, tiny_model):
 
 
 # -- blocks ------------------------------------------------------------------------------------------------------------
-
-
-def block_bound(model, ids, scored):
-    """The block NELBO of one document by definition: for every block and every set of its scored tokens a row of its
-    own, [clean blocks before, the block with these masked], under a block-causal mask."""
-    size, mask_id, total = model.config.block_size, model.config.mask_token_id, 0.0
-    for begin in range(0, len(ids), size):
-        end = min(begin + size, len(ids))
-        open_ = [i for i in range(begin, end) if scored[i]]
-        sets = [list(s) for k in range(1, len(open_) + 1) for s in itertools.combinations(open_, k)]
-        if not sets:
-            continue
-        rows = ids[:end].repeat(len(sets), 1)
-        for row, masked in zip(rows, sets, strict=True):
-            row[masked] = mask_id
-        logits = model(rows, attn_mask=block_causal_mask(end, size)).double()
-        logits[..., mask_id] = -math.inf
-        nats = -logits.log_softmax(-1)
-        for cost, masked in zip(nats, sets, strict=True):
-            total += cost[masked, ids[masked]].sum().item() / len(masked) / math.comb(len(open_), len(masked))
-    return total
 
 
 def ragged_rows():

@@ -15,13 +15,9 @@ from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO
 from model.transformer import Transformer
 from tests.conftest import TINY
+from tests.model.bounds import batch_of, cost, enumerated_bound, subsets
 
 DIFFUSION = MaskedDiffusion(variable_length_prob=0.0)
-
-
-def batch_of(ids, documents=None, loss_mask=None):
-    batch = {"input_ids": ids, "loss_mask": torch.ones_like(ids, dtype=torch.bool) if loss_mask is None else loss_mask}
-    return batch | ({} if documents is None else {"document_ids": documents})
 
 
 def uniform(model):
@@ -49,23 +45,6 @@ def test_uniform_logits_cost_ln_v_autoregressively(tiny_model):
     assert loss.count.tolist() == [8, 8]
 
 
-def brute_force_bound(model, ids):
-    """LLaDA Eq. 6 by all subsets, and Eq. 3 by all subsets with t integrated out: Beta(k, n - k + 1) = 1 / (k C(n,
-    k))."""
-    n, mask_id = len(ids), model.config.mask_token_id
-    eq6 = eq3 = 0.0
-    for k in range(1, n + 1):
-        for subset in itertools.combinations(range(n), k):
-            noised = ids.clone()
-            noised[list(subset)] = mask_id
-            logits = model(noised[None])[0].double()
-            logits[:, mask_id] = -math.inf
-            nats = -logits.log_softmax(-1)[list(subset), ids[list(subset)]].sum().item()
-            eq6 += nats / k / math.comb(n, k)
-            eq3 += nats * math.exp(math.lgamma(k) + math.lgamma(n - k + 1) - math.lgamma(n + 1))
-    return eq3, eq6
-
-
 def any_order_chain_rule(model, ids):
     """Mean over all orders of the sum of -log p(token | tokens revealed before) (LLaDA Eq. 14-15)."""
     n, mask_id, total = len(ids), model.config.mask_token_id, 0.0
@@ -81,9 +60,11 @@ def any_order_chain_rule(model, ids):
 
 @pytest.mark.parametrize("ids", [[0, 2, 1, 0], [1, 1, 2], [2]])
 def test_eq3_eq6_and_the_average_over_all_orders_agree(ids, tiny_model):
-    model, ids = tiny_model(vocab_size=4), torch.tensor(ids)
+    model, ids, n = tiny_model(vocab_size=4), torch.tensor(ids), len(ids)
     with torch.no_grad():
-        eq3, eq6 = brute_force_bound(model, ids)
+        # Eq. 3 with t integrated out: Beta(k, n - k + 1) = 1 / (k C(n, k)).
+        weights = {k: math.exp(math.lgamma(k) + math.lgamma(n - k + 1) - math.lgamma(n + 1)) for k in range(1, n + 1)}
+        eq3, eq6 = sum(cost(model, ids, s) * weights[len(s)] for s in subsets(range(n))), enumerated_bound(model, ids)
         assert eq3 == pytest.approx(eq6, rel=1e-12)
         assert any_order_chain_rule(model, ids) == pytest.approx(eq6, rel=1e-6)
 
@@ -97,36 +78,14 @@ def test_training_losses_estimate_the_enumerated_bound(schedule, tiny_model):
     """
     model, ids = tiny_model(vocab_size=4), torch.tensor([0, 2, 1, 0])
     with torch.no_grad():
-        exact = brute_force_bound(model, ids)[1]
+        exact = enumerated_bound(model, ids)
         loss = replace(DIFFUSION, mask_schedule=schedule, iid_mask_eps=1e-4)(
             model, batch_of(ids.repeat(20_000, 1)), StepNoise(5, 0, 20_000)
         )
-        one_mask = 0.0
-        for position in range(4):
-            noised = ids.clone()
-            noised[position] = 3
-            logits = model(noised[None])[0, position].double()
-            logits[3] = -math.inf
-            one_mask -= logits.log_softmax(-1)[ids[position]].item()
+        one_mask = sum(cost(model, ids, [position]) for position in range(4))
     expected = exact + (one_mask / 5 if schedule == "iid_t" else 0.0)  # P(no mask of 4) = integral of (1 - t)^4 = 1/5
     error = loss.nats.std().item() / math.sqrt(20_000)
     assert loss.nats.mean().item() == pytest.approx(expected, abs=4 * error + 2e-3)
-
-
-def nats_by_count(model, ids):
-    """{k: mean over the sets S of k tokens of sum over S of -log p(x_i | x without S)}."""
-    n, mask_id, means = len(ids), model.config.mask_token_id, {}
-    for k in range(1, n + 1):
-        subsets = [list(subset) for subset in itertools.combinations(range(n), k)]
-        rows = ids.repeat(len(subsets), 1)
-        for row, subset in zip(rows, subsets, strict=True):
-            row[subset] = mask_id
-        logits = model(rows).double()
-        logits[..., mask_id] = -math.inf
-        means[k] = -sum(x.log_softmax(-1)[s, ids[s]].sum().item() for x, s in zip(logits, subsets, strict=True)) / len(
-            subsets
-        )
-    return means
 
 
 @pytest.mark.parametrize("schedule", ["iid_t", "fixed_count"])
@@ -136,7 +95,9 @@ def test_in_a_band_the_training_loss_estimates_the_mean_over_the_band(schedule, 
     model, ids, n, (a, b) = tiny_model(vocab_size=4), torch.tensor([0, 2, 1, 0, 1]), 5, (0.3, 0.8)
     band = replace(DIFFUSION, mask_schedule=schedule, mask_rate_min=a, mask_rate_max=b)
     with torch.no_grad():
-        means = nats_by_count(model, ids)
+        # The mean over the sets of k tokens of their cost.
+        costs = {k: [cost(model, ids, s) for s in subsets(range(n)) if len(s) == k] for k in range(1, n + 1)}
+        means = {k: sum(nats) / len(nats) for k, nats in costs.items()}
         loss = band(model, batch_of(ids.repeat(20_000, 1)), StepNoise(5, 0, 20_000))
     if schedule == "fixed_count":
         expected = sum(n / k * means[k] for k in (2, 3, 4)) / 3
@@ -146,7 +107,7 @@ def test_in_a_band_the_training_loss_estimates_the_mean_over_the_band(schedule, 
         expected += ((1 - t) ** n).mean().item() * n * means[1]
     error = loss.nats.std().item() / math.sqrt(20_000)
     assert loss.nats.mean().item() == pytest.approx(expected, abs=4 * error)
-    assert abs(expected - brute_force_bound(model, ids)[1]) > 8 * error  # and this is not the bound
+    assert abs(expected - enumerated_bound(model, ids)) > 8 * error  # and this is not the bound
 
 
 @pytest.mark.parametrize("low, high", [(-0.1, 1.0), (0.0, 1.1), (0.5, 0.5), (0.8, 0.3)])

@@ -14,7 +14,7 @@ from model.likelihood import row_nats
 from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO, bound, prepare_mask
 from tests.conftest import TINY
-from tests.model.test_likelihood import enumerated_bound
+from tests.model.bounds import enumerated_bound
 
 KINDS = {
     "causal": (ExactDPO, {"attention": "causal"}),

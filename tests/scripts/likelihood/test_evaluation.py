@@ -21,7 +21,7 @@ from scripts.engine.likelihood.windows import DataEvalConfig, windows_of
 from scripts.engine.loaded import load_for_use
 from scripts.engine.prompts import Prompt
 from scripts.eval import eval_diffusion, eval_minimind, likelihood, schedule_variance
-from tests.model.test_likelihood import block_bound, enumerated_bound
+from tests.model.bounds import block_bound, enumerated_bound
 from tests.scripts.models import RUNTIME, ready
 
 KINDS = ["causal", "full"]

@@ -23,7 +23,7 @@ from scripts.engine.likelihood.documents import evaluate_replies, response_likel
 from scripts.engine.likelihood.windows import DataEvalConfig, ReplyCanvas, reply_windows
 from scripts.engine.prompts import Prompt
 from scripts.eval import likelihood
-from tests.model.test_likelihood import block_bound, enumerated_bound
+from tests.model.bounds import block_bound, enumerated_bound
 from tests.scripts.conftest import sentences
 from tests.scripts.models import ready
 
