@@ -74,7 +74,7 @@ def refused(command, workspace):
         before = snapshot(workspace)
         result = command(module, argv)
         assert result.code == 2, result
-        # What was skipped or built on the way may be told before it, but the mistake itself is one last line.
+        # What was skipped or built on the way may be reported before it, but the mistake itself is one last line.
         lines = result.err.strip().splitlines()
         assert [line.startswith("error: ") for line in lines] == [False] * (len(lines) - 1) + [True], result.err
         for word in words:
@@ -178,8 +178,8 @@ def weights_of_one_step(tmp_path_factory, tokenizer_dir, texts) -> Path:
     write_jsonl(folder / "corpus.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for module, more in ((train_pretrain, PRETRAIN), (diffusion, DIFFUSION)):
-            result = run_command(module, [*flags_of_a_tiny_run(tokenizer_dir), *more, "--max-iters", "1"])
+        for module, flags in ((train_pretrain, PRETRAIN), (diffusion, DIFFUSION)):
+            result = run_command(module, [*flags_of_a_tiny_run(tokenizer_dir), *flags, "--max-iters", "1"])
             assert result.code == 0, result.err
     return folder / "weights"
 
@@ -194,8 +194,8 @@ def train_argv(pretrain_argv, diffusion_argv):
 def eval_argv(workspace, weights_of_one_step, tokenizer_dir):
     """eval_argv[name]: arguments of an evaluation that works, on corpus.jsonl."""
     shutil.copytree(weights_of_one_step, workspace / "weights")
-    more = ["--tokenizer-dir", str(tokenizer_dir), "--eval-data", "corpus.jsonl", "--dtype", "float32"]
-    ar, dm = (["--checkpoint", f"weights/{run}_state_dict.pt", *more] for run in ("ar", "dm"))
+    shared = ["--tokenizer-dir", str(tokenizer_dir), "--eval-data", "corpus.jsonl", "--dtype", "float32"]
+    ar, dm = (["--checkpoint", f"weights/{run}_state_dict.pt", *shared] for run in ("ar", "dm"))
     return {"eval_minimind": ar, "eval_diffusion": [*dm, "--nmc", "1"], "likelihood": [*dm, "--nmc", "1"]}
 
 
@@ -206,14 +206,14 @@ def conversations(texts: list[str]) -> list[dict]:
     """Rows of all four formats, the first in each of them in turn; every seventh conversation has two exchanges."""
     rows = []
     for i, text in enumerate(texts):
-        asked, reply = text.split(": ")[0], text.split(": ")[1][:40]
-        exchange = [{"role": "user", "content": asked}, {"role": "assistant", "content": reply}]
+        question, reply = text.split(": ")[0], text.split(": ")[1][:40]
+        exchange = [{"role": "user", "content": question}, {"role": "assistant", "content": reply}]
         rows.append(
             [
                 {"conversations": exchange * (2 if i % 7 == 0 else 1)},
                 {"messages": exchange},
-                {"instruction": asked, "input": "", "output": reply},
-                {"prompt": asked, "response": reply},
+                {"instruction": question, "input": "", "output": reply},
+                {"prompt": question, "response": reply},
             ][i % 4]
         )
     return rows
@@ -229,6 +229,6 @@ def sft_argv(workspace, weights_of_one_step, tokenizer_dir, texts):
     shape = flags.index("--hidden-size")
     flags = [*flags[:shape], *flags[shape + 8 :], "--data", "chats.jsonl", "--max-seq-len", "40", "--lr", "1e-2"]
     return {
-        name: [*flags, "--run-name", name, "--load-from", f"pretrained/{start}_state_dict.pt", *more]
-        for name, (start, more) in SFT.items()
+        name: [*flags, "--run-name", name, "--load-from", f"pretrained/{start}_state_dict.pt", *extra]
+        for name, (start, extra) in SFT.items()
     }

@@ -62,7 +62,7 @@ DAMAGED = {  # rows 1 and 3 of a file are bad, and another one is sound
     "text": (b'{\n{"text": "the cat sees"}\n{"text": 5}\n', {"text": "the cat sees"}),
     "chat": (b'{\n{"prompt": "a", "response": "b"}\n{"prompt": "a"}\n', {"prompt": "a", "response": "b"}),
 }
-TOLD = "2 bad rows skipped: row 1: not valid JSON", "row 3: "
+SKIPPED = "2 bad rows skipped: row 1: not valid JSON", "row 3: "
 
 
 TRAINED = {  # module, and the arguments it begins with
@@ -77,9 +77,9 @@ TRAINED = {  # module, and the arguments it begins with
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_without_the_bad_rows(name, train_argv, sft_argv, command, workspace):
-    """They are told on the screen, in the log and in the checkpoint; the rest is trained on as if it were alone."""
-    module, like, more = TRAINED[name]
-    argv = [*(train_argv | sft_argv)[like], *more]
+    """They are reported on the screen, in the log and in the checkpoint; the rest is trained on as if it were alone."""
+    module, like, flags = TRAINED[name]
+    argv = [*(train_argv | sft_argv)[like], *flags]
     if name == "characters":
         at = argv.index("--tokenizer-dir")
         argv = [*argv[:at], *argv[at + 2 :]]
@@ -91,12 +91,12 @@ def test_training_without_the_bad_rows(name, train_argv, sft_argv, command, work
     for spoiled in (False, True):
         bad, sound = DAMAGED[kind]
         source.write_bytes((bad if spoiled else json.dumps(sound).encode() + b"\n") + rows)
-        more = [*SKIP, "--overwrite"] if spoiled else []
-        result = command(module, [*argv, *more, "--max-iters", "2", "--log-interval", "1"])
+        skip = [*SKIP, "--overwrite"] if spoiled else []
+        result = command(module, [*argv, *skip, "--max-iters", "2", "--log-interval", "1"])
         assert result.code == 0, result.err
         losses.append([e["loss"] for e in read_log(Path(f"weights/{run}_log.jsonl")) if e["event"] == "train"])
     assert losses[0] == losses[1]
-    assert all(word in result.out for word in TOLD), result.out
+    assert all(word in result.out for word in SKIPPED), result.out
     (start,) = (e for e in read_log(Path(f"weights/{run}_log.jsonl")) if e["event"] == "start")
     for data in (start["data"], load_checkpoint(f"weights/{run}.pt")["data"]):
         assert data["skipped_rows"] == 2 and data["skipped_first"][0].startswith("row 1: not valid JSON")
@@ -110,7 +110,7 @@ def test_evaluating_without_the_bad_rows(name, eval_argv, command, workspace):
         results.append(command(EVALS[name], [*eval_argv[name], "--eval-data", "few.jsonl", *flags]))
         assert results[-1].code == 0, results[-1].err
     assert results[0].out == results[1].out
-    assert all(word in results[0].err for word in TOLD)
+    assert all(word in results[0].err for word in SKIPPED)
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
@@ -118,20 +118,20 @@ def test_the_record_of_a_likelihood_holds_the_bad_rows(kind, eval_argv, command,
     (workspace / "few.jsonl").write_bytes(DAMAGED[kind][0])
     argv = [*eval_argv["likelihood"], "--eval-data", "few.jsonl", *SKIP, "--json", "a.json"]
     assert command(likelihood, argv).code == 0
-    found = json.loads(Path("a.json").read_text(encoding="utf-8"))
-    assert found["skipped_rows"] == 2 and found["skipped_first"][1].startswith("row 3: ")
+    record = json.loads(Path("a.json").read_text(encoding="utf-8"))
+    assert record["skipped_rows"] == 2 and record["skipped_first"][1].startswith("row 3: ")
 
 
 def test_a_tokenizer_is_trained_without_the_bad_rows(command, workspace):
     sound = (workspace / "corpus.jsonl").read_bytes()
-    made = []
+    tokenizers = []
     for data, flags in ((sound, []), (b'{"text": null}\n' + sound + b"[]\n", SKIP)):
         (workspace / "corpus.jsonl").write_bytes(data)
         argv = ["--data", "corpus.jsonl", "--target-vocab-size", "300", "--overwrite", "--eval-data", "corpus.jsonl"]
         result = command(train_tokenizer, [*argv, *flags])
         assert result.code == 0, result.err
-        made.append(Path("weights/tokenizer/tokenizer.json").read_bytes())
-    assert made[0] == made[1]
+        tokenizers.append(Path("weights/tokenizer/tokenizer.json").read_bytes())
+    assert tokenizers[0] == tokenizers[1]
     assert result.out.count('2 bad rows skipped: row 1: field "text" is null') == 2
 
 
@@ -214,9 +214,9 @@ class Trap:
 
 
 def _file(value) -> bytes:
-    torch.save(value, "made.tmp")
-    content = Path("made.tmp").read_bytes()
-    Path("made.tmp").unlink()
+    torch.save(value, "file.tmp")
+    content = Path("file.tmp").read_bytes()
+    Path("file.tmp").unlink()
     return content
 
 

@@ -26,9 +26,9 @@ from tests.scripts.commands import module_of
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted(
-    f"{package.__name__}.{found.name}"
+    f"{package.__name__}.{module.name}"
     for package in (scripts.train, scripts.eval)
-    for found in pkgutil.iter_modules(package.__path__)
+    for module in pkgutil.iter_modules(package.__path__)
 )
 
 
@@ -59,8 +59,8 @@ def test_defaults_and_what_was_typed():
 
 
 def test_a_command_may_change_a_default_but_not_invent_a_field():
-    made, given = cli.parse_args("d", Group, argv=[], some_number=9)
-    assert made.some_number == 9 and not given
+    group, given = cli.parse_args("d", Group, argv=[], some_number=9)
+    assert group.some_number == 9 and not given
     with pytest.raises(TypeError, match="nonsense"):
         cli.parse_args("d", Group, argv=[], nonsense=9)
 
@@ -161,8 +161,8 @@ def test_our_own_faults_are_not_dressed_as_the_users():
 def documented(module: str) -> list[list[str]]:
     """The arguments of every command for `module` in its own docstring."""
     text = module_of(module).__doc__.replace("\\\n", " ")
-    found = re.findall(rf"^ *(?:uv run )?python -m {re.escape(module)}\b(.*)$", text, re.MULTILINE)
-    return [shlex.split(arguments) for arguments in found]
+    commands = re.findall(rf"^ *(?:uv run )?python -m {re.escape(module)}\b(.*)$", text, re.MULTILINE)
+    return [shlex.split(arguments) for arguments in commands]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -257,12 +257,12 @@ def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):
     for module, argv in trained:
         masks = ["--nmc", "1"] if module is eval_diffusion else []
         result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", *masks])
-        found = json.loads(result.out)
-        assert {"generation", "likelihood", "settings", "tokenizer", "data_sha256", "commit"} <= found.keys()
-        assert "checkpoint" not in found and found["seed"] == 1337
+        record = json.loads(result.out)
+        assert {"generation", "likelihood", "settings", "tokenizer", "data_sha256", "commit"} <= record.keys()
+        assert "checkpoint" not in record and record["seed"] == 1337
         settings = {"checkpoint": argv[1], "seed": 1337, "gen_seed": None, "max_new_tokens": 5}
         settings["gen_temp" if module is eval_diffusion else "ar_temperature"] = 0.8
-        assert settings.items() <= found["settings"].items()
+        assert settings.items() <= record["settings"].items()
 
 
 def test_a_trained_model_is_the_same_whatever_is_generated_afterwards(command, diffusion_argv):

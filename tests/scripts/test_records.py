@@ -274,12 +274,12 @@ def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("model.files.os.replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         files.write_json(path, {"b": 2})
-    assert [one.name for one in path.parent.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"a": 1}
+    assert [file.name for file in path.parent.iterdir()] == ["a.json"] and json.loads(path.read_text()) == {"a": 1}
 
 
 def test_what_no_json_holds_costs_no_result(tmp_path):
     """Half of a surrogate pair, as in the name of a file that is no UTF-8, reads back; what is no number is null."""
     value = {"command": "a\udcff", "nats": [1.5, math.nan, -math.inf], "deep": {"error": (math.inf, 0)}}
     files.write_json(tmp_path / "a.json", value)
-    found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
-    assert found == {"command": "a\udcff", "nats": [1.5, None, None], "deep": {"error": [None, 0]}}
+    written = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
+    assert written == {"command": "a\udcff", "nats": [1.5, None, None], "deep": {"error": [None, 0]}}

@@ -7,8 +7,8 @@ Small trainings (AR pretraining, diffusion pretraining, diffusion fine-tuning) r
 every fault, on the CPU. After each fault the files are whole, --resume auto goes on, and in the end weights, optimizer
 and log are those of the undisturbed run to the last bit. Exit code 1 if any are not.
 
-Parts: training (SIGKILL, --kills times; some hit processes started as users start them), distributed (SIGKILL to one of
-two processes), disk (full at a random moment), read-only, bytes (files cut off and changed).
+Parts: training (SIGKILL, --kills times), distributed (SIGKILL to one of two processes), disk (full at a random moment),
+read-only, bytes (files cut off and changed).
 """
 
 import math

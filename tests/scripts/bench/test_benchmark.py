@@ -137,7 +137,7 @@ def measured(corpus, tmp_path, monkeypatch, capsys):
 
 def test_the_command_measures_and_writes_what_it_says(measured):
     points = ["--scaling-lengths", "16", "--scaling-batches", "2", "--scaling-millions", "0.9"]
-    written, shown = measured("--parts", "scaling,training", *points)
+    written, output = measured("--parts", "scaling,training", *points)
     assert set(written["results"]) == {"peak", "training", "scaling"} and written["commit"]
     rows = written["results"]["training"]
     assert [(row["kind"], row["case"]) for row in rows] == [
@@ -150,15 +150,15 @@ def test_the_command_measures_and_writes_what_it_says(measured):
     assert ours["real_tokens_per_second"] > 0.95 * ours["padded_tokens_per_second"]  # packed
     assert plain["real_tokens_per_second"] < 0.8 * plain["padded_tokens_per_second"]  # padded
     assert [row["along"] for row in written["results"]["scaling"]] == ["length", "batch", "parameters"] * 3
-    assert shown.count("| kind | case |") == 1 and shown.count("| along |") == 1
+    assert output.count("| kind | case |") == 1 and output.count("| along |") == 1
 
 
 def test_the_ablation_leaves_out_one_optimisation_at_a_time(measured):
-    written, shown = measured("--parts", "ablation", "--kinds", "ar")
+    written, output = measured("--parts", "ablation", "--kinds", "ar")
     names = ("bfloat16", "packing", "scored logits", "explicit attention", "fused optimizer", "kept memory")
     rows = written["results"]["ablation"]
     assert [row["case"] for row in rows] == ["ours", *(f"without {name}" for name in names)]
-    assert rows[0]["worth"] == 1 and "| worth |" in shown
+    assert rows[0]["worth"] == 1 and "| worth |" in output
 
 
 REFUSED = """
