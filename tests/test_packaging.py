@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import SLOW
+
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = {"model", "dataset", "scripts", "tests"}
 TOP_LEVEL = {
@@ -217,3 +219,7 @@ def test_modules_are_run_by_name_only_by_the_two_doors_and_the_quickstart():
         if re.search(r"import_module\((?![\"'])", path.read_text())
     ]
     assert by_name == ["quickstart.py"]
+
+
+def test_the_slow_files_exist():
+    assert set(SLOW) <= {path.name for path in sources("tests")}
