@@ -89,7 +89,7 @@ class Pairs:
         """
         if fraction > 0 and not (smallest := self.hashes.min()) < fraction * 2.0**64:
             prompts = self._prompts(lambda hashes: hashes == smallest)
-            others = any(not is_in(self.prompts[pairs], prompts).all() for pairs in stretches(len(self)))
+            others = any(not np.isin(self.prompts[pairs], prompts).all() for pairs in stretches(len(self)))
             return prompts if others else prompts[:0]
         return self._prompts(lambda hashes: hashes < fraction * 2.0**64)
 
@@ -97,13 +97,6 @@ class Pairs:
         """Hashes of the prompts of the pairs whose own hashes pass chosen(hashes), ascending."""
         parts = [np.unique(self.prompts[pairs[chosen(self.hashes[pairs])]]) for pairs in stretches(len(self))]
         return np.unique(np.concatenate(parts))
-
-
-def is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
-    """(B,) bool: whether each of `values` is in `ascending`."""
-    if not len(ascending):
-        return np.zeros(len(values), dtype=bool)
-    return ascending[np.minimum(np.searchsorted(ascending, values), len(ascending) - 1)] == values
 
 
 class PairTokeniser(FileTokeniser):
@@ -263,8 +256,8 @@ class PreferenceDataset:
         held_out = pairs.held_out(config.val_fraction)
         ids = tokenizer.pad_token_id, tokenizer.mask_token_id
         layout = PairLayout(config.max_seq_len, *ids, block_size, attention != "causal")
-        self.train, counts = PairRows.of(pairs, layout, lambda prompts: ~is_in(prompts, held_out))
-        self.validation, others = PairRows.of(pairs, layout, lambda prompts: is_in(prompts, held_out), by_length=True)
+        self.train, counts = PairRows.of(pairs, layout, lambda prompts: ~np.isin(prompts, held_out))
+        self.validation, others = PairRows.of(pairs, layout, lambda prompts: np.isin(prompts, held_out), by_length=True)
         self.meta |= counts | {
             "equal_replies": counts["equal_replies"] + others["equal_replies"],
             "train_rows": len(self.train),
@@ -272,7 +265,7 @@ class PreferenceDataset:
             "real_token_share": self.train.real_token_share,
         }
         if not len(self.train):
-            num_held_out = sum(int(is_in(pairs.prompts[part], held_out).sum()) for part in stretches(len(pairs)))
+            num_held_out = sum(int(np.isin(pairs.prompts[part], held_out).sum()) for part in stretches(len(pairs)))
             raise ValueError(
                 f"{self.source} has nothing to train on: of {self.meta['pairs']:,} pairs, {num_held_out:,} are "
                 f"held out by --val-fraction {config.val_fraction}, and of the others both replies are the same in the "
