@@ -1,6 +1,6 @@
 """Canvases and settings of the decoders' tests."""
 
-from model.decode import Canvas, DenoisingConfig
+from model.decode import Canvas, DenoisingConfig, decode
 
 EOS, MASK, PAD = 2, 3, 0
 GREEDY = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0)
@@ -21,9 +21,15 @@ def spied(model, monkeypatch):
     """The inputs of every network call from now on."""
     calls, forward = [], model.forward
 
-    def spy(ids, **more):
+    def spy(ids, **arguments):
         calls.append(ids.clone())
-        return forward(ids, **more)
+        return forward(ids, **arguments)
 
     monkeypatch.setattr(model, "forward", spy)
     return calls
+
+
+def steps_of(model, canvas, config):
+    """The result and every step; row i has the seed i."""
+    steps = []
+    return decode(model, canvas, config, range(len(canvas.ids)), steps.append), steps

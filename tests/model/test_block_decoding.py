@@ -13,7 +13,7 @@ from model.denoiser import Denoiser
 from model.denoiser_cache import BlockCache, Span
 from model.kv_cache import KVCache
 from model.remasking import transfer_schedule
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
+from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 SIZE, NEW = 4, 11  # prompts of 3, 1, 6, 5 and 3 tokens: ragged at both ends, some shorter than a block
 EAGER = {"gen_cap_start_ratio": 1.0, "gen_cap_end_ratio": 1.0}
@@ -38,15 +38,9 @@ def block_model(tiny_model):
     return build
 
 
-def steps_of(model, canvas, config):
-    seen = []
-    return decode(model, canvas, config, range(len(canvas.ids)), seen.append), seen
-
-
-def assert_same_steps(one, other):
+def assert_same_steps(steps, expected):
     """Tokens and places identical, confidences to 1e-5."""
-    assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(steps, expected, strict=True):
         assert torch.equal(a.ids, b.ids) and torch.equal(a.written, b.written)
         torch.testing.assert_close(a.confidence, b.confidence, rtol=0, atol=1e-5)
 
@@ -124,7 +118,7 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
         canvas.ids.masked_fill_(canvas.ids == 0, 9)  # training has no padding here, and nothing later is seen
         denoiser = Denoiser(model, canvas, GREEDY, range(len(canvas.ids)))
         while not denoiser.finished:
-            found = denoiser.predict()
+            candidates = denoiser.predict()
             for row in denoiser.state.active_rows:
                 noised = denoiser.state.ids[row : row + 1, : denoiser.blocks[row].length]
                 masked = denoiser.state.masked[row, : denoiser.blocks[row].length].nonzero()[:, 0]
@@ -137,12 +131,12 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
                 logits[:, MASK] = -math.inf
                 if not canvas.may_end:
                     logits[:, EOS] = -math.inf
-                mine = found.rows == row
-                assert found.columns[mine].tolist() == block.tolist()
+                mine = candidates.rows == row
+                assert candidates.columns[mine].tolist() == block.tolist()
                 expected = logits.softmax(dim=-1).amax(dim=-1)
-                torch.testing.assert_close(found.confidence[mine], expected, rtol=0, atol=1e-5)
+                torch.testing.assert_close(candidates.confidence[mine], expected, rtol=0, atol=1e-5)
                 rows += 1
-            denoiser.write(found)
+            denoiser.write(candidates)
     assert rows > 50
 
 
@@ -320,8 +314,8 @@ def test_at_a_threshold_that_all_reach_a_block_takes_one_step_once_the_cap_is_of
     model = block_model()
     config = replace(GREEDY, gen_remasking=policy, gen_confidence_threshold=1e-6, gen_eos="never")
     capped, free = (
-        decode(model, continuing(model, [[1, 7, 8]], 13), one, [0]).num_forward_passes
-        for one in (config, replace(config, **EAGER))
+        decode(model, continuing(model, [[1, 7, 8]], 13), setting, [0]).num_forward_passes
+        for setting in (config, replace(config, **EAGER))
     )
     assert free == 4 and (capped == 4 if policy == "hybrid" else capped > 4)
 
@@ -357,7 +351,7 @@ def test_settings_that_do_not_fit_the_attention_are_refused(attention, settings,
 
 def test_a_checkpoint_decides_what_is_left_to_it(tiny_model):
     blocks, full = (tiny_model(attention=a, block_size=s).config for a, s in (("block", SIZE), ("full", 0)))
-    found = [(c.gen_block_size, c.gen_cache) for c in (DenoisingConfig().fitted(m) for m in (blocks, full))]
-    assert found == [(SIZE, "block"), (8, "none")]
+    fitted = [DenoisingConfig().fitted(config) for config in (blocks, full)]
+    assert [(config.gen_block_size, config.gen_cache) for config in fitted] == [(SIZE, "block"), (8, "none")]
     assert DenoisingConfig(gen_block_size=SIZE).fitted(blocks) == DenoisingConfig().fitted(blocks)
     assert DenoisingConfig(gen_block_size=0, gen_cache="dual").fitted(full).gen_block_size == 0

@@ -8,7 +8,7 @@ import torch
 
 from model.decode import Canvas, SamplingConfig, decode
 from model.remasking import POLICIES
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied
+from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 AR_GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
 AR_HOT = SamplingConfig(ar_temperature=1.0, ar_top_k=12, ar_top_p=0.95, ar_repeat_penalty=0.5, ar_repeat_window=3)
@@ -44,9 +44,9 @@ def test_equal_blocks_are_the_published_sampler_step_for_step(length, tiny_model
     prompt, cases = [1, 9, 4, 4], 0
     for block in (d for d in range(1, length + 1) if length % d == 0):
         for per_block in range(1, block + 3):
-            steps, seen = per_block * (length // block), []
+            steps = per_block * (length // block)
             config = replace(GREEDY, gen_steps=steps, gen_block_size=block)
-            decode(model, Canvas.continuing([prompt], length, model.config), config, [0], seen.append)
+            _, seen = steps_of(model, continuing(model, [prompt], length), config)
             assert [step.ids[0].tolist() for step in seen] == published(model, prompt, length, block, steps)
             cases += per_block > block
     assert cases >= 8, "more steps than tokens, in every block size"
@@ -114,10 +114,9 @@ def test_greedy_denoising_equals_a_decoder_written_with_plain_loops(penalty, bia
                 expected = reference_denoiser(model, prompt, new, config)
                 ends = [i for i, (canvas, _) in enumerate(expected) if has_ended(prompt, canvas)]
                 expected = expected[: ends[0] + 1] if ends else expected
-                found = []
-                decoded = decode(model, continuing(model, [prompt], new), config, [0], found.append)
-                assert [step.ids[0].tolist() for step in found] == [canvas for canvas, _ in expected]
-                for step, (_, chosen) in zip(found, expected, strict=True):
+                decoded, seen = steps_of(model, continuing(model, [prompt], new), config)
+                assert [step.ids[0].tolist() for step in seen] == [canvas for canvas, _ in expected]
+                for step, (_, chosen) in zip(seen, expected, strict=True):
                     assert set(step.written[0].nonzero()[:, 0].tolist()) == set(chosen)
                     for i, p in chosen.items():
                         assert step.confidence[0, i].item() == pytest.approx(p, abs=1e-5)
@@ -212,8 +211,7 @@ def test_every_open_position_is_written_once_and_nothing_else_ever_changes(name,
         return  # it cannot
     model = ending_model(1.0, **trained_for(name))
     canvas = filling(model)
-    seen = []
-    decoded = decode(model, canvas, config, range(len(canvas.ids)), seen.append)
+    decoded, seen = steps_of(model, canvas, config)
     before, known = canvas.ids, ~canvas.open
     for step in seen:  # all of them were made before any is looked at: each holds its own copy
         assert step.written.any() and not (step.written & known).any()
@@ -247,9 +245,9 @@ def test_the_passes_counted_are_the_calls_of_the_network(name, ending_model, mon
 
 def test_decoding_in_bfloat16_reports_probabilities_in_float32(tiny_model):
     for name in ("AR hot", "guided", "dual cache", "blocks", "blocks recomputed"):
-        config, model, seen = CONFIGS[name], tiny_model(**trained_for(name)), []
+        model = tiny_model(**trained_for(name))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            decode(model, continuing(model), config, range(5), seen.append)
+            _, seen = steps_of(model, continuing(model), CONFIGS[name])
         assert {step.confidence.dtype for step in seen} == {torch.float32}
 
 

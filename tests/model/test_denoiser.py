@@ -60,10 +60,10 @@ def test_one_by_one_sampling_reproduces_the_joint_unless_the_order_depends_on_wh
 
 def candidates_by_row(denoiser, candidates):
     """{row: [(column, token, confidence, kept)]}, from left to right."""
-    found = {row: [] for row in denoiser.state.active_rows}
-    for row, *rest in zip(*(getattr(candidates, n).tolist() for n in FIELDS), strict=True):
-        found[row].append(tuple(rest))
-    return found
+    groups = {row: [] for row in denoiser.state.active_rows}
+    for row, *values in zip(*(getattr(candidates, n).tolist() for n in FIELDS), strict=True):
+        groups[row].append(tuple(values))
+    return groups
 
 
 FIELDS = ("rows", "columns", "tokens", "confidence", "kept")

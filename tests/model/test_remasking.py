@@ -64,10 +64,10 @@ def test_padding_is_never_kept_and_what_is_held_back_comes_last(policy, number):
         held = [(r, c) for r, row in enumerate(rows) for c in range(len(row)) if draw.random() < 0.4]
         bound = 2.0 if policy == "hybrid" else 0.01  # all by the schedule, or all by the budget
         step = step_of(rows, number, number, bound, 100.0, held, torch.randn(sum(map(len, rows)), 5))
-        for r, (row, found) in enumerate(zip(rows, kept(policy, step), strict=True)):
-            assert len(found) == min(number, len(row)) and found <= set(range(len(row)))
+        for r, (row, choice) in enumerate(zip(rows, kept(policy, step), strict=True)):
+            assert len(choice) == min(number, len(row)) and choice <= set(range(len(row)))
             free = set(range(len(row))) - {c for i, c in held if i == r}
-            assert found <= free or free <= found
+            assert choice <= free or free <= choice
 
 
 def kept_by_definition(policy, row, number, bound, f):
@@ -114,8 +114,8 @@ def test_margin_and_entropy_look_at_the_whole_distribution():
 def test_random_order_is_uniform():
     """Chi-squared of which two of four positions are kept, six pairs."""
     counts, draws = {}, 6000
-    for found in kept("random", step_of([[0.9, 0.1, 0.2, 0.3]] * draws, quota=2)):
-        counts[tuple(sorted(found))] = counts.get(tuple(sorted(found)), 0) + 1
+    for choice in kept("random", step_of([[0.9, 0.1, 0.2, 0.3]] * draws, quota=2)):
+        counts[tuple(sorted(choice))] = counts.get(tuple(sorted(choice)), 0) + 1
     assert len(counts) == 6 and sum((n - 1000) ** 2 / 1000 for n in counts.values()) < 20.5  # 5 degrees, 0.1 %
 
 

@@ -111,8 +111,8 @@ def test_guidance_is_the_renormalised_ratio_of_powers(scale):
     conditional, unconditional = torch.randn(40, 7), torch.randn(40, 7)
     p, q = conditional.double().softmax(-1), unconditional.double().softmax(-1)
     expected = p ** (1 + scale) / q**scale
-    found = guide(conditional, unconditional, scale).double().softmax(-1)
-    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
+    guided = guide(conditional, unconditional, scale).double().softmax(-1)
+    torch.testing.assert_close(guided, expected / expected.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 100])
@@ -123,7 +123,7 @@ def test_the_repetition_penalty_counts_what_was_written_nearby(window):
     columns = torch.tensor([draw.randrange(12) for _ in range(30)])
     written[torch.arange(30), columns] = False
     logits = torch.randn(30, size)
-    found = penalise_repeats(logits, ids, written, columns, 0.3, window, eos)
+    penalised = penalise_repeats(logits, ids, written, columns, 0.3, window, eos)
     for i in range(30):
         for token in range(size):
             count = sum(
@@ -132,4 +132,4 @@ def test_the_repetition_penalty_counts_what_was_written_nearby(window):
                 if abs(j - columns[i].item()) <= window
             )
             expected = logits[i, token] - (0.0 if token == eos else 0.3 * count)
-            assert found[i, token].item() == pytest.approx(expected.item(), abs=1e-6)
+            assert penalised[i, token].item() == pytest.approx(expected.item(), abs=1e-6)
