@@ -36,7 +36,7 @@ class Blocks:
     """Rows (B, L) of a batch cut into blocks (B * G, W), and put together again."""
 
     def __init__(self, values: Tensor, document_ids: Tensor | None, block_size: int):
-        """values (B, L) tells shape and device; document_ids (B, L), None = each row is one document; block_size 0 =
+        """values (B, L) gives shape and device; document_ids (B, L), None = each row is one document; block_size 0 =
         the row is one block."""
         documents = torch.zeros_like(values, dtype=torch.long) if document_ids is None else document_ids
         length = values.shape[1]

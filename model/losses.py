@@ -63,7 +63,7 @@ class _LinearNats(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, gradient = ctx.saved_tensors
-        # The scale of a row of the logits' gradient may be applied on either side of the product, where it is cheaper.
+        # The scale of a row of the logits' gradient may be applied on the cheaper side of the product.
         scale = upstream[:, None]
         by_hidden = (scale * (gradient @ weight)).to(hidden.dtype) if ctx.needs_input_grad[0] else None
         by_weight = gradient.T @ (scale * hidden).to(hidden.dtype) if ctx.needs_input_grad[1] else None
