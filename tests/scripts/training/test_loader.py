@@ -103,6 +103,18 @@ def test_processes_share_every_batch_without_gap_or_overlap(count, size, own, ma
     assert [i for rank in range(size) for i in whole[World(rank, size).share(0, own * size)]] == list(whole)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 9), st.none() | st.integers(1, 60))
+def test_validation_rows_are_distinct_and_the_same_at_every_batch_size(count, size, max_rows):
+    def rows(batch_size):
+        batches = in_order(Numbers(count), batch_size, max_rows or count)
+        return [row for _, own, b in batches for row in b["rows"].tolist() if own == len(b["rows"])]
+
+    chosen = rows(size)
+    assert len(set(chosen)) == len(chosen) == min(count, max_rows or count)
+    assert chosen == rows(1) == sorted(chosen)
+
+
 def test_rows_of_many_widths_cost_one_fixed_and_one_dynamic_graph(diffusion_argv, command, monkeypatch):
     """For each kind of call, with gradients or without, with a mask or without; and for the last layer, which goes on
     with the scored positions alone. A graph for every shape would take minutes each, and then give up."""

@@ -19,7 +19,6 @@ from model.forward_process import StepNoise
 from model.objective import NextToken
 from model.transformer import Transformer
 from scripts.engine.files import read_log
-from scripts.engine.training.loader import in_order
 from scripts.engine.training.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.train import diffusion, train_pretrain
 
@@ -232,29 +231,6 @@ def test_the_row_order_visits_every_row_once_per_epoch_however_it_is_cut(num_row
     starts = list(range(0, 3 * num_rows, count))
     pieces = {start: order(start, count).tolist() for start in reversed(starts)}  # any order of asking
     assert [row for start in starts for row in pieces[start]][: 3 * num_rows] == whole
-
-
-class _Numbers:
-    def __init__(self, count):
-        self.count = count
-
-    def __len__(self):
-        return self.count
-
-    def batch(self, indices):
-        return {"input_ids": torch.from_numpy(indices)}
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.integers(0, 50), st.integers(1, 9), st.none() | st.integers(1, 60))
-def test_validation_rows_are_distinct_and_the_same_at_every_batch_size(count, size, max_rows):
-    def rows(batch_size):
-        batches = in_order(_Numbers(count), batch_size, max_rows or count)
-        return [r for _, own, b in batches for r in b["input_ids"].tolist() if own == len(b["input_ids"])]
-
-    chosen = rows(size)
-    assert len(set(chosen)) == len(chosen) == min(count, max_rows or count)
-    assert chosen == rows(1) == sorted(chosen)
 
 
 def test_validations_of_one_model_agree_whatever_the_seed_of_the_run(command, diffusion_argv, weights_of_one_step):

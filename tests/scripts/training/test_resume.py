@@ -300,14 +300,6 @@ def test_overwrite_starts_anew(runs, command):
     assert [row["event"] for row in read_log(Path("weights/ar_log.jsonl"))].count("start") == 1
 
 
-def test_overwrite_leaves_no_best_weights_of_the_old_run(runs, command):
-    """The new run has no validation rows, and so no best weights; those of the old one are of another training."""
-    module, argv = runs["ar"]
-    assert command(module, argv).code == 0
-    assert command(module, [*argv, "--overwrite", "--val-fraction", "0", "--seed", "5"]).code == 0
-    assert not Path("weights/ar_best.pt").exists()
-
-
 @pytest.mark.parametrize("suffix", [".pt", "_best.pt", "_state_dict.pt", "_loss.png"])
 def test_overwrite_removes_the_files_of_the_old_run_before_its_first_step(suffix, runs, command, at):
     """A run that is killed before its first save must not leave another's files under its name."""
@@ -334,33 +326,27 @@ def test_weights_without_their_run_are_not_replaced_unasked(suffix, runs, comman
 
 
 OTHERWISE = [
-    ("--learning-rate", "0.5"),
-    ("--batch-size", "3"),
-    ("--accumulation-steps", "2"),
-    ("--seed", "7"),
-    ("--hidden-size", "64"),
-    ("--warmup-steps", "3"),
-    ("--ema-decay", "0.5"),
-    ("--optimizer", "muon"),
-    ("--max-seq-len", "16"),
-    ("--val-fraction", "0.4"),
-    ("--dropout", "0.5"),
+    ("ar", "--learning-rate", "0.5"),
+    ("ar", "--batch-size", "3"),
+    ("ar", "--accumulation-steps", "2"),
+    ("ar", "--seed", "7"),
+    ("ar", "--hidden-size", "64"),
+    ("ar", "--warmup-steps", "3"),
+    ("ar", "--ema-decay", "0.5"),
+    ("ar", "--optimizer", "muon"),
+    ("ar", "--max-seq-len", "16"),
+    ("ar", "--val-fraction", "0.4"),
+    ("ar", "--dropout", "0.5"),
+    ("iid_t-everything", "--mask-schedule", "random"),
 ]
 
 
-@pytest.mark.parametrize("flag, value", OTHERWISE)
-def test_resuming_with_another_setting_names_it(flag, value, runs, command, refused, at):
-    module, argv = runs["ar"]
+@pytest.mark.parametrize("name, flag, value", OTHERWISE)
+def test_resuming_with_another_setting_names_it(name, flag, value, runs, command, refused, at):
+    module, argv = runs[name]
     at("_train_step", [2], send(signal.SIGTERM))
     assert command(module, argv).code == 143
-    refused(module, [*argv, "--resume", "must", flag, value], flag, value, "other settings")
-
-
-def test_resuming_with_another_mask_schedule_names_it(runs, command, refused, at):
-    module, argv = runs["iid_t-everything"]
-    at("_train_step", [2], send(signal.SIGTERM))
-    assert command(module, argv).code == 143
-    refused(module, [*argv, "--resume", "must", "--mask-schedule", "random"], "--mask-schedule was iid_t, is random")
+    refused(module, [*argv, "--resume", "must", flag, value], f"{flag} was ", f", is {value}", "other settings")
 
 
 def test_resuming_with_harmless_settings_works_and_is_told_where_numbers_may_change(runs, command, at):
