@@ -37,16 +37,14 @@ class PreferenceData:
         "messages (none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "longest prompt and reply together, in tokens; more is shortened", "--seq-len"] = 512
-    val_fraction: Annotated[float, "share of pairs held out for validation, 0 to below 1, by content hash"] = 0.05
+    max_seq_len: Annotated[
+        int, "longest prompt and reply together, in tokens; more is shortened", "--seq-len", "at least 16"
+    ] = 512
+    val_fraction: Annotated[float, "share of pairs held out for validation, by content hash", "in [0, 1)"] = 0.05
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
     on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 16:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 16 tokens per row")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
         if self.data is not None and text_format(self.data) != ".jsonl":
             raise ValueError(f"--data {self.data}: expected JSONL rows, one pair each")
 

@@ -18,13 +18,13 @@ class PretrainData:
     data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
     jsonl_sep: Annotated[
-        str | None, r"text appended to each JSONL row (character mode only); \n and \t mean line break and tab"
+        str | None, r"text appended to each JSONL row; \n and \t mean line break and tab", "with character mode"
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "tokens per row", "--seq-len"] = 256
+    max_seq_len: Annotated[int, "tokens per row", "--seq-len", "at least 2"] = 256
     packing: Annotated[bool, "documents back to back in a row; without it one document per row, padded"] = True
     use_doc_attention_mask: Annotated[bool, "the documents of a packed row do not see each other"] = True
-    val_fraction: Annotated[float, "share of documents held out for validation, 0 to below 1, by content hash"] = 0.005
+    val_fraction: Annotated[float, "share of documents held out for validation, by content hash", "in [0, 1)"] = 0.005
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
     control_tokens: Annotated[
         bool,
@@ -34,10 +34,6 @@ class PretrainData:
     on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens per row")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
         if not self.jsonl_field:
             raise ValueError('--jsonl-field "": expected the name of a field')
         if self.data is not None and text_format(self.data) == ".txt":

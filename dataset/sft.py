@@ -13,6 +13,8 @@ from dataset.replies import ReplyRows, RowLayout
 from dataset.streaming import ConversationStream, StreamedRows
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_conversations
 
+OPEN_END = "an open end of the canvas (--no-quantize-effective-length)"
+
 
 @dataclass(frozen=True)
 class SFTData:
@@ -24,24 +26,22 @@ class SFTData:
         "(none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len"] = 512
-    val_fraction: Annotated[float, "share of rows held out for validation, 0 to below 1, by content hash"] = 0.005
-    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
+    max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len", "at least 16"] = 512
+    val_fraction: Annotated[float, "share of rows held out for validation, by content hash", "in [0, 1)"] = 0.005
+    cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time", "without --streaming"] = (
+        Path("dataset/.cache")
+    )
     streaming: Annotated[bool, "read and tokenise while training, in the order of the file; keeps no cache"] = False
-    steps_per_epoch: Annotated[int | None, "with --streaming: optimizer steps that count as one epoch"] = None
+    steps_per_epoch: Annotated[
+        int | None, "optimizer steps that count as one epoch", "in [1, 10^9]", "with --streaming"
+    ] = None
     on_bad_row: OnBadRow = "error"
 
     eos_fill: ClassVar[int] = 0
 
     def __post_init__(self) -> None:
-        if self.max_seq_len < 16:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 16 tokens per row")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
-        if self.streaming != (self.steps_per_epoch is not None):
-            raise ValueError("--streaming and --steps-per-epoch need each other: how long a stream is, is not known")
-        if self.steps_per_epoch is not None and not 1 <= self.steps_per_epoch <= 10**9:
-            raise ValueError(f"--steps-per-epoch {self.steps_per_epoch}: expected 1 to a billion")
+        if self.streaming and self.steps_per_epoch is None:
+            raise ValueError("--streaming needs --steps-per-epoch: how long a stream is, is not known")
         if self.data is not None and text_format(self.data) != ".jsonl":
             raise ValueError(f"--data {self.data}: expected JSONL rows, one conversation each")
 
@@ -56,18 +56,17 @@ class DiffusionSFTData(SFTData):
     """Where the conversations are and how they become rows."""
 
     eos_fill: Annotated[
-        int, "a reply's EOS is followed by a random number of others, up to so many: the empty end of the canvas"
+        int,
+        "a reply's EOS is followed by a random number of others, up to so many: the empty end of the canvas",
+        "in [0, 2^20]",
+        f"with {OPEN_END}",
     ] = 128
     quantize_effective_length: Annotated[
         bool,
-        "block diffusion: EOS fill the reply's last block and nothing behind it, as decoding ends there",
+        "EOS fill the reply's last block and nothing behind it, as decoding ends there",
+        "with block diffusion",
         "--llada2-quantize-effective-length",
     ] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.eos_fill <= 2**20:
-            raise ValueError(f"--eos-fill {self.eos_fill}: expected 0 to {2**20}")
 
 
 class SFTDataset:

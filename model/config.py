@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from model.ranges import check_ranges
+
 # Settings that leave every tensor as it is; a stage may set them anew for weights it starts from.
 ADJUSTABLE = ("inference_rope_scaling", "dropout")
 
@@ -15,18 +17,20 @@ class ModelConfig:
     `Transformer.forward`, not a property of the weights. Raises ValueError on impossible shapes.
     """
 
-    hidden_size: Annotated[int, "width of the residual stream"] = 512
-    num_hidden_layers: Annotated[int, "transformer layers"] = 8
-    num_attention_heads: Annotated[int, "query heads"] = 8
+    hidden_size: Annotated[int, "width of the residual stream", "at least 1"] = 512
+    num_hidden_layers: Annotated[int, "transformer layers", "at least 1"] = 8
+    num_attention_heads: Annotated[int, "query heads", "at least 1"] = 8
     num_key_value_heads: Annotated[
-        int | None, "key/value heads, fewer = grouped-query attention (none: as many as query heads)"
+        int | None, "key/value heads, fewer = grouped-query attention (none: as many as query heads)", "at least 1"
     ] = None
-    intermediate_size: Annotated[int | None, "SwiGLU inner width (none: 8/3 of hidden_size, rounded up to 64)"] = None
-    dropout: Annotated[float, "dropout probability of attention and MLP outputs"] = 0.0
+    intermediate_size: Annotated[
+        int | None, "SwiGLU inner width (none: 8/3 of hidden_size, rounded up to 64)", "at least 1"
+    ] = None
+    dropout: Annotated[float, "dropout probability of attention and MLP outputs", "in [0, 1)"] = 0.0
     hidden_act: Annotated[Literal["relu", "gelu", "silu"], "activation of the gate"] = "silu"
-    rms_norm_eps: Annotated[float, "epsilon of RMSNorm"] = 1e-5
-    rope_theta: Annotated[float, "rotary base frequency"] = 1e6
-    max_position_embeddings: Annotated[int, "longest sequence, in tokens, that the model accepts"] = 32768
+    rms_norm_eps: Annotated[float, "epsilon of RMSNorm", "at least 0"] = 1e-5
+    rope_theta: Annotated[float, "rotary base frequency", "above 1"] = 1e6
+    max_position_embeddings: Annotated[int, "longest sequence, in tokens, that the model accepts", "at least 1"] = 32768
     inference_rope_scaling: Annotated[
         bool, "YaRN where --max-seq-len exceeds the original context of 2048 tokens; below it, plain rotary"
     ] = False
@@ -51,17 +55,9 @@ class ModelConfig:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         if self.intermediate_size is None:
             object.__setattr__(self, "intermediate_size", -(-8 * self.hidden_size // 3 // 64) * 64)
-        for name in (
-            "hidden_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "intermediate_size",
-            "max_position_embeddings",
-            "vocab_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        check_ranges(ModelConfig, vars(self))
+        if self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"--hidden-size {self.hidden_size} is not a multiple of "
@@ -76,14 +72,6 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
                 f"--num-key-value-heads {self.num_key_value_heads}"
             )
-        if self.rope_theta <= 1 or self.rms_norm_eps < 0:
-            raise ValueError("--rope-theta must be above 1 and --rms-norm-eps not negative")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"--dropout must be in [0, 1), not {self.dropout}")
-        if self.hidden_act not in ("relu", "gelu", "silu"):
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not relu, gelu or silu")
-        if self.attention not in ("causal", "full", "block"):
-            raise ValueError(f"attention {self.attention!r} is not causal, full or block")
         if (self.attention == "block") != (self.block_size > 0):
             raise ValueError(f"block_size {self.block_size} does not go with attention {self.attention!r}")
 

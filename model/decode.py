@@ -16,7 +16,8 @@ from model.canvas import Canvas, Decoded, Decoder, DecodingStep
 from model.denoiser import Denoiser, DenoisingConfig
 from model.kv_cache import KVCache
 from model.losses import forbid
-from model.sampling import Draw, require_draw
+from model.ranges import check_ranges
+from model.sampling import Draw
 from model.transformer import Transformer
 
 
@@ -24,30 +25,36 @@ from model.transformer import Transformer
 class ContinuationConfig:
     """Length and seed of a continuation."""
 
-    max_new_tokens: Annotated[int, "longest continuation, in tokens"] = 128
-    gen_seed: Annotated[int | None, "seed of sampling (none: that of --seed)"] = None
+    max_new_tokens: Annotated[int, "longest continuation, in tokens", "at least 1"] = 128
+    gen_seed: Annotated[int | None, "seed of sampling (none: that of --seed)", "in [0, 2^32)"] = None
 
     def __post_init__(self):
-        if self.gen_seed is not None and not 0 <= self.gen_seed < 2**32:
-            raise ValueError(f"--gen-seed must be from 0 to {2**32 - 1}, not {self.gen_seed}")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"--max-new-tokens must be at least 1, not {self.max_new_tokens}")
+        check_ranges(ContinuationConfig, vars(self))
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Autoregressive sampling."""
 
-    ar_temperature: Annotated[float, "temperature, 0 = the likeliest token"] = 0.8
-    ar_top_k: Annotated[int, "sample among the k likeliest tokens (0 = all)"] = 8
-    ar_top_p: Annotated[float, "sample among the fewest tokens that hold this share of the probability"] = 1.0
-    ar_repeat_penalty: Annotated[float, "taken off a token's logit for each time it was written nearby (0 = off)"] = (
-        0.15
-    )
-    ar_repeat_window: Annotated[int, "tokens before it that are nearby"] = 128
+    ar_temperature: Annotated[float, "temperature, 0 = the likeliest token", "at least 0"] = 0.8
+    ar_top_k: Annotated[
+        int, "sample among the k likeliest tokens (0 = all)", "at least 0", "with --ar-temperature above 0"
+    ] = 8
+    ar_top_p: Annotated[
+        float,
+        "sample among the fewest tokens that hold this share of the probability",
+        "in (0, 1]",
+        "with --ar-temperature above 0",
+    ] = 1.0
+    ar_repeat_penalty: Annotated[
+        float, "taken off a token's logit for each time it was written nearby (0 = off)", "at least 0"
+    ] = 0.15
+    ar_repeat_window: Annotated[
+        int, "tokens before it that are nearby", "in [1, 2^31)", "with --ar-repeat-penalty above 0"
+    ] = 128
 
     def __post_init__(self):
-        require_draw(self.draw, "--ar-", "temperature")
+        check_ranges(SamplingConfig, vars(self))
 
     @property
     def draw(self) -> Draw:

@@ -24,8 +24,9 @@ from model.denoiser_cache import (
     UnfusedBlockCache,
 )
 from model.losses import forbid
+from model.ranges import check_ranges
 from model.remasking import POLICIES, Step, choose, padded, transfer_schedule
-from model.sampling import Draw, guide, require_draw
+from model.sampling import Draw, guide
 from model.transformer import Transformer
 
 # On larger canvases a small model writes the EOS at their end first: report, section 10.
@@ -40,32 +41,60 @@ class DenoisingConfig:
         int,
         "denoising steps for the whole continuation, at least one per block, at most one per token; "
         "threshold, factor: those over which the cap grows; hybrid: the most",
+        "at least 1",
     ] = 64
     gen_block_size: Annotated[
         int | None,
         f"denoise blocks of so many tokens from left to right (0 = the whole continuation at once; none: the size that "
         f"a checkpoint of block diffusion was trained for, else {DEFAULT_BLOCK_SIZE})",
+        "in [0, 2^31)",
     ] = None
     gen_remasking: Annotated[
         Literal[*POLICIES],
         "which predictions a step keeps; hybrid: as threshold, without the cap, but as many as --gen-steps asks for",
         ("--llada2-enable-parallel-decoding", "hybrid"),
     ] = "low_confidence"
-    gen_confidence_threshold: Annotated[float, "threshold, hybrid: keep predictions of at least this probability"] = 0.9
-    gen_factor: Annotated[float, "factor: keep the n best, the n-th having a probability of 1 - factor/(n+1)"] = 1.0
+    gen_confidence_threshold: Annotated[
+        float, "keep predictions of at least this probability", "in (0, 1]", "with --gen-remasking threshold or hybrid"
+    ] = 0.9
+    gen_factor: Annotated[
+        float,
+        "keep the n best, the n-th having a probability of 1 - factor/(n+1)",
+        "above 0",
+        "with --gen-remasking factor",
+    ] = 1.0
     gen_cap_start_ratio: Annotated[
-        float, "threshold, factor: keep at most this share of a block's masked tokens in its first step, ..."
+        float,
+        "keep at most this share of a block's masked tokens in its first step, ...",
+        "in (0, 1]",
+        "with --gen-remasking threshold or factor",
     ] = 0.08
-    gen_cap_end_ratio: Annotated[float, "... and this share in the last of its steps; linear between"] = 0.5
-    gen_max_decode_per_step: Annotated[int, "threshold, factor: keep at most so many tokens per step"] = 32
-    gen_temp: Annotated[float, "temperature, 0 = the likeliest token"] = 0.8
-    gen_top_k: Annotated[int, "sample among the k likeliest tokens (0 = all)"] = 8
-    gen_top_p: Annotated[float, "sample among the fewest tokens that hold this share of the probability"] = 1.0
-    gen_repeat_penalty: Annotated[float, "taken off a token's logit for each time it was written nearby (0 = off)"] = (
-        0.15
-    )
-    gen_repeat_window: Annotated[int, "tokens to either side that are nearby"] = 128
-    gen_cfg_scale: Annotated[float, "classifier-free guidance; above 0 a step costs two passes"] = 0.0
+    gen_cap_end_ratio: Annotated[
+        float,
+        "... and this share in the last of its steps; linear between",
+        "in (0, 1]",
+        "with --gen-remasking threshold or factor",
+    ] = 0.5
+    gen_max_decode_per_step: Annotated[
+        int, "keep at most so many tokens per step", "at least 1", "with --gen-remasking threshold or factor"
+    ] = 32
+    gen_temp: Annotated[float, "temperature, 0 = the likeliest token", "at least 0"] = 0.8
+    gen_top_k: Annotated[
+        int, "sample among the k likeliest tokens (0 = all)", "at least 0", "with --gen-temp above 0"
+    ] = 8
+    gen_top_p: Annotated[
+        float,
+        "sample among the fewest tokens that hold this share of the probability",
+        "in (0, 1]",
+        "with --gen-temp above 0",
+    ] = 1.0
+    gen_repeat_penalty: Annotated[
+        float, "taken off a token's logit for each time it was written nearby (0 = off)", "at least 0"
+    ] = 0.15
+    gen_repeat_window: Annotated[
+        int, "tokens to either side that are nearby", "in [1, 2^31)", "with --gen-repeat-penalty above 0"
+    ] = 128
+    gen_cfg_scale: Annotated[float, "classifier-free guidance; above 0 a step costs two passes", "at least 0"] = 0.0
     gen_eos: Annotated[
         Literal["free", "confidence", "never"],
         "the end of the text: like any token, kept only after all others of its block, or never",
@@ -77,23 +106,13 @@ class DenoisingConfig:
         "was in the block's first step; auto: block or none",
     ] = "auto"
     gen_fuse_commit: Annotated[
-        bool, "compute a finished block's keys and values in the first pass of the next block, not in one of their own"
+        bool,
+        "compute a finished block's keys and values in the first pass of the next block, not in one of their own",
+        "with --gen-cache auto or block",
     ] = True
 
     def __post_init__(self):
-        for name in ("gen_steps", "gen_max_decode_per_step"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.gen_block_size is not None and not 0 <= self.gen_block_size < 2**31:
-            raise ValueError(f"--gen-block-size must be a length in tokens or 0, not {self.gen_block_size}")
-        for name in ("gen_confidence_threshold", "gen_cap_start_ratio", "gen_cap_end_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be in (0, 1], not {getattr(self, name)}")
-        if not 0 < self.gen_factor < math.inf:
-            raise ValueError(f"--gen-factor must be positive, not {self.gen_factor}")
-        if not 0 <= self.gen_cfg_scale < math.inf:
-            raise ValueError(f"--gen-cfg-scale must not be negative, not {self.gen_cfg_scale}")
-        require_draw(self.draw, "--gen-", "temp")
+        check_ranges(DenoisingConfig, vars(self))
 
     @property
     def draw(self) -> Draw:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from model.block_diffusion import Blocks
+from model.ranges import check_ranges
 
 Batch = dict[str, Tensor]
 
@@ -41,45 +42,72 @@ NOISE_SCHEDULES = {
 }
 
 
+EPS_IN_BAND = "a band of mask rates that reaches to within eps of 0 or 1"
+
+
 @dataclass(frozen=True)
 class MaskSettings:
     """The forward process; every field is a flag. ValueError on impossible values."""
 
-    iid_mask_eps: Annotated[float, "iid_t, wsd: least mask rate; that of iid_t is at most 1 less it"] = 1e-3
+    iid_mask_eps: Annotated[
+        float,
+        "least mask rate; that of iid_t is at most 1 less it",
+        "in (0, 0.5)",
+        "with --mask-schedule iid_t or wsd",
+        "without --block-size 1",
+        f"with {EPS_IN_BAND}",
+    ] = 1e-3
     mask_rate_min: Annotated[
         float,
         "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound",
+        "in [0, 1)",
         "--llada2-alpha-min",
+        "without --mask-schedule wsd",
+        "without --block-size 1",
     ] = 0.0
     mask_rate_max: Annotated[
-        float, "largest mask rate in training; validation is over the full range", "--llada2-alpha-max"
+        float,
+        "largest mask rate in training; validation is over the full range",
+        "in (0, 1]",
+        "--llada2-alpha-max",
+        "without --mask-schedule wsd",
+        "without --block-size 1",
     ] = 1.0
     noise_schedule: Annotated[
-        Literal[*NOISE_SCHEDULES], "iid_t, wsd: the mask rate at time t: t, or the cosine of (1 - t) pi / 2"
+        Literal[*NOISE_SCHEDULES],
+        "the mask rate at time t: t, or the cosine of (1 - t) pi / 2",
+        "with --mask-schedule iid_t or wsd",
+        "without --block-size 1",
     ] = "linear"
     time_weighted_loss: Annotated[
-        bool, "wsd: weight each token by -alpha'(t) / (1 - alpha(t)), 1/t if linear; without it all count the same"
+        bool,
+        "weight each token by -alpha'(t) / (1 - alpha(t)), 1/t if linear; without it all count the same",
+        "with --mask-schedule wsd",
     ] = False
-    time_weight_eps: Annotated[float, "least denominator of that weight"] = 1e-3
-    wsd_min_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate at the first and last step"] = 0.15
-    wsd_max_mask_ratio: Annotated[float, "wsd: ceiling of the mask rate between warm-up and decay"] = 1.0
-    wsd_warmup_ratio: Annotated[float, "wsd: share of the steps in which the ceiling rises"] = 0.2
-    wsd_stable_ratio: Annotated[float, "wsd: share of the steps in which it stays; in the rest it falls"] = 0.6
+    time_weight_eps: Annotated[
+        float, "least denominator of that weight", "in (0, 1)", "with --mask-schedule iid_t or --time-weighted-loss"
+    ] = 1e-3
+    wsd_min_mask_ratio: Annotated[
+        float, "ceiling of the mask rate at the first and last step", "in (0, 1]", "with --mask-schedule wsd"
+    ] = 0.15
+    wsd_max_mask_ratio: Annotated[
+        float, "ceiling of the mask rate between warm-up and decay", "in (0, 1]", "with --mask-schedule wsd"
+    ] = 1.0
+    wsd_warmup_ratio: Annotated[
+        float, "share of the steps in which the ceiling rises", "in [0, 1]", "with --mask-schedule wsd"
+    ] = 0.2
+    wsd_stable_ratio: Annotated[
+        float, "share of the steps in which it stays; in the rest it falls", "in [0, 1]", "with --mask-schedule wsd"
+    ] = 0.6
 
     def __post_init__(self):
-        if not 0 < self.iid_mask_eps < 0.5:
-            raise ValueError(f"--iid-mask-eps must be in (0, 0.5), not {self.iid_mask_eps}")
-        if not 0 <= self.mask_rate_min < self.mask_rate_max <= 1:
-            raise ValueError(
-                f"--mask-rate-min {self.mask_rate_min} and --mask-rate-max {self.mask_rate_max} must be in [0, 1], "
-                "the first below the second"
-            )
-        if not 0 < self.time_weight_eps < 1:
-            raise ValueError(f"--time-weight-eps must be in (0, 1), not {self.time_weight_eps}")
-        if min(self.wsd_warmup_ratio, self.wsd_stable_ratio) < 0 or self.wsd_warmup_ratio + self.wsd_stable_ratio > 1:
+        check_ranges(type(self), vars(self))
+        if self.mask_rate_min >= self.mask_rate_max:
+            raise ValueError(f"--mask-rate-min {self.mask_rate_min} must be below --mask-rate-max {self.mask_rate_max}")
+        if self.wsd_warmup_ratio + self.wsd_stable_ratio > 1:
             raise ValueError(
                 f"--wsd-warmup-ratio {self.wsd_warmup_ratio} and --wsd-stable-ratio {self.wsd_stable_ratio} must be "
-                "shares of the run, together at most 1"
+                "together at most 1"
             )
 
 

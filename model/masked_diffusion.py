@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.forward_process import MASK_SCHEDULES, MaskSettings, Noised, StepNoise, complement, mask_tokens, rate_range
 from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
 from model.objective import Averages, Batch, BatchView, Objective, Prepared, RowLoss, number_of, share_of
+from model.ranges import check_ranges
 from model.transformer import Transformer
 
 RATE_BINS = 10
@@ -30,33 +31,41 @@ class BlockSchedule:
         int | None,
         "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
         "(none: as the starting weights were trained, at first the whole row)",
+        "at least 0",
         "--llada2-block-size",
         ("--llada2-enable-block-diffusion", 32),
     ] = None
     use_block_curriculum: Annotated[
         bool, "LLaDA 2.0's warm-up, stable and decay phase of the block size: from small blocks to whole rows and back"
     ] = False
-    wsd_phase_ratios: Annotated[tuple[float, ...], "share of the steps of its three phases"] = (0.3, 0.5, 0.2)
+    wsd_phase_ratios: Annotated[
+        tuple[float, ...], "share of the steps of its three phases", "in [0, 1]", "with --use-block-curriculum"
+    ] = (0.3, 0.5, 0.2)
     wsd_block_sizes_up: Annotated[
-        tuple[int, ...], "block sizes of its warm-up, in equal parts; one that holds the row is the whole row"
+        tuple[int, ...],
+        "block sizes of its warm-up, in equal parts; one that holds the row is the whole row",
+        "at least 1",
+        "with --use-block-curriculum",
     ] = (1, 4, 16, 64, 256)
     wsd_block_sizes_down: Annotated[
-        tuple[int, ...], "block sizes of its decay; at the last the weights are validated and decoded"
+        tuple[int, ...],
+        "block sizes of its decay; at the last the weights are validated and decoded",
+        "at least 1",
+        "with --use-block-curriculum",
     ] = (256, 128, 64, 32)
 
     def __post_init__(self):
-        if self.block_size is not None and self.block_size < 0:
-            raise ValueError(f"--block-size must be a number of tokens or 0, not {self.block_size}")
+        check_ranges(type(self), vars(self))
         if self.use_block_curriculum:
             self._require_curriculum()
 
     def _require_curriculum(self) -> None:
         if self.block_size is not None:
             raise ValueError("--block-size and --use-block-curriculum contradict each other; leave one of them out")
-        ratios, sizes = self.wsd_phase_ratios, (*self.wsd_block_sizes_up, *self.wsd_block_sizes_down)
-        if len(ratios) != 3 or min(ratios) < 0 or abs(sum(ratios) - 1) > 1e-6 or not ratios[2]:
+        ratios = self.wsd_phase_ratios
+        if len(ratios) != 3 or abs(sum(ratios) - 1) > 1e-6 or not ratios[2]:
             raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1, the last above 0")
-        if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down) or min(sizes) < 1:
+        if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down):
             raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
 
     @property
@@ -80,17 +89,24 @@ class BlockSchedule:
 class RepetitionPenalty:
     """Weight of the unlikelihood of repetitions; every field is a flag."""
 
-    repeat_penalty_weight: Annotated[float, "unlikelihood of continuing a run of equal tokens (0 = off)"] = 0.0
-    repeat_penalty_min_run: Annotated[int, "tokens in a run before its continuation is penalised"] = 2
-    repeat_penalty_delay_steps: Annotated[int, "steps before the penalty sets in"] = 0
-    repeat_penalty_warmup_steps: Annotated[int, "steps over which it grows to full weight"] = 0
+    repeat_penalty_weight: Annotated[
+        float, "unlikelihood of continuing a run of equal tokens (0 = off)", "at least 0"
+    ] = 0.0
+    repeat_penalty_min_run: Annotated[
+        int,
+        "tokens in a run before its continuation is penalised",
+        "at least 1",
+        "with --repeat-penalty-weight above 0",
+    ] = 2
+    repeat_penalty_delay_steps: Annotated[
+        int, "steps before the penalty sets in", "at least 0", "with --repeat-penalty-weight above 0"
+    ] = 0
+    repeat_penalty_warmup_steps: Annotated[
+        int, "steps over which it grows to full weight", "at least 0", "with --repeat-penalty-weight above 0"
+    ] = 0
 
     def __post_init__(self):
-        for name in ("weight", "delay_steps", "warmup_steps"):
-            if getattr(self, "repeat_penalty_" + name) < 0:
-                raise ValueError(f"--repeat-penalty-{name.replace('_', '-')} must not be negative")
-        if self.repeat_penalty_min_run < 1:
-            raise ValueError(f"--repeat-penalty-min-run must be at least 1, not {self.repeat_penalty_min_run}")
+        check_ranges(type(self), vars(self))
 
     def penalty_weight_at(self, step: int) -> float:
         """Return the weight at a step: 0 during the delay, then a linear ramp to the full weight."""
@@ -112,6 +128,7 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     and bounds no likelihood.
     """
 
+    title = "Masked diffusion"
     unit = "nats per token"
     autoregressive = False
 
@@ -127,20 +144,24 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     cap_weight: Annotated[
         float,
         "times the entropy of predictions that are right, added to the loss (LLaDA 2.0's CAP)",
+        "at least 0",
         "--llada2-cap-lambda",
         ("--llada2-enable-cap", 1.0),
     ] = 0.0
     mask_embedding_noise: Annotated[
-        float, "normal noise on the embedding of [MASK] at the first step, in units of the embeddings' mean size"
+        float,
+        "normal noise on the embedding of [MASK] at the first step, in units of the embeddings' mean size",
+        "at least 0",
     ] = 0.0
-    mask_embedding_noise_steps: Annotated[int, "steps over which it falls to nothing"] = 500
-    variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length"] = 0.01
+    mask_embedding_noise_steps: Annotated[
+        int, "steps over which it falls to nothing", "at least 1", "with --mask-embedding-noise above 0"
+    ] = 500
+    variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length", "in [0, 1]"] = 0.01
     sequence_mean: bool = False  # every row counts the same, however many tokens it learns
 
     def __post_init__(self):
         MaskSettings.__post_init__(self)
         BlockSchedule.__post_init__(self)
-        RepetitionPenalty.__post_init__(self)
         low, high = rate_range(self)
         if self.mask_schedule == "iid_t" and low >= high:
             raise ValueError(
@@ -148,10 +169,10 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
                 f"--iid-mask-eps {self.iid_mask_eps} and 1 less that; widen the band or lower eps"
             )
         low, high = self.wsd_min_mask_ratio, self.wsd_max_mask_ratio
-        if self.mask_schedule == "wsd" and not self.iid_mask_eps < low <= high <= 1:
+        if self.mask_schedule == "wsd" and not self.iid_mask_eps < low <= high:
             raise ValueError(
-                f"--wsd-min-mask-ratio {low} and --wsd-max-mask-ratio {high} must lie between --iid-mask-eps and 1, "
-                "the first not above the second"
+                f"--wsd-min-mask-ratio {low} must be above --iid-mask-eps {self.iid_mask_eps} and not above "
+                f"--wsd-max-mask-ratio {high}"
             )
         if self.complementary_masks and self.block_size == 1:
             raise ValueError(
@@ -159,13 +180,12 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             )
         if self.complementary_masks and self.mask_schedule != "fixed_count":
             raise ValueError(f"--complementary-masks needs --mask-schedule fixed_count, not {self.mask_schedule}")
-        for name in ("cap_weight", "mask_embedding_noise"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
-        if self.mask_embedding_noise_steps < 1:
-            raise ValueError(f"--mask-embedding-noise-steps must be at least 1, not {self.mask_embedding_noise_steps}")
-        if not 0 <= self.variable_length_prob <= 1:
-            raise ValueError(f"--variable-length-prob must be in [0, 1], not {self.variable_length_prob}")
+
+    @property
+    def eps_has_effect(self) -> bool:
+        """Whether the band of mask rates, if it is that of `iid_t`, ends at eps or at 1 - eps."""
+        low, high = rate_range(self)
+        return self.mask_schedule != "iid_t" or low == self.iid_mask_eps or high == 1 - self.iid_mask_eps
 
     @property
     def num_copies(self) -> int:

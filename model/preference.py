@@ -18,6 +18,7 @@ from model.config import ADJUSTABLE, ModelConfig
 from model.forward_process import Noised, StepNoise, k_of_n_by_block
 from model.losses import linear_nats, sum_by_row
 from model.objective import Batch, BatchView, NextToken, Objective, Prepared, RowLoss
+from model.ranges import check_ranges
 from model.transformer import Transformer
 
 VALIDATION_MASKS = 8
@@ -25,20 +26,22 @@ VALIDATION_MASKS = 8
 
 @dataclass(frozen=True)
 class Preference(Objective):
-    """Preferences."""
+    """A preference for the chosen reply over the rejected one."""
 
+    title = "Preferences"
     unit = "per pair"
 
-    dpo_beta: Annotated[float, "preference that a nat of log-likelihood gained over the reference stands for"] = 0.1
-    dpo_sft_weight: Annotated[float, "weight of the chosen reply's own loss, in nats per token (0 = off)"] = 0.0
+    dpo_beta: Annotated[
+        float, "preference that a nat of log-likelihood gained over the reference stands for", "above 0"
+    ] = 0.1
+    dpo_sft_weight: Annotated[
+        float, "weight of the chosen reply's own loss, in nats per token (0 = off)", "at least 0"
+    ] = 0.0
     reference_from: Annotated[Path | None, "weights of the frozen reference (none: those of --load-from)"] = None
     reference: Transformer | None = None  # in eval mode and without gradient; set before the first call
 
     def __post_init__(self):
-        if self.dpo_beta <= 0:
-            raise ValueError(f"--dpo-beta must be positive, not {self.dpo_beta}")
-        if self.dpo_sft_weight < 0:
-            raise ValueError(f"--dpo-sft-weight must not be negative, not {self.dpo_sft_weight}")
+        check_ranges(type(self), vars(self))
 
     def settle(self, config: ModelConfig) -> tuple["Preference", ModelConfig]:
         """Leave both as they are. Raises ValueError if the reference is of another shape or kind than the weights."""
@@ -107,13 +110,8 @@ class DiffusionDPO(Preference):
 
     autoregressive = False
 
-    dpo_num_masks: Annotated[int, "masks drawn for each reply; time grows with it, memory does not"] = 4
+    dpo_num_masks: Annotated[int, "masks drawn for each reply; time grows with it, memory does not", "in [1, 1024]"] = 4
     shared_masks: bool = True  # False is for measuring what sharing is worth
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 1 <= self.dpo_num_masks <= 1024:
-            raise ValueError(f"--dpo-num-masks must be from 1 to 1024, not {self.dpo_num_masks}")
 
     def for_validation(self) -> "DiffusionDPO":
         """Return the preference loss alone, with the same number of masks in every run: fewer of them raise it."""

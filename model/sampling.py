@@ -20,18 +20,6 @@ class Draw(NamedTuple):
     repeat_window: int  # positions that are nearby
 
 
-def require_draw(draw: Draw, prefix: str, temperature: str) -> None:
-    """ValueError for an impossible number; flags are `prefix` and the field, but for the name of the temperature."""
-    values = {temperature: draw.temperature, "top-k": draw.top_k, "repeat-penalty": draw.repeat_penalty}
-    for name, value in values.items():
-        if not 0 <= value < math.inf:
-            raise ValueError(f"{prefix}{name} must not be negative, not {value}")
-    if not 0 < draw.top_p <= 1:
-        raise ValueError(f"{prefix}top-p must be in (0, 1], not {draw.top_p}")
-    if not 1 <= draw.repeat_window < 2**31:
-        raise ValueError(f"{prefix}repeat-window must be at least 1, not {draw.repeat_window}")
-
-
 def sample_tokens(
     logits: Tensor, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, uniform: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -11,21 +11,19 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,
     Sampler,
     first_seed,
     generate,
-    idle_sampling_flags,
-    in_effect,
     infill,
     note_on_blanks,
 )
@@ -34,7 +32,7 @@ from scripts.engine.decoding.trace_files import SUFFIXES, check_trace_path, writ
 from scripts.engine.decoding.trace_terminal import LiveView, on_screen
 from scripts.engine.decoding.watching import Typing, Watch
 from scripts.engine.files import require_output
-from scripts.engine.flags import settings_of, spelling
+from scripts.engine.flags import in_effect, settings_of, spelling
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
 from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, fitting, note_on_template
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -57,11 +55,9 @@ class ChatConfig:
     """The conversation."""
 
     live: Annotated[bool | None, "show a reply while it is written (none: if the output is a terminal)"] = None
-    blank_tokens: Annotated[int, "tokens in place of each blank of /infill"] = 8
-
-    def __post_init__(self):
-        if self.blank_tokens < 1:
-            raise ValueError(f"--blank-tokens must be at least 1, not {self.blank_tokens}")
+    blank_tokens: Annotated[
+        int, "tokens in place of each blank of /infill", "at least 1", "with a diffusion checkpoint"
+    ] = 8
 
 
 class Leave(Exception):
@@ -293,19 +289,16 @@ def main(argv: list[str] | None = None) -> None:
         DenoisingConfig,
         RuntimeConfig,
         argv=argv,
+        needs={SamplingConfig: "with an autoregressive checkpoint", DenoisingConfig: "with a diffusion checkpoint"},
+        later=(SamplingConfig, DenoisingConfig),
         max_seq_len=512,
     )
     loaded = checkpoint.load(runtime)
     is_diffusion = loaded.kind == "diffusion"
-    for group, used, kind in (
-        (sampling, not is_diffusion, "an autoregressive"),
-        (denoising, is_diffusion, "a diffusion"),
-    ):
-        refuse_idle(given, **dict.fromkeys((f.name for f in fields(group)), (used, f"{kind} checkpoint")))
-        # What waits for another temperature or policy, the conversation may bring into effect.
-        idle = idle_sampling_flags(group)
-        refuse_idle(given, **{name: idle[name] for name in idle if name.endswith("repeat_window")})
-    refuse_idle(given, blank_tokens=(is_diffusion, "a diffusion checkpoint"))
+    given.refuse_without({"a diffusion checkpoint": is_diffusion, "an autoregressive checkpoint": not is_diffusion})
+    # What waits for another temperature or policy, the conversation may bring into effect.
+    given.refuse_idle(replace(sampling, ar_temperature=1.0))
+    given.refuse_idle(*(replace(denoising, gen_temp=1.0, gen_remasking=policy) for policy in POLICIES))
     config = denoising.fitted(loaded.model.config) if is_diffusion else sampling
     talk = Chat(loaded, config, continuation, prompting, chat, command_line(__spec__.name, argv))
     print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")

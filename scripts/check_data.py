@@ -23,7 +23,8 @@ from dataset.pretrain import PretrainData
 from dataset.sft import SFTData
 from dataset.survey import Survey, kind_of_rows
 from dataset.tokenizer import load_tokenizer
-from scripts.engine.cli import parse_args, refuse_idle, run
+from model.ranges import check_ranges
+from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 
 BAR = 40  # columns
@@ -39,8 +40,10 @@ class CheckConfig:
         "what its rows are: documents, conversations or pairs of replies; auto = by the fields of the first ones",
     ] = "auto"
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int | None, "tokens per row in training (none: the default of its command)"] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    max_seq_len: Annotated[
+        int | None, "tokens per row in training (none: the default of its command)", "at least 2"
+    ] = None
+    jsonl_field: Annotated[str, "field of a JSONL row that holds the document", "with JSONL rows of documents"] = "text"
     json: Annotated[Path | None, "also write the result to this file"] = None
 
 
@@ -72,13 +75,14 @@ def main(argv: list[str] | None = None) -> None:
     elif kind != "text" and text_format(config.file) == ".txt":
         raise ValueError(f"--kind {kind}: {config.file} is plain text; expected .jsonl")
     in_fields = kind == "text" and text_format(config.file) == ".jsonl"
-    refuse_idle(given, jsonl_field=(in_fields, "JSONL rows of documents"))
+    given.refuse_without({"JSONL rows of documents": in_fields})
     flags = {"tokenizer_dir": config.tokenizer_dir}
     if in_fields:
         flags["jsonl_field"] = config.jsonl_field
     if config.max_seq_len is not None:
         flags["max_seq_len"] = config.max_seq_len
     data = KINDS[kind].flags(data=config.file, **flags)  # which refuses what training would
+    check_ranges(type(data), vars(data))
     tokenizer = load_tokenizer(data.tokenizer_dir)
     result = Survey(config.file, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)

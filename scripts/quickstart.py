@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from dataset.corpus.bundled import bundled_file
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.files import locked, require_writable, write_json
 from scripts.engine.report.summary import summary
 from scripts.engine.runtime import RuntimeConfig
@@ -156,16 +156,14 @@ FULL = (
 
 @dataclass(frozen=True)
 class Quickstart:
-    """What to do."""
+    """Folder and size of the quickstart."""
 
     out: Annotated[Path, "folder of checkpoints, logs, report and trace"] = Path("weights/quickstart")
-    scale: Annotated[float, "multiplies the steps of every training; 0.05 tries the machinery"] = 1.0
+    scale: Annotated[
+        float, "multiplies the steps of every training; 0.05 tries the machinery", "in (0, 100]", "without --full"
+    ] = 1.0
     full: Annotated[bool, "the recipe of README.md: 32M parameters, on MiniMind's data, which is downloaded"] = False
     overwrite: Annotated[bool, "start anew although --out holds a quickstart"] = False
-
-    def __post_init__(self):
-        if not 0 < self.scale <= 100:
-            raise ValueError(f"--scale {self.scale}: expected more than 0 and at most 100")
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -173,8 +171,7 @@ class Quickstart:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, runtime, given = parse_args(__doc__, Quickstart, RuntimeConfig, argv=argv)
-    refuse_idle(given, scale=(not config.full, "the small recipe, that is, with --full"))
+    config, runtime, _ = parse_args(__doc__, Quickstart, RuntimeConfig, argv=argv)
     require_writable(config.out / "quickstart.json", "--out")
     with locked(config.out / "quickstart.lock", "--out"):
         perform_all(config, runtime)

@@ -192,13 +192,6 @@ def _say(sentence: str) -> None:
     print(sentence, file=sys.stderr)
 
 
-def refuse_idle(given: frozenset[str], **needs: tuple[bool, str]) -> None:
-    """needs: field=(whether it has an effect, what it takes). ValueError for a typed flag that would be ignored."""
-    for name, (used, condition) in needs.items():
-        if name in given and not used:
-            raise ValueError(f"--{name.replace('_', '-')} has no effect without {condition}; leave it out")
-
-
 def _hyphens(argument: str) -> str:
     """--some_flag and --some_flag=value with hyphens; anything else, such as a prompt, stays as it was typed."""
     return re.sub(r"^--[\w-]+(?==|$)", lambda flag: flag[0].replace("_", "-"), argument)

@@ -144,6 +144,17 @@ def flags_of(group: type) -> tuple[Flag, ...]:
     return tuple(Flag.declared(n, hint, defaults[n]) for n, hint in hints.items() if get_origin(hint) is Annotated)
 
 
+def in_effect(config: Any) -> dict[str, Any]:
+    """The settings of a group that have an effect beside the others of the group."""
+    flags, values = flags_of(type(config)), vars(config)
+    fields = {option: flag.name for flag in flags for option in (spelling(flag.name), *flag.aliases)}
+
+    def holds(need: Need) -> bool:
+        return not need.conditions.keys() <= fields.keys() or need.holds(lambda option: [values[fields[option]]])
+
+    return {flag.name: values[flag.name] for flag in flags if all(map(holds, flag.needs))}
+
+
 def settings_of(*groups: Any) -> dict[str, Any]:
     """Flags and their values, in types that JSON and a checkpoint hold; fields that are no flags are left out."""
     return {flag.name: _plain(getattr(group, flag.name)) for group in groups for flag in flags_of(type(group))}

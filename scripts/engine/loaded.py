@@ -27,11 +27,7 @@ class CheckpointConfig:
         Path | None, "any checkpoint file of a run: <run>_state_dict.pt, <run>_best.pt or <run>.pt"
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "longest sequence the model is given, in tokens", "--seq-len"] = 256
-
-    def __post_init__(self):
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens")
+    max_seq_len: Annotated[int, "longest sequence the model is given, in tokens", "--seq-len", "at least 2"] = 256
 
     def load(self, runtime: RuntimeConfig) -> "Loaded":
         if self.checkpoint is None:

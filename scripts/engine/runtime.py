@@ -72,7 +72,7 @@ class RuntimeConfig:
         Literal["auto", "float32", "float16", "bfloat16"],
         "precision of matrix products; auto = bfloat16 on CUDA and on CPUs with bfloat16 units",
     ] = "auto"
-    seed: Annotated[int, "seed of initial weights, order, noise and sampling"] = 1337
+    seed: Annotated[int, "seed of initial weights, order, noise and sampling", "in [0, 2^32)"] = 1337
 
     def __post_init__(self):
         try:
@@ -83,8 +83,6 @@ class RuntimeConfig:
             ) from None
         if device.type not in ("cpu", "cuda", "mps"):
             raise ValueError(f"--device {self.device} is not supported; use auto, cpu, cuda or mps")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed must be from 0 to {2**32 - 1}, not {self.seed}")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {self.device} was asked for, but this machine or this torch build has no CUDA")
         if device.type == "mps" and not torch.backends.mps.is_available():

@@ -18,7 +18,7 @@ than in training.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 
@@ -30,7 +30,7 @@ from scripts.engine.bench.data import DataBenchmarkConfig
 from scripts.engine.bench.decoding import DecodingBenchmarkConfig
 from scripts.engine.bench.scaling import ScalingBenchmarkConfig
 from scripts.engine.bench.training import Setting, TrainingBenchmarkConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, sha256_of, write_json
 from scripts.engine.loaded import circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -53,43 +53,34 @@ MODULES = {
     "data": data,
 }
 PARTS = tuple(MODULES)
+COMPARED = "a benchmark, which compares rows with packing and without"
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
     """What to measure."""
 
-    parts: Annotated[tuple[str, ...], f"some of {', '.join(PARTS)}"] = ("peak", "training", "decoding")
+    parts: Annotated[tuple[Literal[*PARTS], ...], "what to measure"] = ("peak", "training", "decoding")
     json: Annotated[Path | None, "also write the results to this file, after every part"] = None
 
-    def __post_init__(self):
-        unknown = [part for part in self.parts if part not in PARTS]
-        if unknown:
-            raise ValueError(f"--parts: {unknown[0]!r} is none; expected some of {', '.join(PARTS)}")
 
-
-def _refuse(
-    config: BenchmarkConfig, steps: TrainingBenchmarkConfig, runtime: RuntimeConfig, given: frozenset[str]
-) -> None:
-    """ValueError for flags that the chosen parts do not use, or that this machine cannot follow."""
-    if "packing" in given:
-        raise ValueError("--packing and --no-packing are what the benchmark compares; leave the flag out")
-    if "training" in config.parts and runtime.torch_dtype == torch.float16:
-        raise ValueError("--parts training compares with the peak of float32 or bfloat16; choose one with --dtype")
-    for prefix in ("scaling", "decoding", "data"):
-        mine = [name for name in given if name.startswith(prefix + "_")]
-        refuse_idle(given, **dict.fromkeys(mine, (prefix in config.parts, f"--parts {prefix}")))
-    trains = {"training", "ablation"} & set(config.parts), "--parts training or ablation"
-    any_step = bool({"training", "ablation", "scaling"} & set(config.parts)), "--parts training, ablation or scaling"
-    refuse_idle(given, compile=trains, kinds=any_step, batch_size=any_step, block_size=any_step, rounds=any_step)
-    if trains[0] and steps.compile:
-        require_compiler("give --no-compile")
+NEEDS = {
+    ScalingBenchmarkConfig: "with --parts scaling",
+    DecodingBenchmarkConfig: "with --parts decoding",
+    DataBenchmarkConfig: "with --parts data",
+    "packing": f"without {COMPARED}",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, *groups, runtime, given = parse_args(__doc__, BenchmarkConfig, *GROUPS, RuntimeConfig, argv=argv)
+    groups = BenchmarkConfig, *GROUPS, RuntimeConfig
+    config, *groups, runtime, given = parse_args(__doc__, *groups, argv=argv, needs=NEEDS)
     shape, step_config, scaling_config, decoding_config, data_config, corpus = groups
-    _refuse(config, step_config, runtime, given)
+    given.refuse_without({"character mode": False, COMPARED: True})
+    if "training" in config.parts and runtime.torch_dtype == torch.float16:
+        raise ValueError("--parts training compares with the peak of float32 or bfloat16; choose one with --dtype")
+    if {"training", "ablation"} & set(config.parts) and step_config.compile:
+        require_compiler("give --no-compile")
     checkpoints = decoding_config.checkpoints.values()
     require_output(
         config.json, "--json", corpus.data, *checkpoints, corpus.tokenizer_dir, data_config.data_tokenizer_dir

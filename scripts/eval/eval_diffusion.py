@@ -14,32 +14,31 @@ The network's shape comes from the checkpoint, and so do its blocks, if it has a
 
 import json
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from model.decode import ContinuationConfig, DenoisingConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,
     Observe,
     generate,
-    idle_sampling_flags,
-    in_effect,
     infill,
     note_on_blanks,
 )
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
+from scripts.engine.flags import in_effect
 from scripts.engine.likelihood.documents import (
     as_trained,
     evaluate_documents,
-    flags_of_models,
+    facts_of_models,
     masked_cross_entropy,
     response_likelihood,
     response_line,
 )
-from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.likelihood.windows import DRAWN_MASKS, DataEvalConfig
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances, require_kind
 from scripts.engine.prompts import TypedPromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -47,17 +46,23 @@ from scripts.engine.runtime import RuntimeConfig, command_line
 
 @dataclass(frozen=True)
 class Request:
-    """What to do."""
+    """Prompt, response and output."""
 
     prompt: Annotated[str | None, "text to continue, or the condition of --cond-ll-response"] = None
     infill: Annotated[str | None, "text whose blanks (___) are filled; in the chat template a reply to --prompt"] = None
-    blank_tokens: Annotated[int, "tokens in place of each blank"] = 8
+    blank_tokens: Annotated[int, "tokens in place of each blank", "at least 1", "with --infill"] = 8
     cond_ll_response: Annotated[
         str | None, "instead of generating, the log-likelihood of this response to --prompt"
     ] = None
-    cond_ll_nmc: Annotated[int, "masks drawn for it; one is exact for a response of one token"] = 64
+    cond_ll_nmc: Annotated[
+        int,
+        "masks drawn for it; one is exact for a response of one token",
+        "at least 1",
+        "with --cond-ll-response",
+        f"with {DRAWN_MASKS}",
+    ] = 64
     eval_mask_ratio: Annotated[
-        float | None, "with --eval-data: also the cross-entropy with this share of the tokens masked"
+        float | None, "also the cross-entropy with this share of the tokens masked", "in (0, 1]", "with --eval-data"
     ] = None
     json: Annotated[bool, "print one JSON object instead of text"] = False
 
@@ -66,12 +71,6 @@ class Request:
             raise ValueError("--cond-ll-response needs --prompt (which may be empty)")
         if self.cond_ll_response is not None and self.infill is not None:
             raise ValueError("--cond-ll-response scores a response, --infill writes one; give one of them")
-        if self.blank_tokens < 1:
-            raise ValueError(f"--blank-tokens must be at least 1, not {self.blank_tokens}")
-        if self.cond_ll_nmc < 1:
-            raise ValueError(f"--cond-ll-nmc must be at least 1, not {self.cond_ll_nmc}")
-        if self.eval_mask_ratio is not None and not 0 < self.eval_mask_ratio <= 1:
-            raise ValueError(f"--eval-mask-ratio must be in (0, 1], not {self.eval_mask_ratio}")
 
     @property
     def generating(self) -> bool:
@@ -80,16 +79,21 @@ class Request:
 
 def main(argv: list[str] | None = None) -> None:
     groups = Request, CheckpointConfig, DataEvalConfig, TypedPromptConfig, ContinuationConfig, DenoisingConfig
-    configs = parse_args(__doc__, *groups, TraceConfig, RuntimeConfig, argv=argv)
+    written = "with --prompt or --infill", "without --cond-ll-response"
+    needs = {
+        TypedPromptConfig: "with --prompt or --infill",
+        **dict.fromkeys((ContinuationConfig, DenoisingConfig, TraceConfig), written),
+        **dict.fromkeys(("max_new_tokens", "gen_eos"), "without --infill"),  # blanks have a length and no end
+    }
+    configs = parse_args(__doc__, *groups, TraceConfig, RuntimeConfig, argv=argv, needs=needs)
     request, checkpoint, data, prompting, continuation, denoising, tracing, runtime, given = configs
     if request.prompt is None and request.infill is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
-    refuse_unused(request, data, denoising, given)
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "diffusion")
     model, tokenizer, command = loaded.model, loaded.tokenizer, command_line(__spec__.name, argv)
-    refuse_idle(given, **flags_of_models(loaded))
+    given.refuse_without(facts_of_models(loaded))
     denoising = denoising.fitted(model.config)
     configs = checkpoint, data, prompting, continuation, denoising
     result = loaded.attention | circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
@@ -115,26 +119,6 @@ def main(argv: list[str] | None = None) -> None:
         result["masked_cross_entropy"] = {"mask_ratio": request.eval_mask_ratio, "nats_per_masked_token": loss}
         lines.append(f"at a mask ratio of {request.eval_mask_ratio}: {loss:.4f} nats per masked token (no likelihood)")
     print(json.dumps(result, ensure_ascii=False) if request.json else "\n".join(lines))
-
-
-def refuse_unused(request: Request, data: DataEvalConfig, denoising: DenoisingConfig, given: frozenset[str]) -> None:
-    """ValueError for typed flags that would be ignored."""
-    names = [f.name for group in (ContinuationConfig, DenoisingConfig, TraceConfig) for f in fields(group)]
-    refuse_idle(given, **dict.fromkeys(names, (request.generating, "a --prompt to continue or an --infill")))
-    typed = request.prompt is not None or request.infill is not None, "--prompt or --infill"
-    refuse_idle(given, **dict.fromkeys((f.name for f in fields(TypedPromptConfig)), typed))
-    refuse_idle(given, **idle_sampling_flags(denoising))
-    continuing = request.infill is None, "a continuation; the blanks of --infill have a length and no end"
-    refuse_idle(given, max_new_tokens=continuing, gen_eos=continuing)
-    reading = data.eval_data is not None, "--eval-data"
-    names = "jsonl_field", "eval_split", "eval_batch_size", "eval_max_batches", "num_samples", "eval_mask_ratio"
-    refuse_idle(
-        given,
-        **dict.fromkeys([*names, "on_bad_row"], reading),
-        blank_tokens=(request.infill is not None, "--infill"),
-        cond_ll_nmc=(request.cond_ll_response is not None, "--cond-ll-response"),
-        val_fraction=(data.eval_split == "validation", "--eval-split validation"),
-    )
 
 
 def write(

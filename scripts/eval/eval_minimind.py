@@ -9,17 +9,18 @@ The network's shape comes from the checkpoint; no flag describes it.
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.generation import generate, idle_sampling_flags, in_effect
+from scripts.engine.cli import parse_args, run
+from scripts.engine.decoding.generation import generate
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
+from scripts.engine.flags import in_effect
 from scripts.engine.likelihood.documents import evaluate_documents
-from scripts.engine.likelihood.windows import DataEvalConfig
+from scripts.engine.likelihood.windows import DIFFUSION, DataEvalConfig
 from scripts.engine.loaded import CheckpointConfig, circumstances, require_kind
 from scripts.engine.prompts import TypedPromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -27,7 +28,7 @@ from scripts.engine.runtime import RuntimeConfig, command_line
 
 @dataclass(frozen=True)
 class Request:
-    """What to do."""
+    """Prompt and output."""
 
     prompt: Annotated[str | None, "text to continue"] = None
     json: Annotated[bool, "print one JSON object instead of text"] = False
@@ -45,21 +46,11 @@ def main(argv: list[str] | None = None) -> None:
         TraceConfig,
         RuntimeConfig,
         argv=argv,
+        needs=dict.fromkeys((TypedPromptConfig, ContinuationConfig, SamplingConfig, TraceConfig), "with --prompt"),
     )
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
-    prompted, read = (request.prompt is not None, "--prompt"), (data.eval_data is not None, "--eval-data")
-    generating = [
-        f.name for group in (TypedPromptConfig, ContinuationConfig, SamplingConfig, TraceConfig) for f in fields(group)
-    ]
-    refuse_idle(given, **dict.fromkeys(generating, prompted))
-    refuse_idle(given, **idle_sampling_flags(sampling))
-    refuse_idle(given, jsonl_field=read, eval_split=read, eval_batch_size=read, eval_max_batches=read, on_bad_row=read)
-    refuse_idle(
-        given,
-        val_fraction=(data.eval_split == "validation", "--eval-split validation"),
-        num_samples=(False, "a diffusion model"),
-    )
+    given.refuse_without({DIFFUSION: False})
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "autoregressive")

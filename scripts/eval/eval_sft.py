@@ -10,14 +10,14 @@ unedited.
 """
 
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from dataset.bad_rows import BadRows, OnBadRow
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.answers import (
     answer_all,
     figures_of,
@@ -27,8 +27,7 @@ from scripts.engine.decoding.answers import (
     samples,
     table,
 )
-from scripts.engine.decoding.generation import idle_sampling_flags
-from scripts.engine.decoding.samplers import SamplerGrid
+from scripts.engine.decoding.samplers import ADAPTIVE, SamplerGrid
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.windows import report_skipped
 from scripts.engine.loaded import KINDS, circumstances, load_for_use, load_kind
@@ -38,20 +37,20 @@ from scripts.engine.runtime import RuntimeConfig, command_line
 
 @dataclass(frozen=True)
 class Request:
-    """What to do."""
+    """Conversations, models and output."""
 
     eval_data: Annotated[Path | None, "conversations: JSONL, may be .gz"] = None
     minimind_checkpoint: Annotated[Path | None, "autoregressive model"] = None
     diffusion_checkpoint: Annotated[Path | None, "diffusion model"] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len"] = 512
-    prompts_per_language: Annotated[int, "prompts answered in each language"] = 50
-    batch_size: Annotated[int, "prompts answered together; 1 for the speed of a single user"] = 1
+    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len", "at least 2"] = 512
+    prompts_per_language: Annotated[int, "prompts answered in each language", "at least 1"] = 50
+    batch_size: Annotated[int, "prompts answered together; 1 for the speed of a single user", "at least 1"] = 1
     judge: Annotated[
         Path | None, "an autoregressive checkpoint: also tell how many nats per token it gives the answers"
     ] = None
     on_bad_row: OnBadRow = "error"
-    show: Annotated[int, "answers of each model printed per language"] = 3
+    show: Annotated[int, "answers of each model printed per language", "at least 0"] = 3
     json: Annotated[Path | None, "write everything, each answer included, to this file"] = None
 
     def __post_init__(self):
@@ -59,18 +58,26 @@ class Request:
             raise ValueError("--eval-data is missing: give a .jsonl file of conversations")
         if self.minimind_checkpoint is None and self.diffusion_checkpoint is None:
             raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both")
-        for name in ("prompts_per_language", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.show < 0:
-            raise ValueError(f"--show must not be negative, not {self.show}")
+
+
+NEEDS = {
+    SamplingConfig: "with --minimind-checkpoint",
+    **dict.fromkeys((SamplerGrid, DenoisingConfig), "with --diffusion-checkpoint"),
+    "gen_remasking": "without --policies",
+    "gen_steps": "with a sampler whose steps --steps does not set",
+    "gen_confidence_threshold": "without --thresholds",
+}
 
 
 def main(argv: list[str] | None = None) -> None:
+    groups = Request, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig
     request, grid, continuation, sampling, denoising, runtime, given = parse_args(
-        __doc__, Request, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig, argv=argv
+        __doc__, *groups, argv=argv, needs=NEEDS, later=(SamplerGrid, DenoisingConfig)
     )
-    check_flags(request, grid, sampling, denoising, given)
+    tried = grid.samplers(denoising).values()
+    given.refuse_idle(grid, *tried)
+    set_by_steps = all(config.gen_remasking not in ADAPTIVE for config in tried)
+    given.refuse_without({"a sampler whose steps --steps does not set": not (grid.steps and set_by_steps)})
     read = request.eval_data, request.minimind_checkpoint, request.diffusion_checkpoint, request.judge
     require_output(request.json, "--json", *read, request.tokenizer_dir)
     tokenizer = load_tokenizer(request.tokenizer_dir)
@@ -118,25 +125,6 @@ def main(argv: list[str] | None = None) -> None:
             **circumstances(*about, judged, request, grid, continuation),
         }
         write_json(request.json, result)
-
-
-def check_flags(
-    request: Request,
-    grid: SamplerGrid,
-    sampling: SamplingConfig,
-    denoising: DenoisingConfig,
-    given: frozenset[str],
-) -> None:
-    """ValueError for typed flags that would be ignored."""
-    for config, path, flag in (
-        (sampling, request.minimind_checkpoint, "--minimind-checkpoint"),
-        (denoising, request.diffusion_checkpoint, "--diffusion-checkpoint"),
-    ):
-        refuse_idle(given, **dict.fromkeys((f.name for f in fields(config)), (path is not None, flag)))
-    diffusion = request.diffusion_checkpoint is not None, "--diffusion-checkpoint"
-    refuse_idle(given, **dict.fromkeys(("policies", "steps", "thresholds"), diffusion))
-    grid.refuse_idle(denoising, given)
-    refuse_idle(given, **idle_sampling_flags(sampling))
 
 
 if __name__ == "__main__":

@@ -11,24 +11,23 @@ writes the same text. A prompt is put into the chat template if the checkpoints 
 import json
 import shutil
 import sys
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 from dataset.tokenizer import load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,
     generate,
-    idle_sampling_flags,
-    in_effect,
     warm_up,
 )
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.trace_terminal import on_screen, side_by_side
 from scripts.engine.decoding.watching import Recorder, TraceConfig
 from scripts.engine.files import require_output
+from scripts.engine.flags import in_effect
 from scripts.engine.loaded import KINDS, Loaded, circumstances, load_kind
 from scripts.engine.prompts import Prompt, TypedPromptConfig, note_on_template, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -38,13 +37,13 @@ RATES = ("tokens_per_second", "tokens_per_pass")
 
 @dataclass(frozen=True)
 class Request:
-    """What to do."""
+    """Prompt, models and output."""
 
     prompt: Annotated[str | None, "what the user says"] = None
     minimind_checkpoint: Annotated[Path | None, "autoregressive model"] = None
     diffusion_checkpoint: Annotated[Path | None, "diffusion model"] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len"] = 512
+    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len", "at least 2"] = 512
     json: Annotated[bool, "print one JSON object instead of text"] = False
 
     def __post_init__(self):
@@ -62,13 +61,10 @@ class Request:
 
 def main(argv: list[str] | None = None) -> None:
     groups = Request, TypedPromptConfig, ContinuationConfig, SamplingConfig, DenoisingConfig, TraceConfig
-    *groups, runtime, given = parse_args(__doc__, *groups, RuntimeConfig, argv=argv)
+    needs = {SamplingConfig: "with --minimind-checkpoint", DenoisingConfig: "with --diffusion-checkpoint"}
+    *groups, runtime, _ = parse_args(__doc__, *groups, RuntimeConfig, argv=argv, needs=needs)
     request, prompting, continuation, sampling, denoising, tracing = groups
     configs = dict(zip(KINDS, (sampling, denoising), strict=True))
-    for kind, flag in KINDS.items():
-        names = [f.name for f in fields(configs[kind])]
-        refuse_idle(given, **dict.fromkeys(names, (kind in request.checkpoints, flag)))
-        refuse_idle(given, **idle_sampling_flags(configs[kind]))
     require_output(tracing.file, "--trace", *request.checkpoints.values(), request.tokenizer_dir)
     tokenizer = load_tokenizer(request.tokenizer_dir)
     loaded = {

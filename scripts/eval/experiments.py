@@ -19,12 +19,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.experiments.figures import draw
 from scripts.engine.experiments.readings import READINGS, origin, read_reports
-from scripts.engine.experiments.runs import Lab, Recipe, TrainingsConfig, numbers
+from scripts.engine.experiments.runs import Lab, Recipe, TrainingsConfig
 from scripts.engine.experiments.trainings import (
     TRAININGS,
     InitialisationConfig,
@@ -42,60 +42,49 @@ EXPERIMENTS = *TRAININGS, *READINGS
 
 @dataclass(frozen=True)
 class ExperimentsConfig:
-    """What to do."""
+    """Experiments and their folder."""
 
-    experiments: Annotated[str, "which ones, separated by commas"] = ",".join(TRAININGS)
+    experiments: Annotated[tuple[Literal[*EXPERIMENTS], ...], "which ones", "without --draw"] = tuple(TRAININGS)
     out: Annotated[Path, "folder of <experiment>.json and .png, and in runs/ of all trainings"] = Path(
         "weights/experiments"
     )
-    reports: Annotated[str | None, "reversal, frontier: report.json of each seed, separated by commas"] = None
+    reports: Annotated[
+        tuple[Path, ...] | None, "report.json of each seed", "with --experiments reversal or frontier"
+    ] = None
     draw: Annotated[Path | None, "draw the figures of this folder's JSONs again; nothing else is done"] = None
 
     def __post_init__(self):
-        unknown = [name for name in self.chosen if name not in EXPERIMENTS]
-        if unknown:
-            raise ValueError(f"--experiments: {unknown[0]!r} is none; expected some of {', '.join(EXPERIMENTS)}")
-        if self.reports is None and any(name in READINGS for name in self.chosen):
-            raise ValueError(f"--experiments {self.experiments}: reversal and frontier need --reports")
+        if self.reports is None and any(name in READINGS for name in self.experiments):
+            raise ValueError(f"--experiments {','.join(self.experiments)}: reversal and frontier need --reports")
 
-    @property
-    def chosen(self) -> list[str]:
-        return self.experiments.split(",")
+
+TRAINS = "without --draw", "with --experiments schedules, initialisation or repetition"
+NEEDS = {
+    **dict.fromkeys((TrainingsConfig, Recipe, RuntimeConfig), TRAINS),
+    **dict.fromkeys(("out", "reports"), "without --draw"),
+    SchedulesConfig: ("without --draw", "with --experiments schedules"),
+    InitialisationConfig: ("without --draw", "with --experiments initialisation"),
+    RepetitionConfig: ("without --draw", "with --experiments repetition"),
+}
 
 
 def main(argv: list[str] | None = None) -> None:
     groups = ExperimentsConfig, TrainingsConfig, Recipe, SchedulesConfig, InitialisationConfig, RepetitionConfig
-    what, trainings, recipe, *configs, runtime, given = parse_args(__doc__, *groups, RuntimeConfig, argv=argv)
-    refuse_unused(what, trainings, given)
+    what, trainings, recipe, *configs, runtime, _ = parse_args(__doc__, *groups, RuntimeConfig, argv=argv, needs=NEEDS)
     if what.draw:
         draw_again(what.draw)
         return
     require_writable(what.out / "runs" / "any", "--out")
     reports = read_reports(what.reports) if what.reports else {}
-    for name in what.chosen:
+    for name in what.experiments:
         require_output(what.out / f"{name}.json", "--out", *reports, trainings.data, trainings.tokenizer_dir)
     command = command_line(__spec__.name, argv)
     about = {"reports": origin(reports), "command": command, **provenance(runtime)}
     for name in READINGS:
-        if name in what.chosen:
+        if name in what.experiments:
             finish(what.out, {"experiment": name, **READINGS[name](reports), **about})
     for result in train(what, trainings, recipe, dict(zip(TRAININGS, configs, strict=True)), runtime, command):
         finish(what.out, result)
-
-
-def refuse_unused(what: ExperimentsConfig, trainings: TrainingsConfig, given: frozenset[str]) -> None:
-    """ValueError for typed flags that would be ignored."""
-    if what.draw:
-        refuse_idle(given, **dict.fromkeys(sorted(given - {"draw"}), (False, "experiments, that is, with --draw")))
-    own = {name: name.split("_")[0] for name in given if name.split("_")[0] in TRAININGS}
-    refuse_idle(given, **{name: (own[name] in what.chosen, f"{own[name]} among --experiments") for name in own})
-    if not set(what.chosen) & set(TRAININGS):
-        more = sorted(given - {"experiments", "out", "reports"})
-        refuse_idle(given, **dict.fromkeys(more, (False, "an experiment that trains")))
-    reads = bool(set(what.chosen) & set(READINGS))
-    ready_made = trainings.tokenizer_dir is not None
-    refuse_idle(given, reports=(reads, "reversal or frontier among --experiments"))
-    refuse_idle(given, target_vocab_size=(not ready_made, "a tokenizer trained here: --tokenizer-dir names one"))
 
 
 def train(
@@ -107,7 +96,7 @@ def train(
     command: str,
 ) -> Iterator[dict[str, Any]]:
     """The results of the chosen experiments that train, one after the other."""
-    chosen = [name for name in TRAININGS if name in what.chosen]
+    chosen = [name for name in TRAININGS if name in what.experiments]
     if not chosen:
         return
     lab = Lab(what.out / "runs", trainings, recipe, runtime)
@@ -115,7 +104,7 @@ def train(
     for name in chosen:
         first = len(lab.commands)
         lab.judged.clear()
-        result = TRAININGS[name].run(lab, configs[name], numbers(trainings.seeds, "--seeds"))
+        result = TRAININGS[name].run(lab, configs[name], trainings.seeds)
         settings = trainings, recipe, configs[name]
         yield {
             "experiment": name,

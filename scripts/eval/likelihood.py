@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from dataset.bad_rows import BadRows
 from dataset.formats import is_conversation
 from dataset.jsonl import read_rows, text_format
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.choices import evaluate_choices
 from scripts.engine.likelihood.documents import (
@@ -29,9 +29,9 @@ from scripts.engine.likelihood.documents import (
     as_trained,
     evaluate_file,
     evaluate_replies,
-    flags_of_models,
+    facts_of_models,
 )
-from scripts.engine.likelihood.windows import DataEvalConfig, report_skipped
+from scripts.engine.likelihood.windows import DIFFUSION, WHOLE_ROWS, DataEvalConfig, report_skipped
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
 from scripts.engine.runtime import RuntimeConfig, command_line
 
@@ -52,16 +52,18 @@ class RowsConfig:
     ] = "auto"
     canvas: Annotated[
         int,
-        "chat, diffusion: tokens that a reply and its EOS stand on; what they leave is filled with EOS and scored, so "
+        "tokens that a reply and its EOS stand on; what they leave is filled with EOS and scored, so "
         "that the length of the reply is not given away; 0 = give it away. That of a model in blocks ends with a block",
+        "at least 0",
+        f"with {DIFFUSION}",
+        "with conversations",
+        f"with {WHOLE_ROWS}",
     ] = 128
     chat_wrap: Annotated[
-        bool | None, "choices: ask in the chat template, else BOS and the question; none = as it was trained"
+        bool | None,
+        "ask in the chat template, else BOS and the question; none = as it was trained",
+        "with multiple choice",
     ] = None
-
-    def __post_init__(self):
-        if self.canvas < 0:
-            raise ValueError(f"--canvas must not be negative, not {self.canvas}")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,10 +81,8 @@ def main(argv: list[str] | None = None) -> None:
     require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
     loaded, bad = checkpoint.load(runtime), BadRows(data.on_bad_row)
     form = format_of(data, rows.eval_format)
-    refuse_idle(given, jsonl_field=(form == "text", "rows of text"), **flags_of_models(loaded))
-    refuse_idle(given, canvas=(form == "chat", "conversations"), chat_wrap=(form == "choices", "multiple choice"))
-    refuse_idle(given, eval_split=(form != "choices", "text or conversations"))
-    refuse_idle(given, val_fraction=(data.eval_split == "validation", "--eval-split validation"))
+    facts = {"rows of text": form == "text", "conversations": form == "chat", "multiple choice": form == "choices"}
+    given.refuse_without(facts_of_models(loaded) | facts)
     print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
     lines, result = EVALUATE[form](loaded, data, rows, bad)
     result |= report_skipped(data.eval_data, bad)

@@ -21,34 +21,49 @@ from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import TypedFlags, parse_args, run
 from scripts.engine.files import require_output, write_json
-from scripts.engine.likelihood.documents import flags_of_models
+from scripts.engine.likelihood.documents import facts_of_models
 from scripts.engine.loaded import Loaded, circumstances, load_kind
 from scripts.engine.prompts import PromptConfig, note_on_template
 from scripts.engine.report.flags import Request, check_flags, require_folder
 from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
-from scripts.engine.report.measure import MeasureConfig, Setup, bundled_sources, measure, require_readable, sources_of
+from scripts.engine.report.measure import (
+    IN_WORDS,
+    MeasureConfig,
+    Setup,
+    bundled_sources,
+    measure,
+    require_readable,
+    sources_of,
+)
 from scripts.engine.report.page import FORMAT, PICTURES, draw, read_report
 from scripts.engine.report.results import AR, DIFFUSION, summary_of
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 NAMES = {"autoregressive": AR, "diffusion": DIFFUSION}
+NEEDS = {
+    **dict.fromkeys((MeasureConfig, FrontierConfig, RuntimeConfig), "without --from"),
+    PromptConfig: ("without --from", "with questions"),
+    ContinuationConfig: ("without --from", f"with {IN_WORDS}"),
+    SamplingConfig: ("without --from", "with --minimind-checkpoint", f"with {IN_WORDS}"),
+    DenoisingConfig: ("without --from", "with --diffusion-checkpoint", f"with {IN_WORDS}"),
+}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Make the report, and return its `summary_of`."""
     groups = (Request, MeasureConfig, FrontierConfig, PromptConfig)
     groups += (ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig)
-    *configs, given = parse_args(__doc__, *groups, argv=argv, max_new_tokens=64)
+    later = SamplingConfig, DenoisingConfig
+    *configs, given = parse_args(__doc__, *groups, argv=argv, needs=NEEDS, later=later, max_new_tokens=64)
     request = configs[0]
-    read = request.redraw, request.tokenizer_dir, *(path for _, path in request.checkpoints), *request.files
+    read = request.redraw, request.tokenizer_dir, *(path for _, path in request.checkpoints), *(request.eval_data or ())
     for name in ("report.md", *PICTURES) if request.redraw else ("report.md", *PICTURES, "report.json"):
         require_output(request.folder / name, "--out", *read)
     require_folder(request.folder)
     if request.redraw:
-        again = given - {"redraw", "out", "show"}
-        refuse_idle(again, **dict.fromkeys(again, (False, "measuring anew, which --from does not")))
+        given.refuse_idle(*configs)
         report = read_report(request.redraw)
     else:
         report = measured(configs, given, argv)
@@ -59,16 +74,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     return summary_of(report)
 
 
-def measured(configs: list[Any], given: frozenset[str], argv: list[str] | None) -> dict[str, Any]:
+def measured(configs: list[Any], given: TypedFlags, argv: list[str] | None) -> dict[str, Any]:
     """The content of report.json."""
     request, measuring, frontier, prompting, continuation, sampling, denoising, runtime = configs
     sources = bundled_sources() if request.eval_data is None else sources_of(request.eval_data, measuring)
-    kinds, forms = {kind for kind, _ in request.checkpoints}, {(source.form, source.split) for source in sources}
-    check_flags(kinds, forms, request.eval_data is None, frontier, continuation, sampling, denoising, given)
+    forms = {(source.form, source.split) for source in sources}
+    check_flags(given, request, forms, frontier, continuation.max_new_tokens, (sampling, denoising))
     tokenizer = load_tokenizer(request.tokenizer_dir)
     require_readable(sources, measuring, tokenizer)
     models = load_all(request, tokenizer, measuring.max_seq_len, runtime)
-    refuse_idle(given, **flags_of_models(*models.values()))
+    given.refuse_without(facts_of_models(*models.values()))
     for one in models.values():
         if one.kind == "diffusion":
             denoising.fitted(one.model.config)  # refuses what does not go with its attention, before any work

@@ -29,13 +29,9 @@ class VarianceConfig:
     """The measurement."""
 
     checkpoint: Annotated[Path | None, "diffusion checkpoint"] = None
-    batch_size: Annotated[int, "rows in the batch"] = 16
-    num_draws: Annotated[int, "masks drawn per schedule"] = 64
+    batch_size: Annotated[int, "rows in the batch", "at least 1"] = 16
+    num_draws: Annotated[int, "masks drawn per schedule", "at least 2"] = 64
     json: Annotated[Path | None, "also write the result to this file"] = None
-
-    def __post_init__(self):
-        if self.batch_size < 1 or self.num_draws < 2:
-            raise ValueError("--batch-size must be at least 1 and --num-draws at least 2")
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,8 @@ def measure(model: Transformer, batch: dict, schedule: str, draws: int, runtime:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config, data, runtime, _ = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
+    config, data, runtime, given = parse_args(__doc__, VarianceConfig, PretrainData, RuntimeConfig, argv=argv)
+    given.refuse_without({"character mode": False})
     require_output(config.json, "--json", config.checkpoint, data.data, data.tokenizer_dir)
     checkpoint = CheckpointConfig(config.checkpoint, data.tokenizer_dir, data.max_seq_len)
     loaded = checkpoint.load(runtime)

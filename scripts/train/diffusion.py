@@ -27,34 +27,44 @@ from dataset.tokenizer import (
     train_characters,
 )
 from model.checkpoint import load_model
+from model.config import ModelConfig
 from model.decode import ContinuationConfig, DenoisingConfig
+from model.forward_process import EPS_IN_BAND
 from model.masked_diffusion import MaskedDiffusion
-from scripts.engine.cli import parse_args, refuse_idle, run
-from scripts.engine.decoding.generation import generate, idle_sampling_flags
+from scripts.engine.cli import parse_args, run
+from scripts.engine.decoding.generation import generate
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Prompt, prompt_tokens
-from scripts.engine.runtime import RuntimeConfig
-from scripts.engine.training.config import GROUPS, StageConfigs
-from scripts.engine.training.run import continues
+from scripts.engine.training.config import GROUPS, StageConfigs, TrainerConfig
+from scripts.engine.training.optim import OptimConfig
+from scripts.engine.training.run import RunConfig, continues
 from scripts.engine.training.stage import Stage
 
 
 @dataclass(frozen=True)
 class DiffusionRun:
-    """What to do."""
+    """Training or generation, and the run's own tokenizer."""
 
     train: Annotated[bool, "train; without it, generate from the run's weights"] = False
     prompt: Annotated[str, "beginning of the text to generate; after training, of the closing sample"] = ""
     use_tokenizer: Annotated[bool, "the tokenizer of --tokenizer-dir; without it, characters"] = False
-    retrain_tokenizer: Annotated[bool, "train a byte-level BPE on --data first, into <save-dir>/<run>_tokenizer"] = (
-        False
-    )
-    target_vocab_size: Annotated[int, "its entries, special tokens included"] = 6400
-    mask_token: Annotated[str, "spelling of the mask token"] = MASK_TOKEN
+    retrain_tokenizer: Annotated[
+        bool,
+        "train a byte-level BPE on --data first, into <save-dir>/<run>_tokenizer",
+        "with --train",
+        "with --use-tokenizer",
+    ] = False
+    target_vocab_size: Annotated[
+        int, "its entries, special tokens included", "at least 1", "with --retrain-tokenizer"
+    ] = 6400
+    mask_token: Annotated[str, "spelling of the mask token", "with a tokenizer that is trained here"] = MASK_TOKEN
 
-    def __post_init__(self):
-        if self.retrain_tokenizer and not (self.use_tokenizer and self.train):
-            raise ValueError("--retrain-tokenizer needs --train and --use-tokenizer")
+
+GENERATION = {"tokenizer_dir", "max_seq_len", "run_name", "save_dir", "weights_path"}  # uses these fields, too
+ONLY_TRAINING = (
+    *(MaskedDiffusion, ModelConfig, OptimConfig, TrainerConfig),
+    *(f.name for group in (PretrainData, RunConfig) for f in fields(group) if f.name not in GENERATION),
+)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -69,9 +79,17 @@ def main(argv: list[str] | None = None) -> None:
         argv=argv,
         run_name="diffusion",
         learning_rate=4e-4,
+        needs=dict.fromkeys(ONLY_TRAINING, "with --train")
+        | {"tokenizer_dir": ("with --use-tokenizer", "without --retrain-tokenizer")},
     )
     configs = StageConfigs(*configs, argv)
-    refuse_unused(what, configs, denoising)
+    configs.given.refuse_without(
+        {
+            "a tokenizer that is trained here": what.retrain_tokenizer or not what.use_tokenizer,
+            "character mode": not what.use_tokenizer,
+            EPS_IN_BAND: objective.eps_has_effect,
+        }
+    )
     tokenizer, is_new = find_tokenizer(what, data, configs)
     prompt = Prompt(what.prompt)
     if "max_new_tokens" not in configs.given:  # the default gives way to a short canvas, a typed number does not
@@ -92,25 +110,6 @@ def main(argv: list[str] | None = None) -> None:
         model.set_context(data.max_seq_len)
     loaded = Loaded(model, tokenizer, configs.runtime, data.max_seq_len)
     print(generate(loaded, prompt, continuation, denoising).report())
-
-
-def refuse_unused(what: DiffusionRun, configs: StageConfigs, denoising: DenoisingConfig) -> None:
-    """Raise ValueError for typed flags that would be ignored."""
-    generating = {
-        f.name for group in (DiffusionRun, ContinuationConfig, DenoisingConfig, RuntimeConfig) for f in fields(group)
-    }
-    generating |= {"tokenizer_dir", "max_seq_len", "run_name", "save_dir", "weights_path"}
-    if not what.train:
-        refuse_idle(configs.given, **dict.fromkeys(sorted(configs.given - generating), (False, "--train")))
-    refuse_idle(configs.given, **idle_sampling_flags(denoising))
-    ready_made = what.use_tokenizer and not what.retrain_tokenizer
-    refuse_idle(
-        configs.given,
-        mask_token=(not ready_made, "a tokenizer that is trained here"),
-        jsonl_sep=(not what.use_tokenizer, "character mode, that is, with --use-tokenizer"),
-        target_vocab_size=(what.retrain_tokenizer, "--retrain-tokenizer"),
-        tokenizer_dir=(ready_made, "a ready tokenizer: --use-tokenizer, and no --retrain-tokenizer"),
-    )
 
 
 def find_tokenizer(

@@ -9,7 +9,7 @@ Writes weights/<run>.pt (everything needed to continue), <run>_state_dict.pt (fo
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer
 from model.objective import NextToken
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.training.config import GROUPS, StageConfigs
 from scripts.engine.training.stage import Stage
 
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         run_name="minimind_pretrain",
     )
     configs = StageConfigs(*configs, argv)
-    refuse_idle(configs.given, jsonl_sep=(False, "character mode, which scripts.train.diffusion has"))
+    configs.given.refuse_without({"character mode": False})
     tokenizer = load_tokenizer(data.tokenizer_dir)
     stage = Stage("scripts.train.train_pretrain", configs, NextToken(), data, tokenizer)
     with stage.opened():

@@ -12,10 +12,11 @@ fill the reply's last block.
 
 from dataclasses import replace
 
-from dataset.sft import DiffusionSFTData, SFTDataset
+from dataset.sft import OPEN_END, DiffusionSFTData, SFTDataset
 from dataset.tokenizer import load_tokenizer
+from model.forward_process import EPS_IN_BAND
 from model.masked_diffusion import MaskedDiffusion
-from scripts.engine.cli import parse_args, refuse_idle, run
+from scripts.engine.cli import parse_args, run
 from scripts.engine.training.config import SFT_GROUPS, StageConfigs
 from scripts.engine.training.stage import Stage, require_start
 
@@ -31,8 +32,10 @@ def main(argv: list[str] | None = None) -> None:
         learning_rate=3e-4,
         warmup_steps=100,
         variable_length_prob=0.0,
+        needs={"lr_stable_ratio": "without --final-decay-ratio"},
     )
     configs = StageConfigs(*configs, argv)
+    configs.given.refuse_without({EPS_IN_BAND: objective.eps_has_effect})
     require_start(configs, "weights/diffusion_from_ar_eq3_state_dict.pt")
     if objective.variable_length_prob:
         raise ValueError("--variable-length-prob would cut replies off their prompts; leave it out in fine-tuning")
@@ -46,11 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     with stage.opened():
         block_size = stage.model.config.block_size
         fills_block = block_size > 0 and data.quantize_effective_length
-        refuse_idle(
-            configs.given,
-            quantize_effective_length=(block_size > 0, "block diffusion (--block-size)"),
-            eos_fill=(not fills_block, "--no-quantize-effective-length"),
-        )
+        configs.given.refuse_without({"block diffusion": block_size > 0, OPEN_END: not fills_block})
         dataset = stage.build(
             SFTDataset,
             all_replies=False,

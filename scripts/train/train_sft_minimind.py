@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
         run_name="minimind_sft",
         learning_rate=3e-4,
         warmup_steps=100,
+        needs={"lr_stable_ratio": "without --final-decay-ratio"},
     )
     configs = StageConfigs(*configs, argv)
     require_start(configs, "weights/minimind_pretrain_state_dict.pt")

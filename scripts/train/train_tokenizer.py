@@ -36,7 +36,9 @@ class TokenizerTraining:
 
     data: Annotated[Path | None, "text to train on: .jsonl or .txt, also with .gz (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a row that holds its text"] = "text"
-    target_vocab_size: Annotated[int, "vocabulary entries in all: 16 control tokens, 256 bytes, merges"] = 6400
+    target_vocab_size: Annotated[
+        int, "vocabulary entries in all: 16 control tokens, 256 bytes, merges", "at least 1"
+    ] = 6400
     mask_token: Annotated[str, "name of the token that stands for a masked one"] = MASK_TOKEN
     out: Annotated[Path, "directory to write tokenizer.json and tokenizer_config.json into"] = Path("weights/tokenizer")
     overwrite: Annotated[bool, "replace a tokenizer that --out already holds"] = False

@@ -153,7 +153,7 @@ def test_the_kind_of_rows_is_told_by_their_fields_or_by_a_flag(doctor):
         (b"text\n", "rows.txt", ["--kind", "chat"], "plain text"),
         (b"text\n", "rows.txt", ["--jsonl-field", "a"], "--jsonl-field has no effect"),
         ([chat("a", "b")], "rows.jsonl", ["--kind", "chat", "--jsonl-field", "a"], "--jsonl-field has no effect"),
-        ([chat("a", "b")], "rows.jsonl", ["--max-seq-len", "3"], "--max-seq-len 3"),
+        ([chat("a", "b")], "rows.jsonl", ["--max-seq-len", "3"], "--max-seq-len must be at least 16, not 3"),
     ],
 )
 def test_a_file_that_cannot_be_read_ends_with_exit_code_2(rows, name, flags, words, doctor):

@@ -1,92 +1,44 @@
-"""Every flag that is typed has an effect, or the command is refused before anything is computed."""
+"""Flags without effect because of what only the command knows: refused before anything is computed.
+
+That every flag is refused which needs another one: test_every_flag.
+"""
 
 import pytest
 
-from scripts.eval import eval_diffusion, eval_minimind, likelihood
+from scripts.eval import benchmark, eval_diffusion, eval_minimind, likelihood, schedule_variance
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import EVALS
 
+BAND = ["--mask-schedule", "iid_t", "--mask-rate-min", "0.3", "--mask-rate-max", "0.8", "--iid-mask-eps", "0.01"]
+
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "module, flags, words",
     [
-        (["--target-vocab-size", "300"], ["--target-vocab-size", "--retrain-tokenizer"]),
-        (["--iid-mask-eps", "0.5"], ["--iid-mask-eps"]),
-        (["--retrain-tokenizer", "--no-use-tokenizer"], ["--retrain-tokenizer"]),
-        (["--no-train"], ["--train"]),
-        (["--no-use-tokenizer"], ["--tokenizer-dir"]),
-        (["--retrain-tokenizer"], ["--tokenizer-dir"]),
-        (["--mask-token", "<|another|>"], ["--mask-token has no effect without"]),
-        (["--weights-path", "weights/dm.pt"], ["--weights-path"]),
+        (diffusion, ["--no-use-tokenizer"], "--tokenizer-dir has no effect without --use-tokenizer"),
+        (diffusion, ["--retrain-tokenizer"], "--tokenizer-dir has no effect with --retrain-tokenizer"),
+        (diffusion, ["--mask-token", "<|x|>"], "--mask-token has no effect without a tokenizer that is trained here"),
+        (diffusion, ["--jsonl-sep", "x"], "--jsonl-sep has no effect without character mode"),
+        (diffusion, BAND, "--iid-mask-eps has no effect without a band of mask rates"),
+        (diffusion, ["--weights-path", "weights/dm.pt"], "--weights-path"),
+        (diffusion, ["--no-train"], "--train"),
+        (train_pretrain, ["--jsonl-sep", "x"], "--jsonl-sep has no effect without character mode"),
+        (train_pretrain, ["--val-fraction", "0", "--early-stop-patience", "2"], "--early-stop-patience"),
     ],
 )
-def test_diffusion_refuses_flags_that_it_would_ignore(flags, words, diffusion_argv, refused):
-    refused(diffusion, [*diffusion_argv, *flags], *words)
+def test_training_refuses_flags_without_effect(module, flags, words, diffusion_argv, pretrain_argv, refused):
+    refused(module, [*(diffusion_argv if module is diffusion else pretrain_argv), *flags], words)
 
 
-@pytest.mark.parametrize(
-    "flags", [["--eval-interval", "7"], ["--save-interval", "7"], ["--jsonl-sep", "x"], ["--cache-dir", "x"]]
-)
-def test_generating_refuses_flags_of_training(flags, refused):
-    refused(diffusion, ["--run-name", "dm", *flags], flags[0])
+@pytest.mark.parametrize("module", [benchmark, schedule_variance])
+def test_a_separator_is_for_character_mode_alone(module, refused):
+    refused(module, ["--jsonl-sep", "x"], "--jsonl-sep has no effect without character mode")
 
 
-IGNORED = [
-    (train_pretrain, ["--lr-schedule", "cosine", "--lr-stable-ratio", "0.5"], "--lr-stable-ratio"),
-    (diffusion, ["--mask-schedule", "fixed_count", "--iid-mask-eps", "0.01"], "--iid-mask-eps"),
-    (diffusion, ["--repeat-penalty-min-run", "3"], "--repeat-penalty-min-run"),
-    (diffusion, ["--repeat-penalty-warmup-steps", "3"], "--repeat-penalty-warmup-steps"),
-    (train_pretrain, ["--early-stop-min-delta", "0.5"], "--early-stop-min-delta"),
-    (train_pretrain, ["--val-fraction", "0", "--early-stop-patience", "2"], "--early-stop-patience"),
-]
-
-
-@pytest.mark.parametrize("module, flags, word", IGNORED)
-def test_a_flag_without_effect_is_refused(module, flags, word, train_argv, refused):
-    """Every flag does what its name says or the combination is refused; none is ignored."""
-    refused(module, [*train_argv["diffusion" if module is diffusion else "train_pretrain"], *flags], word)
-
-
-@pytest.mark.parametrize(
-    "name, flags, word",
-    [
-        ("eval_minimind", ["--max-new-tokens", "3"], "without --prompt"),
-        ("eval_minimind", ["--ar-temperature", "0.5"], "without --prompt"),
-        ("eval_minimind", ["--ar-top-k", "5"], "without --prompt"),
-        ("eval_minimind", ["--gen-seed", "3"], "without --prompt"),
-        ("eval_minimind", ["--nmc", "3"], "without a diffusion model"),
-        ("eval_minimind", ["--val-fraction", "0.5"], "without --eval-split validation"),
-        ("eval_diffusion", ["--gen-steps", "3"], "without a --prompt"),
-        ("eval_diffusion", ["--gen-seed", "3"], "without a --prompt"),
-        ("eval_diffusion", ["--max-new-tokens", "3", "--prompt", "a", "--cond-ll-response", "b"], "without a --prompt"),
-        ("eval_diffusion", ["--cond-ll-nmc", "3"], "without --cond-ll-response"),
-        ("eval_diffusion", ["--val-fraction", "0.5"], "without --eval-split validation"),
-        ("likelihood", ["--val-fraction", "0.5"], "without --eval-split validation"),
-        ("likelihood", ["--checkpoint", "weights/ar_state_dict.pt", "--nmc", "3"], "without a diffusion model"),
-    ],
-)
-def test_an_evaluation_flag_without_effect_is_refused(name, flags, word, eval_argv, refused):
-    refused(EVALS[name], [*eval_argv[name], *flags], f"has no effect {word}")
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--eval-batch-size", "3"],
-        ["--eval-max-batches", "3"],
-        ["--jsonl-field", "text"],
-        ["--eval-split", "validation"],
-        ["--val-fraction", "0.5"],
-        ["--nmc", "3"],
-        ["--eval-mask-ratio", "0.5"],
-    ],
-)
-@pytest.mark.parametrize("name", ["eval_minimind", "eval_diffusion"])
-def test_a_flag_of_the_evaluated_file_is_refused_without_one(name, flags, eval_argv, refused):
-    if name == "eval_minimind" and flags[0] == "--eval-mask-ratio":
-        return  # it has no such flag
-    argv = eval_argv[name][: eval_argv[name].index("--eval-data")]
-    refused(EVALS[name], [*argv, "--prompt", "a", *flags], "has no effect without")
+@pytest.mark.parametrize("name", ["eval_minimind", "likelihood"])
+def test_an_autoregressive_model_draws_no_masks(name, eval_argv, refused):
+    argv = [*eval_argv["eval_minimind"], "--nmc", "3"]
+    refused(EVALS[name], argv, "--num-samples has no effect without a diffusion model")
 
 
 def test_what_an_evaluation_needs(eval_argv, refused):

@@ -56,7 +56,7 @@ def test_compiling_is_for_training_alone(refused, eval_argv):
     "change, word",
     [
         (lambda file: file["config"].pop("num_attention_heads"), "num_attention_heads is missing"),
-        (lambda file: file["config"].update(hidden_act="tanh"), "hidden_act"),
+        (lambda file: file["config"].update(hidden_act="tanh"), "--hidden-act must be one of"),
         (lambda file: file.update(average={}), "average"),
     ],
 )

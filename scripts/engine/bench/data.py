@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
@@ -33,24 +33,23 @@ PEAKS = [f"{phase}_{memory}_bytes" for phase in ("build", "read") for memory in 
 class DataBenchmarkConfig:
     """Measuring the data pipeline."""
 
-    data_kinds: Annotated[tuple[str, ...], "kinds of synthetic corpora: documents, conversations, pairs"] = (
+    data_kinds: Annotated[tuple[Literal["documents", "conversations", "pairs"], ...], "kinds of synthetic corpora"] = (
         "documents",
         "conversations",
         "pairs",
     )
-    data_megabytes: Annotated[tuple[int, ...], "sizes of the synthetic corpora, in MB; two at least"] = (8, 16, 32)
-    data_rows_per_batch: Annotated[int, "rows of a batch that is read"] = 32
+    data_megabytes: Annotated[tuple[int, ...], "sizes of the synthetic corpora, in MB; two at least", "at least 1"] = (
+        8,
+        16,
+        32,
+    )
+    data_rows_per_batch: Annotated[int, "rows of a batch that is read", "at least 1"] = 32
     data_tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
 
     def __post_init__(self) -> None:
-        unknown = set(self.data_kinds) - KINDS.keys()
-        if unknown or not self.data_kinds:
-            raise ValueError(f"--data-kinds {','.join(self.data_kinds)}: expected some of {', '.join(KINDS)}")
-        if len(set(self.data_megabytes)) < 2 or min(self.data_megabytes) < 1:
+        if len(set(self.data_megabytes)) < 2:
             sizes = ",".join(map(str, self.data_megabytes))
-            raise ValueError(f"--data-megabytes {sizes}: a slope takes two sizes of at least 1 MB")
-        if self.data_rows_per_batch < 1:
-            raise ValueError(f"--data-rows-per-batch {self.data_rows_per_batch}: expected at least 1")
+            raise ValueError(f"--data-megabytes {sizes}: a slope takes two sizes")
 
 
 def measure(config: DataBenchmarkConfig) -> list[dict[str, Any]]:

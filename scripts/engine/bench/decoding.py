@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 
@@ -49,32 +49,28 @@ class DecodingBenchmarkConfig:
     decoding_diffusion: Annotated[Path | None, "checkpoint of full attention, fine-tuned"] = None
     decoding_blocks: Annotated[Path | None, "checkpoint of block diffusion, fine-tuned"] = None
     decoding_tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    decoding_questions: Annotated[int, "bundled questions, or random prompts, that every sampler answers"] = 32
-    decoding_batch_sizes: Annotated[tuple[int, ...], "questions answered together"] = (1, 8)
+    decoding_questions: Annotated[
+        int, "bundled questions, or random prompts, that every sampler answers", "at least 1"
+    ] = 32
+    decoding_batch_sizes: Annotated[tuple[int, ...], "questions answered together", "at least 1"] = (1, 8)
     decoding_dtypes: Annotated[
-        tuple[str, ...], "precisions tried; what a sampler is compared with is the fastest of all these"
+        tuple[Literal["auto", "float32", "float16", "bfloat16"], ...],
+        "precisions tried; what a sampler is compared with is the fastest of all these",
     ] = ("auto",)
-    decoding_new_tokens: Annotated[int, "longest answer, and the canvas of diffusion, in tokens"] = 24
+    decoding_new_tokens: Annotated[int, "longest answer, and the canvas of diffusion, in tokens", "at least 1"] = 24
     decoding_naive_tokens: Annotated[
-        int | None, f"canvas of the {NAIVE_STEPS} full forward passes, in new tokens (none: --decoding-new-tokens)"
+        int | None,
+        f"canvas of the {NAIVE_STEPS} full forward passes, in new tokens (none: --decoding-new-tokens)",
+        "at least 1",
     ] = None
-    decoding_policies: Annotated[tuple[str, ...], "diffusion policies"] = tuple(POLICIES)
-    decoding_thresholds: Annotated[tuple[float, ...], "of the policies threshold and hybrid"] = (0.9, 0.7)
-    decoding_tokens_per_step: Annotated[tuple[int, ...], "of policies with a fixed number of steps"] = (2,)
-    decoding_prompt_tokens: Annotated[int, "length of a random prompt"] = 40
-    decoding_block_size: Annotated[int, "block size of random weights"] = 8
-    decoding_rounds: Annotated[int, "rounds, in each of which every sampler answers all questions"] = 5
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            values = [value] if isinstance(value, int) else value if name.endswith(("sizes", "per_step")) else []
-            if not all(isinstance(one, int) and one > 0 for one in values):
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if unknown := [name for name in self.decoding_policies if name not in POLICIES]:
-            raise ValueError(f"--decoding-policies: {unknown[0]!r} is not one of {', '.join(POLICIES)}")
-        if unknown := [name for name in self.decoding_dtypes if name not in ("auto", "float32", "float16", "bfloat16")]:
-            raise ValueError(f"--decoding-dtypes: {unknown[0]!r} is none; expected auto, float32, float16 or bfloat16")
-        list(self.samplers("diffusion", True))
+    decoding_policies: Annotated[tuple[Literal[*POLICIES], ...], "diffusion policies"] = tuple(POLICIES)
+    decoding_thresholds: Annotated[tuple[float, ...], "of the policies threshold and hybrid", "in (0, 1]"] = (0.9, 0.7)
+    decoding_tokens_per_step: Annotated[tuple[int, ...], "of policies with a fixed number of steps", "at least 1"] = (
+        2,
+    )
+    decoding_prompt_tokens: Annotated[int, "length of a random prompt", "at least 1"] = 40
+    decoding_block_size: Annotated[int, "block size of random weights", "at least 1"] = 8
+    decoding_rounds: Annotated[int, "rounds, in each of which every sampler answers all questions", "at least 1"] = 5
 
     @property
     def checkpoints(self) -> dict[str, Path]:
@@ -82,7 +78,7 @@ class DecodingBenchmarkConfig:
         return {kind: path for kind, path in paths.items() if path is not None}
 
     def samplers(self, kind: str, trained: bool) -> dict[str, SamplingConfig | DenoisingConfig]:
-        """name -> settings. ValueError for an impossible threshold."""
+        """name -> settings."""
         if kind == "AR":
             return {"greedy, KV cache": GREEDY}
         samplers: dict[str, SamplingConfig | DenoisingConfig] = {}

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from scripts.engine.training.loader import Rows
 from scripts.engine.training.optim import OptimConfig, make_optimizers, scale_and_clip
 
 KINDS = ("ar", "full", "block")
+STEPS = "with --parts training, ablation or scaling"
 PARTS = ("data", "forward", "backward", "optimizer")
 SECONDS = [f"{part}_seconds" for part in PARTS]
 
@@ -63,19 +64,15 @@ WARM_UP = 2  # turns: the first compiles, and the allocator's store grows until 
 class TrainingBenchmarkConfig:
     """Measuring training."""
 
-    kinds: Annotated[tuple[str, ...], "ar = autoregressive, full = diffusion, block = block diffusion"] = KINDS
-    batch_size: Annotated[int, "rows per step"] = 8
-    block_size: Annotated[int, "of block diffusion"] = 32
-    rounds: Annotated[int, "measured steps of every case, which take turns"] = 5
-    compile: Annotated[bool, "compile the layers (needs a C++ compiler on a CPU)"] = True
-
-    def __post_init__(self):
-        unknown = [kind for kind in self.kinds if kind not in KINDS]
-        if unknown:
-            raise ValueError(f"--kinds: {unknown[0]!r} is none; expected some of {', '.join(KINDS)}")
-        for name in ("batch_size", "block_size", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+    kinds: Annotated[
+        tuple[Literal[*KINDS], ...], "ar = autoregressive, full = diffusion, block = block diffusion", STEPS
+    ] = KINDS
+    batch_size: Annotated[int, "rows per step", "at least 1", STEPS] = 8
+    block_size: Annotated[int, "of block diffusion", "at least 1", STEPS] = 32
+    rounds: Annotated[int, "measured steps of every case, which take turns", "at least 1", STEPS] = 5
+    compile: Annotated[
+        bool, "compile the layers (needs a C++ compiler on a CPU)", "with --parts training or ablation"
+    ] = True
 
 
 def objective_of(kind: str, block_size: int) -> Objective:

@@ -8,8 +8,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -55,31 +54,6 @@ class Generation:
             f"{self.tokens_per_second:.1f} tokens/s, "
             f"{self.tokens_per_pass:.2f} tokens per pass]"
         )
-
-
-def idle_sampling_flags(*configs: SamplingConfig | DenoisingConfig) -> dict[str, tuple[bool, str]]:
-    """For `refuse_idle`: the flags of sampling that have an effect only with another one's value."""
-    needs: dict[str, tuple[bool, str]] = {}
-    for config in configs:
-        prefix, temperature = ("gen", "temp") if isinstance(config, DenoisingConfig) else ("ar", "temperature")
-        random = config.draw.temperature > 0, f"a positive --{prefix}-{temperature}"
-        needs |= {f"{prefix}_top_k": random, f"{prefix}_top_p": random}
-        needs[f"{prefix}_repeat_window"] = config.draw.repeat_penalty > 0, f"a positive --{prefix}-repeat-penalty"
-        if isinstance(config, DenoisingConfig):
-            policy, capped = config.gen_remasking, "--gen-remasking threshold or factor"
-            confident = policy in ("threshold", "hybrid")
-            needs["gen_confidence_threshold"] = confident, "--gen-remasking threshold or hybrid"
-            needs["gen_factor"] = policy == "factor", "--gen-remasking factor"
-            for name in ("gen_cap_start_ratio", "gen_cap_end_ratio", "gen_max_decode_per_step"):
-                needs[name] = policy in ("threshold", "factor"), capped
-            needs["gen_fuse_commit"] = config.gen_cache in ("auto", "block"), "--gen-cache block"
-    return needs
-
-
-def in_effect(config: SamplingConfig | DenoisingConfig) -> dict[str, Any]:
-    """The settings that have an effect beside each other, by name."""
-    idle = {name for name, (used, _) in idle_sampling_flags(config).items() if not used}
-    return {name: value for name, value in asdict(config).items() if name not in idle}
 
 
 def generate(

@@ -87,12 +87,11 @@ def frontier(reports: Mapping[str, Report]) -> Record:
 # -- reports -----------------------------------------------------------------------------------------------------------
 
 
-def read_reports(paths: str) -> dict[str, Report]:
-    """path -> content of each of the comma-separated reports. Raise ValueError if one is given twice."""
-    names = [name.strip() for name in paths.split(",")]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--reports {paths}: one is given twice")
-    return {name: read_report(Path(name)) for name in names}
+def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
+    """path -> content of each report. Raise ValueError if one is given twice."""
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"--reports {','.join(map(str, paths))}: one is given twice")
+    return {str(path): read_report(path) for path in paths}
 
 
 def origin(reports: Mapping[str, Report]) -> list[Record]:

@@ -23,7 +23,6 @@ from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import Loaded, load_for_use
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.training.config import TrainerConfig
-from scripts.engine.training.optim import OptimConfig
 
 STAGES = {  # kind of model -> command and its own flags
     "ar": ("scripts.train.train_pretrain", ()),
@@ -36,36 +35,30 @@ STAGES = {  # kind of model -> command and its own flags
 LEARNING = ("--optimizer", "muon", "--lr-stable-ratio", "0.6", "--min-lr-ratio", "0.05", "--tie-embeddings")
 
 
-def numbers(text: str, flag: str, kind: type = int) -> list[Any]:
-    """ "1,4" -> [1, 4]; ValueError unless they are different and rise."""
-    try:
-        found = [kind(part) for part in text.split(",")]
-    except ValueError:
-        found = []
-    if not found or found != sorted(set(found)):
-        raise ValueError(f"{flag} {text!r}: expected rising numbers separated by commas")
-    return found
-
-
 @dataclass(frozen=True)
 class TrainingsConfig:
     """All trainings."""
 
-    seeds: Annotated[str, "of the trainings; --seed is that of the masks they are measured with"] = "1,2,3"
+    seeds: Annotated[
+        tuple[int, ...],
+        "of the trainings; --seed is that of the masks they are measured with",
+        "in [0, 2^32)",
+        "rising",
+    ] = (1, 2, 3)
     data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
     tokenizer_dir: Annotated[Path | None, "directory of a tokenizer (none: one is trained on --data)"] = None
-    target_vocab_size: Annotated[int, "entries of the tokenizer trained"] = 2048
+    target_vocab_size: Annotated[int, "entries of the tokenizer trained", "at least 1", "without --tokenizer-dir"] = (
+        2048
+    )
     cache_dir: Annotated[Path, "directory for tokenised corpora; may be deleted at any time"] = Path("dataset/.cache")
-    val_fraction: Annotated[float, "share of documents held out, by content hash"] = 0.02
-    heldout_tokens: Annotated[int, "tokens, at most, of the held-out documents that runs are measured on"] = 40_000
-    num_samples: Annotated[int, "masks drawn per row for a diffusion bound", "--nmc"] = 8
+    val_fraction: Annotated[float, "share of documents held out, by content hash", "in [0, 1)"] = 0.02
+    heldout_tokens: Annotated[
+        int, "tokens, at most, of the held-out documents that runs are measured on", "at least 1"
+    ] = 40_000
+    num_samples: Annotated[int, "masks drawn per row for a diffusion bound", "--nmc", "at least 1"] = 8
 
     def __post_init__(self):
-        numbers(self.seeds, "--seeds")
-        for name in ("heldout_tokens", "num_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.data is not None:
             text_format(self.data)
 
@@ -74,21 +67,18 @@ class TrainingsConfig:
 class Recipe:
     """Model and training of every run."""
 
-    hidden_size: Annotated[int, "width of the residual stream"] = 128
-    num_hidden_layers: Annotated[int, "transformer layers"] = 4
-    num_attention_heads: Annotated[int, "attention heads"] = 4
-    max_seq_len: Annotated[int, "tokens per row", "--seq-len"] = 64
-    batch_size: Annotated[int, "rows per step"] = 64
-    learning_rate: Annotated[float, "peak learning rate", "--lr"] = 3e-3
-    warmup_steps: Annotated[int, "steps of warm-up, but at most a tenth of a run's"] = 30
+    hidden_size: Annotated[int, "width of the residual stream", "at least 1"] = 128
+    num_hidden_layers: Annotated[int, "transformer layers", "at least 1"] = 4
+    num_attention_heads: Annotated[int, "attention heads", "at least 1"] = 4
+    max_seq_len: Annotated[int, "tokens per row", "--seq-len", "at least 2"] = 64
+    batch_size: Annotated[int, "rows per step", "at least 1"] = 64
+    learning_rate: Annotated[float, "peak learning rate", "--lr", "above 0"] = 3e-3
+    warmup_steps: Annotated[int, "steps of warm-up, but at most a tenth of a run's", "at least 0"] = 30
     compile: Annotated[bool, "compile the layers; worth it for runs of minutes"] = False
 
     def __post_init__(self):
         ModelConfig(self.hidden_size, self.num_hidden_layers, self.num_attention_heads)
-        OptimConfig(learning_rate=self.learning_rate, warmup_steps=self.warmup_steps)
         TrainerConfig(batch_size=self.batch_size, compile=self.compile)
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens per row")
 
     def steps(self, tokens: int, flag: str) -> int:
         """Full steps of `tokens`, the value of `flag`. Raise ValueError if there is none."""

@@ -13,7 +13,7 @@ from dataset.jsonl import read_documents
 from dataset.tokenizer import encode
 from model.decode import ContinuationConfig, DenoisingConfig
 from scripts.engine.decoding.generation import generate_batch
-from scripts.engine.experiments.runs import Lab, Run, Training, numbers, write_documents
+from scripts.engine.experiments.runs import Lab, Run, Training, write_documents
 from scripts.engine.files import sha256_of
 from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
@@ -32,46 +32,40 @@ UNNAMED = {"value", "minus", "mean", "low", "high", "n", "unit"}  # fields of a 
 class SchedulesConfig:
     """schedules: mask schedules compared."""
 
-    schedules_start_tokens: Annotated[int, "tokens of the AR training from which all start"] = 800_000
-    schedules_tokens: Annotated[int, "tokens of each diffusion training"] = 1_600_000
-    schedules_band: Annotated[str, "least and largest mask rate of the banded training"] = "0.3,0.8"
-    schedules_judge_tokens: Annotated[int, "tokens of the AR training that judges generated texts"] = 3_000_000
-    schedules_generations: Annotated[int, "texts generated from a fully masked row and judged"] = 128
+    schedules_start_tokens: Annotated[int, "tokens of the AR training from which all start", "at least 1"] = 800_000
+    schedules_tokens: Annotated[int, "tokens of each diffusion training", "at least 1"] = 1_600_000
+    schedules_band: Annotated[
+        tuple[float, ...], "least and largest mask rate of the banded training", "in [0, 1]", "rising"
+    ] = (0.3, 0.8)
+    schedules_judge_tokens: Annotated[int, "tokens of the AR training that judges generated texts", "at least 1"] = (
+        3_000_000
+    )
+    schedules_generations: Annotated[int, "texts generated from a fully masked row and judged", "at least 1"] = 128
 
     def __post_init__(self):
-        if self.schedules_generations < 1:
-            raise ValueError(f"--schedules-generations must be at least 1, not {self.schedules_generations}")
-        if len(numbers(self.schedules_band, "--schedules-band", float)) != 2:
-            raise ValueError(f"--schedules-band {self.schedules_band!r}: expected two rates")
+        if len(self.schedules_band) != 2:
+            raise ValueError(f"--schedules-band {','.join(map(str, self.schedules_band))}: expected two rates")
 
 
 @dataclass(frozen=True)
 class InitialisationConfig:
     """initialisation: AR weights or none at equal tokens."""
 
-    initialisation_tokens: Annotated[str, "total tokens, AR and diffusion together, of each point"] = (
-        "500000,1000000,2000000"
-    )
-    initialisation_shares: Annotated[str, "shares of them spent on the AR training (0 = from scratch)"] = "0,0.5"
-
-    def __post_init__(self):
-        numbers(self.initialisation_tokens, "--initialisation-tokens")
-        shares = numbers(self.initialisation_shares, "--initialisation-shares", float)
-        if not 0 <= shares[0] <= shares[-1] < 1:
-            raise ValueError(f"--initialisation-shares {self.initialisation_shares!r}: expected shares below 1")
+    initialisation_tokens: Annotated[
+        tuple[int, ...], "total tokens, AR and diffusion together, of each point", "at least 1", "rising"
+    ] = (500_000, 1_000_000, 2_000_000)
+    initialisation_shares: Annotated[
+        tuple[float, ...], "shares of them spent on the AR training (0 = from scratch)", "in [0, 1)", "rising"
+    ] = (0.0, 0.5)
 
 
 @dataclass(frozen=True)
 class RepetitionConfig:
     """repetition: one small corpus seen again and again."""
 
-    repetition_tokens: Annotated[int, "tokens of the small corpus, rounded down to full steps"] = 65_536
-    repetition_counts: Annotated[str, "how often it is seen"] = "1,4,16,64"
-    repetition_batch_size: Annotated[int, "rows per step"] = 32
-
-    def __post_init__(self):
-        if numbers(self.repetition_counts, "--repetition-counts")[0] < 1 or self.repetition_batch_size < 1:
-            raise ValueError("--repetition-counts and --repetition-batch-size must be at least 1")
+    repetition_tokens: Annotated[int, "tokens of the small corpus, rounded down to full steps", "at least 1"] = 65_536
+    repetition_counts: Annotated[tuple[int, ...], "how often it is seen", "at least 1", "rising"] = (1, 4, 16, 64)
+    repetition_batch_size: Annotated[int, "rows per step", "at least 1"] = 32
 
 
 def schedules(lab: Lab, config: SchedulesConfig, seeds: Sequence[int]) -> Record:
@@ -81,7 +75,7 @@ def schedules(lab: Lab, config: SchedulesConfig, seeds: Sequence[int]) -> Record
     place, temperature 1, nothing cut off. That samples from the model itself. judge_nats: nats per token, EOS included,
     under an AR model that was trained longer; low nats at low distinct_2 mean loops.
     """
-    least, most = config.schedules_band.split(",")
+    least, most = map(str, config.schedules_band)
     ways = {
         "1/t": ("--mask-schedule", "iid_t"),
         "fixed count": ("--mask-schedule", "fixed_count"),
@@ -150,9 +144,9 @@ def initialisation(lab: Lab, config: InitialisationConfig, seeds: Sequence[int])
     """A share of the tokens for AR training and the rest for diffusion, each with its own learning-rate schedule."""
     runs: Records = []
     for seed in seeds:
-        for tokens in numbers(config.initialisation_tokens, "--initialisation-tokens"):
+        for tokens in config.initialisation_tokens:
             steps = lab.recipe.steps(tokens, "--initialisation-tokens")
-            for share in numbers(config.initialisation_shares, "--initialisation-shares", float):
+            for share in config.initialisation_shares:
                 first_steps, name, start = round(steps * share), f"initialisation_{tokens}_{share:g}_{seed}", None
                 if share:
                     if not first_steps:
@@ -175,7 +169,7 @@ def repetition(lab: Lab, config: RepetitionConfig, seeds: Sequence[int]) -> Reco
     small = write_documents(lab.folder / "small.jsonl", [*texts, *lab.selection])
     runs: Records = []
     for seed in seeds:
-        for count in numbers(config.repetition_counts, "--repetition-counts"):
+        for count in config.repetition_counts:
             every = "--eval-interval", str(max(count * steps // 10, 1))
             for kind in ("ar", "diffusion"):
                 name = f"repetition_{kind}_{count}_{seed}"

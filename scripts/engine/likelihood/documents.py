@@ -11,6 +11,9 @@ from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
 from scripts.engine.files import or_none
 from scripts.engine.likelihood.windows import (
+    DIFFUSION,
+    DRAWN_MASKS,
+    WHOLE_ROWS,
     DataEvalConfig,
     Document,
     ReplyCanvas,
@@ -229,12 +232,11 @@ def response_line(loaded: Loaded, score: dict[str, float], num_samples: int) -> 
     return f"log p(response | prompt) {sign} {value} ({score['tokens']} tokens, {masks})"
 
 
-def flags_of_models(*models: Loaded) -> dict[str, tuple[bool, str]]:
-    """For `refuse_idle`: the flags of likelihoods that have an effect only on models of some attention."""
-    configs = [one.model.config for one in models]
-    drawn = any(draws_masks(config) for config in configs)
-    full = any(config.attention == "full" for config in configs)
-    diffusion = not all(config.autoregressive for config in configs)
-    masks = drawn, "masks to be drawn: of small blocks all are tried" if diffusion else "a diffusion model"
-    blocks = full, "a model of whole rows: a block ends the canvas" if diffusion else "a diffusion model"
-    return {"num_samples": masks, "cond_ll_nmc": masks, "canvas": blocks}
+def facts_of_models(*models: Loaded) -> dict[str, bool]:
+    """Facts on which flags of likelihoods depend."""
+    configs = [loaded.model.config for loaded in models]
+    return {
+        DIFFUSION: not all(config.autoregressive for config in configs),
+        DRAWN_MASKS: any(draws_masks(config) for config in configs),
+        WHOLE_ROWS: any(config.attention == "full" for config in configs),
+    }

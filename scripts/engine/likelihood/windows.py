@@ -27,6 +27,12 @@ from scripts.engine.loaded import Loaded
 from scripts.engine.runtime import to_device
 
 ROWS_AT_A_TIME = 512  # tokenised together
+
+# What models are, for the flags that depend on it.
+DIFFUSION = "a diffusion model"
+DRAWN_MASKS = "masks to be drawn: of blocks of up to 4 tokens all are tried"
+WHOLE_ROWS = "a model of whole rows: a block ends the canvas"
+
 Row = TypeVar("Row")
 
 
@@ -35,27 +41,38 @@ class DataEvalConfig:
     """Evaluation of a file."""
 
     eval_data: Annotated[Path | None, "what to evaluate: .jsonl or .txt, either may be .gz"] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
-    eval_split: Annotated[Literal["all", "validation"], "validation: the rows that training held out"] = "all"
-    val_fraction: Annotated[float, "their share, as in training"] = 0.005
-    eval_batch_size: Annotated[int, "rows per forward pass"] = 32
-    eval_max_batches: Annotated[int | None, "evaluate a random sample that fills about so many batches (none: all)"] = (
-        None
-    )
+    jsonl_field: Annotated[
+        str, "field of a JSONL row that holds the document", "with --eval-data", "with rows of text"
+    ] = "text"
+    eval_split: Annotated[
+        Literal["all", "validation"],
+        "validation: the rows that training held out",
+        "with --eval-data",
+        "without multiple choice",
+    ] = "all"
+    val_fraction: Annotated[float, "their share, as in training", "in [0, 1)", "with --eval-split validation"] = 0.005
+    eval_batch_size: Annotated[int, "rows per forward pass", "at least 1", "with --eval-data"] = 32
+    eval_max_batches: Annotated[
+        int | None,
+        "evaluate a random sample that fills about so many batches (none: all)",
+        "at least 1",
+        "with --eval-data",
+    ] = None
     num_samples: Annotated[
-        int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
+        int,
+        "masks drawn per row for the bound",
+        "--nmc",
+        "at least 1",
+        "with --eval-data",
+        f"with {DIFFUSION}",
+        f"with {DRAWN_MASKS}",
     ] = 16
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: Annotated[OnBadRow, "with --eval-data"] = "error"
     control_tokens: bool = False  # documents that spell control tokens hold them, as in the training of the model
 
     def __post_init__(self):
-        for name in ("eval_batch_size", "eval_max_batches", "num_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.eval_data is not None and text_format(self.eval_data) == ".txt" and self.jsonl_field != "text":
             raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.eval_data} has no fields; leave the flag out")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
     @property
     def max_windows(self) -> float:

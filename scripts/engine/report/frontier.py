@@ -1,7 +1,7 @@
 """Quality against cost: every way of decoding on the same questions, for the report's frontier."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -10,8 +10,9 @@ from tqdm import tqdm
 from model.decode import DenoisingConfig, SamplingConfig
 from model.remasking import POLICIES
 from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
-from scripts.engine.decoding.generation import in_effect, warm_up
-from scripts.engine.report.measure import ANSWERED, Section, Setup, recorded
+from scripts.engine.decoding.generation import warm_up
+from scripts.engine.flags import in_effect
+from scripts.engine.report.measure import ANSWERED, IN_WORDS, Section, Setup, recorded
 
 FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
 
@@ -24,31 +25,29 @@ class FrontierConfig:
         int,
         "answered with every policy and setting: the first of the first file with right and wrong answers (questions, "
         "poems), else of the first one of open questions; 0 = none",
+        "at least 0",
+        f"with {IN_WORDS}",
     ] = 200
     frontier_steps: Annotated[
-        str | None, "comma-separated step counts (none: an eighth, a quarter, half and all of --max-new-tokens)"
+        tuple[int, ...] | None,
+        "step counts (none: an eighth, a quarter, half and all of --max-new-tokens)",
+        "at least 1",
+        "with a frontier of a diffusion model",
     ] = None
-    frontier_thresholds: Annotated[str, "comma-separated, of the policy threshold"] = "0.5,0.7,0.9"
-    frontier_factors: Annotated[str, "comma-separated, of the policy factor"] = "0.5,1,2"
+    frontier_thresholds: Annotated[
+        tuple[float, ...], "of the policy threshold", "in (0, 1]", "with a frontier of a diffusion model"
+    ] = (0.5, 0.7, 0.9)
+    frontier_factors: Annotated[
+        tuple[float, ...], "of the policy factor", "above 0", "with a frontier of a diffusion model"
+    ] = (0.5, 1.0, 2.0)
 
-    def __post_init__(self):
-        if self.frontier_questions < 0:
-            raise ValueError(f"--frontier-questions must not be negative, not {self.frontier_questions}")
-        self.settings("low_confidence", 1)
-        for config in (DenoisingConfig(), SamplingConfig()):
-            list(samplers(self, config, 1))
-
-    def settings(self, policy: str, max_new_tokens: int) -> list[float]:
-        """The values that a policy is tried with. ValueError for what are no positive numbers."""
-        name = {"threshold": "frontier_thresholds", "factor": "frontier_factors"}.get(policy, "frontier_steps")
-        values = getattr(self, name)
-        if values is None:
-            return sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)})
-        try:
-            return [int(part) if name == "frontier_steps" else float(part) for part in values.split(",")]
-        except ValueError:
-            kind = "whole numbers" if name == "frontier_steps" else "numbers"
-            raise ValueError(f"--{name.replace('_', '-')} {values}: expected {kind}, separated by commas") from None
+    def settings(self, policy: str, max_new_tokens: int) -> Sequence[float]:
+        """The values that a policy is tried with."""
+        if policy == "threshold":
+            return self.frontier_thresholds
+        if policy == "factor":
+            return self.frontier_factors
+        return self.frontier_steps or sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)})
 
 
 class Sampler(NamedTuple):

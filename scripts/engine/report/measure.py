@@ -5,7 +5,7 @@ in `report.metrics.METRICS`.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,9 @@ from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices
 from scripts.engine.likelihood.documents import add_nats, reply_canvas
 from scripts.engine.likelihood.windows import (
+    DIFFUSION,
+    DRAWN_MASKS,
+    WHOLE_ROWS,
     DataEvalConfig,
     Document,
     Window,
@@ -44,6 +47,10 @@ from scripts.engine.report.exercises import key_of, labels_of, read_exercises, w
 BATCH_SIZE = 32  # of answers
 WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
 
+# What files hold, for the flags that depend on it.
+IN_WORDS = "questions that are answered in words"
+LIKELIHOODS = "text, conversations, multiple choice, poems or open questions"
+
 Section = dict[str, Any]
 
 
@@ -51,39 +58,50 @@ Section = dict[str, Any]
 class MeasureConfig:
     """What is measured."""
 
-    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len"] = 256
+    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len", "at least 2"] = 256
     max_rows: Annotated[
         int | None,
         "of each file a random sample of at most so many rows; of documents and conversations, as many as make so many "
         "sequences (none: all)",
+        "at least 1",
     ] = None
-    questions: Annotated[int, "of each file whose rows are answered, a random sample of at most so many"] = 1000
+    questions: Annotated[int, "a random sample of at most so many of each file", "at least 1", f"with {IN_WORDS}"] = (
+        1000
+    )
     eval_split: Annotated[
-        Literal["all", "validation"], "--eval-data with text or conversations; validation: what training held out"
+        Literal["all", "validation"],
+        "validation: what training held out",
+        "with --eval-data",
+        "with text or conversations",
     ] = "all"
-    val_fraction: Annotated[float, "share of the rows that training held out"] = 0.005
-    eval_batch_size: Annotated[int, "rows per forward pass where likelihoods are computed"] = 32
+    val_fraction: Annotated[
+        float, "share of the rows that training held out", "in [0, 1)", "with rows that training held out"
+    ] = 0.005
+    eval_batch_size: Annotated[int, "rows per forward pass", "at least 1", f"with {LIKELIHOODS}"] = 32
     num_samples: Annotated[
-        int, "diffusion: masks drawn per row for the bound; for blocks of up to 4 tokens all are tried", "--nmc"
+        int,
+        "masks drawn per row for the bound",
+        "--nmc",
+        "at least 1",
+        f"with {DIFFUSION}",
+        f"with {LIKELIHOODS}",
+        f"with {DRAWN_MASKS}",
     ] = 16
     canvas: Annotated[
-        int, "conversations, diffusion: tokens that a reply and its EOS stand on, as in scripts.eval.likelihood"
+        int,
+        "tokens that a reply and its EOS stand on, as in scripts.eval.likelihood",
+        "at least 0",
+        f"with {DIFFUSION}",
+        "with conversations",
+        f"with {WHOLE_ROWS}",
     ] = 128
-    on_bad_row: OnBadRow = "error"
+    on_bad_row: Annotated[OnBadRow, "with --eval-data"] = "error"
     batch_size: Annotated[
-        int | None, f"questions answered together (none: {BATCH_SIZE}; 1 in the frontier, the speed of a single user)"
+        int | None,
+        f"questions answered together (none: {BATCH_SIZE}; 1 in the frontier, the speed of a single user)",
+        "at least 1",
+        f"with {IN_WORDS}",
     ] = None
-
-    def __post_init__(self):
-        for name in ("max_rows", "questions", "eval_batch_size", "num_samples", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.max_seq_len < 2:
-            raise ValueError(f"--max-seq-len {self.max_seq_len}: expected at least 2 tokens")
-        if self.canvas < 0:
-            raise ValueError(f"--canvas must not be negative, not {self.canvas}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction {self.val_fraction}: expected a share from 0 to below 1")
 
     def choosing(self, source: "Source", limit: int | None) -> DataEvalConfig:
         """Selects at most `limit` rows of the file."""
@@ -133,14 +151,6 @@ class Setup:
         return self.sampling if loaded.kind == "autoregressive" else self.denoising.fitted(loaded.model.config)
 
 
-def paths_in(names: str, flag: str) -> list[Path]:
-    """The files of a comma-separated list. ValueError: a name is blank."""
-    parts = [name.strip() for name in names.split(",")]
-    if not all(parts):
-        raise ValueError(f"{flag} {names!r} names no file in one place; give a file, or leave the comma out")
-    return [Path(part) for part in parts]
-
-
 def bundled_sources() -> list[Source]:
     return [
         Source("bundled questions", bundled_file("questions"), "questions", bundled=True),
@@ -150,14 +160,11 @@ def bundled_sources() -> list[Source]:
     ]
 
 
-def sources_of(files: str, config: MeasureConfig) -> list[Source]:
-    """The files of a comma-separated list. ValueError: a file given twice, or of no known format."""
-    paths = paths_in(files, "--eval-data")
+def sources_of(paths: Sequence[Path], config: MeasureConfig) -> list[Source]:
+    """ValueError for a file of no known format."""
     names = [path.name for path in paths]
     found = []
     for path in paths:
-        if [other.resolve() for other in paths].count(path.resolve()) > 1:
-            raise ValueError(f"--eval-data: {path} is given twice; leave one out")
         form = form_of(path, config.bad_rows)
         name = path.name if names.count(path.name) == 1 else str(path)
         found.append(Source(name, path, form, config.eval_split if form in ("text", "chat") else "all"))

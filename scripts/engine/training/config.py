@@ -4,7 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated
 
+import torch
+
 from model.config import ModelConfig
+from scripts.engine.cli import TypedFlags
 from scripts.engine.runtime import RuntimeConfig, launched, num_processes
 from scripts.engine.training.compiling import require_compiler
 from scripts.engine.training.optim import OptimConfig, SFTOptimConfig
@@ -15,28 +18,29 @@ from scripts.engine.training.run import RunConfig
 class TrainerConfig:
     """Duration and batch."""
 
-    batch_size: Annotated[int, "rows per forward pass, of all processes together"] = 96
-    accumulation_steps: Annotated[int, "forward passes per optimizer step"] = 1
-    epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)"] = None
-    max_iters: Annotated[int | None, "optimizer steps in all, also when resuming; instead of --epochs"] = None
-    early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)"] = 0
+    batch_size: Annotated[int, "rows per forward pass, of all processes together", "at least 1"] = 96
+    accumulation_steps: Annotated[int, "forward passes per optimizer step", "at least 1"] = 1
+    epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)", "above 0"] = None
+    max_iters: Annotated[
+        int | None, "optimizer steps in all, also when resuming; instead of --epochs", "at least 1"
+    ] = None
+    early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)", "at least 0"] = 0
     early_stop_min_delta: Annotated[
-        float, "decrease of the validation loss that counts as improvement, nats per token"
+        float,
+        "decrease of the validation loss that counts as improvement, nats per token",
+        "at least 0",
+        "with --early-stop-patience",
     ] = 0.0
     compile: Annotated[bool, "compile the layers with torch.compile (needs a C++ compiler on a CPU)"] = False
     max_skipped_steps: Annotated[
         int,
         "stop after so many steps in a row whose loss or gradient was not finite; each of them is skipped (looked at "
         "with every step on a CPU, elsewhere with every log line)",
+        "at least 1",
     ] = 8
-    fsdp: Annotated[bool, "with torchrun: shard weights, gradients and optimizer over the processes (FSDP2)"] = False
+    fsdp: Annotated[bool, "shard weights, gradients and optimizer over the processes of torchrun (FSDP2)"] = False
 
     def __post_init__(self):
-        for name in ("batch_size", "accumulation_steps", "max_iters", "epochs"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, not {getattr(self, name)}")
-        if self.max_skipped_steps < 1:
-            raise ValueError(f"--max-skipped-steps must be at least 1, not {self.max_skipped_steps}")
         if self.batch_size % num_processes():
             raise ValueError(
                 f"--batch-size {self.batch_size} does not divide among {num_processes()} processes; "
@@ -48,8 +52,6 @@ class TrainerConfig:
             raise ValueError("give --epochs or --max-iters, not both")
         if self.compile:
             require_compiler("leave it out")
-        if self.early_stop_patience < 0 or self.early_stop_min_delta < 0:
-            raise ValueError("--early-stop-patience and --early-stop-min-delta must not be negative")
 
     @property
     def rows_per_step(self) -> int:
@@ -68,8 +70,14 @@ class StageConfigs:
     trainer: TrainerConfig
     run: RunConfig
     runtime: RuntimeConfig
-    given: frozenset[str]  # fields typed on the command line
+    given: TypedFlags
     argv: list[str] | None  # what was typed, as `main` was given it
+
+    def __post_init__(self):
+        if self.trainer.fsdp and self.runtime.torch_dtype == torch.float16:
+            raise ValueError(
+                "--fsdp trains in bfloat16 or float32; choose one of them with --dtype, or leave out --fsdp"
+            )
 
 
 # The groups of a command line, in the order of StageConfigs: `parse_args(__doc__, PretrainData, *GROUPS, argv=argv)`.

@@ -14,50 +14,44 @@ from scripts.engine.training.distributed import is_sharded, shards_like
 class OptimConfig:
     """Optimisation."""
 
-    learning_rate: Annotated[float, "peak learning rate", "--lr"] = 1e-3
-    weight_decay: Annotated[float, "decay of the matrices; norms and the embedding, tied or not, have none"] = 0.1
+    title = "Optimisation"
+
+    learning_rate: Annotated[float, "peak learning rate", "--lr", "above 0"] = 1e-3
+    weight_decay: Annotated[
+        float, "decay of the matrices; norms and the embedding, tied or not, have none", "at least 0"
+    ] = 0.1
     lr_schedule: Annotated[
         Literal["wsd", "cosine"], "after the warm-up: stay, then fall linearly; or fall along a cosine"
     ] = "wsd"
-    warmup_steps: Annotated[int, "steps of linear warm-up"] = 200
-    lr_stable_ratio: Annotated[float, "wsd: share of the steps after the warm-up spent at the peak"] = 0.8
-    min_lr_ratio: Annotated[float, "last learning rate as a share of the peak"] = 0.1
-    grad_clip: Annotated[float, "largest gradient norm (0 = no clipping)"] = 1.0
+    warmup_steps: Annotated[int, "steps of linear warm-up", "at least 0"] = 200
+    lr_stable_ratio: Annotated[
+        float, "share of the steps after the warm-up spent at the peak", "in [0, 1]", "with --lr-schedule wsd"
+    ] = 0.8
+    min_lr_ratio: Annotated[float, "last learning rate as a share of the peak", "in [0, 1]"] = 0.1
+    grad_clip: Annotated[float, "largest gradient norm (0 = no clipping)", "at least 0"] = 1.0
     optimizer: Annotated[
         Literal["adamw", "muon"], "muon: torch.optim.Muon for the layers' matrices, AdamW for the rest"
     ] = "adamw"
     ema_decay: Annotated[
-        float, "moving average of the weights, used for validation and in the weights written (0 = off)"
+        float, "moving average of the weights, used for validation and in the weights written (0 = off)", "in [0, 1)"
     ] = 0.0
-
-    def __post_init__(self):
-        if self.learning_rate <= 0:
-            raise ValueError(f"--learning-rate must be positive, not {self.learning_rate}")
-        for name in ("lr_stable_ratio", "min_lr_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be in [0, 1], not {getattr(self, name)}")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name.replace('_', '-')} must not be negative, not {getattr(self, name)}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"--ema-decay must be in [0, 1), not {self.ema_decay}")
 
 
 @dataclass(frozen=True)
 class SFTOptimConfig(OptimConfig):
-    """Optimisation."""
+    """Optimisation of fine-tuning, with two more names for its schedule."""
 
-    min_lr_ratio: Annotated[float, "last learning rate as a share of the peak", "--final-lr-ratio"] = 0.1
+    min_lr_ratio: Annotated[float, "last learning rate as a share of the peak", "--final-lr-ratio", "in [0, 1]"] = 0.1
     final_decay_ratio: Annotated[
-        float | None, "wsd: share of the steps after the warm-up in which the rate falls (none: 1 - --lr-stable-ratio)"
+        float | None,
+        "share of the steps after the warm-up in which the rate falls (none: 1 - --lr-stable-ratio)",
+        "in [0, 1]",
+        "with --lr-schedule wsd",
     ] = None
 
     def __post_init__(self):
         if self.final_decay_ratio is not None:
-            if not 0 <= self.final_decay_ratio <= 1:
-                raise ValueError(f"--final-decay-ratio must be in [0, 1], not {self.final_decay_ratio}")
             object.__setattr__(self, "lr_stable_ratio", 1 - self.final_decay_ratio)
-        super().__post_init__()
 
 
 def lr_at(step: int, total_steps: int, config: OptimConfig) -> float:

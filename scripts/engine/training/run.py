@@ -54,20 +54,25 @@ class RunConfig:
         Path | None, "start from these weights (weights only, no optimizer)", "--init-from-minimind"
     ] = None
     resume_optimizer_state: Annotated[
-        bool, "with --load-from <run>.pt: its optimizer's moments, too; steps, learning rate and data begin anew"
+        bool,
+        "from a <run>.pt also its optimizer's moments; steps, learning rate and data begin anew",
+        "with --load-from",
     ] = False
     resume: Annotated[
         Literal["never", "auto", "must"],
         "where <run-name>.pt exists: never = refuse to run, auto and must = continue it; must fails where it does not",
     ] = "never"
     overwrite: Annotated[bool, "start anew although <run-name>.pt exists"] = False
-    save_interval: Annotated[int, "steps between checkpoints; each validation saves one, too"] = 1000
-    log_interval: Annotated[int, "steps between log lines"] = 50
-    eval_interval: Annotated[int, "steps between validations"] = 500
-    eval_max_batches: Annotated[int, "validation batches, of --batch-size rows spread over the validation split"] = 20
+    save_interval: Annotated[int, "steps between checkpoints; each validation saves one, too", "at least 1"] = 1000
+    log_interval: Annotated[int, "steps between log lines", "at least 1"] = 50
+    eval_interval: Annotated[int, "steps between validations", "at least 1"] = 500
+    eval_max_batches: Annotated[
+        int, "validation batches, of --batch-size rows spread over the validation split", "at least 1"
+    ] = 20
     topk_merge: Annotated[
         int,
         "keep the K best validated weights, and average them at the end into <run-name>_topk_merged.pt (0 = no)",
+        "in [0, 1000]",
         "--llada2-topk-merge-k",
         ("--llada2-topk-merge", 3),
     ] = 0
@@ -75,16 +80,11 @@ class RunConfig:
         False
     )
     show_batch: Annotated[bool, "print the first rows of a step in colour; train nothing"] = False
-    show_step: Annotated[int | None, "with --show-batch: all rows of this step (none: a few of the first one)"] = None
+    show_step: Annotated[
+        int | None, "all rows of this step (none: a few of the first one)", "at least 1", "with --show-batch"
+    ] = None
 
     def __post_init__(self):
-        for name in ("save_interval", "log_interval", "eval_interval", "eval_max_batches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
-        if self.show_step is not None and not (self.show_batch and self.show_step > 0):
-            raise ValueError(f"--show-step {self.show_step}: expected a step from 1 on, and --show-batch")
-        if not 0 <= self.topk_merge <= 1000:
-            raise ValueError(f"--topk-merge must be from 0 to 1000, not {self.topk_merge}")
         name = self.run_name
         if name in ("", ".", "..") or Path(name).name != name or "\0" in name or len(name.encode()) > 200:
             raise ValueError(f"--run-name {name!r} must be a plain, short file name; folders belong to --save-dir")
@@ -98,8 +98,6 @@ class RunConfig:
             raise ValueError(
                 f"--overwrite would delete {self.load_from}, which --load-from names; choose another --run-name"
             )
-        if self.resume_optimizer_state and not self.load_from:
-            raise ValueError("--resume-optimizer-state needs --load-from, a run's <run>.pt")
         if self.overwrite and self.resume != "never":
             raise ValueError(f"--overwrite and --resume {self.resume} contradict each other")
 

@@ -11,11 +11,9 @@ import torch
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
 from model.checkpoint import load_checkpoint
 from model.config import ModelConfig
-from model.forward_process import rate_range
 from model.import_weights import StartingWeights, starting_weights
 from model.objective import Objective
 from model.transformer import Transformer
-from scripts.engine.cli import refuse_idle
 from scripts.engine.files import locked, require_output, require_writable
 from scripts.engine.flags import defaults_of, settings_of
 from scripts.engine.runtime import command_line, keep_freed_memory, provenance
@@ -61,7 +59,6 @@ class Stage:
         run = self.configs.run
         with World.opened(self.configs.runtime.torch_device) as self.world, self._files_held():
             self.state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
-            _refuse_idle(self.configs, self.objective, self.data)
             self.settings, self.changes = self._settings(), []
             if self.state:
                 self.changes = self._check_continuation()
@@ -260,55 +257,3 @@ def require_start(configs: StageConfigs, example: str) -> None:
     """Raise ValueError without --load-from: fine-tuning random weights is nearly always a forgotten flag."""
     if configs.run.load_from is None:
         raise ValueError(f"--load-from is missing: give the pretrained weights to start from, such as {example}")
-
-
-def _refuse_idle(configs: StageConfigs, objective: Any, data: Any) -> None:
-    """ValueError for typed flags that the others switch off."""
-    penalty = getattr(objective, "repeat_penalty_weight", 0) > 0, "a positive --repeat-penalty-weight"
-    wsd = configs.optim.lr_schedule == "wsd", "--lr-schedule wsd"
-    if {"lr_stable_ratio", "final_decay_ratio"} <= configs.given:
-        raise ValueError("--lr-stable-ratio and --final-decay-ratio say the same; give one of them")
-    refuse_idle(
-        configs.given,
-        lr_stable_ratio=wsd,
-        final_decay_ratio=wsd,
-        cache_dir=(not getattr(data, "streaming", False), "a cache: --streaming keeps none"),
-        early_stop_min_delta=(configs.trainer.early_stop_patience > 0, "--early-stop-patience"),
-        **_idle_noise_flags(objective),
-        repeat_penalty_min_run=penalty,
-        repeat_penalty_delay_steps=penalty,
-        repeat_penalty_warmup_steps=penalty,
-    )
-    if configs.trainer.fsdp and configs.runtime.torch_dtype == torch.float16:
-        raise ValueError("--fsdp trains in bfloat16 or float32; choose one of them with --dtype, or leave out --fsdp")
-    if getattr(objective, "block_size", None) == 1:
-        told = False, "blocks of more than one token, which are masked at any rate but 1"
-        refuse_idle(
-            configs.given, **dict.fromkeys(("mask_rate_min", "mask_rate_max", "noise_schedule", "iid_mask_eps"), told)
-        )
-    if "iid_mask_eps" in configs.given and objective.mask_schedule == "iid_t":
-        eps, used = objective.iid_mask_eps, rate_range(objective)
-        reached = used[0] == eps or used[1] == 1 - eps
-        refuse_idle(configs.given, iid_mask_eps=(reached, "a band of mask rates that reaches to within eps of 0 or 1"))
-
-
-def _idle_noise_flags(objective: Any) -> dict[str, tuple[bool, str]]:
-    """For `refuse_idle`: the flags of the forward process that have an effect only with another one's value."""
-    schedule = getattr(objective, "mask_schedule", "")
-    wsd, timed = (schedule == "wsd", "--mask-schedule wsd"), schedule in ("iid_t", "wsd")
-    curriculum = getattr(objective, "use_block_curriculum", False), "--use-block-curriculum"
-    weighted = schedule == "iid_t" or (schedule == "wsd" and objective.time_weighted_loss)
-    return {
-        "iid_mask_eps": (timed, "--mask-schedule iid_t or wsd"),
-        "noise_schedule": (timed, "--mask-schedule iid_t or wsd"),
-        **dict.fromkeys(("wsd_min_mask_ratio", "wsd_max_mask_ratio", "wsd_warmup_ratio", "wsd_stable_ratio"), wsd),
-        **dict.fromkeys(("wsd_phase_ratios", "wsd_block_sizes_up", "wsd_block_sizes_down"), curriculum),
-        "mask_rate_min": (not wsd[0], "another --mask-schedule: wsd has --wsd-min-mask-ratio"),
-        "mask_rate_max": (not wsd[0], "another --mask-schedule: wsd has --wsd-max-mask-ratio"),
-        "time_weighted_loss": wsd,
-        "time_weight_eps": (weighted, "--mask-schedule iid_t, or wsd and --time-weighted-loss"),
-        "mask_embedding_noise_steps": (
-            getattr(objective, "mask_embedding_noise", 0) > 0,
-            "a positive --mask-embedding-noise",
-        ),
-    }

@@ -236,7 +236,7 @@ def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
 
 
 def test_every_policy_is_tried_with_the_steps_and_thresholds_that_it_heeds():
-    found = SamplerGrid("threshold,hybrid,margin", "2,3", (0.5, 1.0)).samplers(DenoisingConfig(gen_steps=7))
+    found = SamplerGrid(("threshold", "hybrid", "margin"), (2, 3), (0.5, 1.0)).samplers(DenoisingConfig(gen_steps=7))
     assert {name: (c.gen_remasking, c.gen_steps, c.gen_confidence_threshold) for name, c in found.items()} == {
         "threshold 0.5": ("threshold", 7, 0.5),
         "threshold 1": ("threshold", 7, 1.0),
@@ -334,26 +334,22 @@ def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
     "kinds, more, words",
     [
         (("ar",), ["--steps", "4"], "--steps has no effect without --diffusion-checkpoint"),
-        (("ar",), ["--policies", "random"], "--policies has no effect without --diffusion-checkpoint"),
-        (("ar",), ["--gen-temp", "1"], "--gen-temp has no effect without --diffusion-checkpoint"),
         (("dm",), ["--ar-top-k", "4"], "--ar-top-k has no effect without --minimind-checkpoint"),
-        (("ar",), ["--ar-temperature", "0", "--ar-top-k", "4"], "--ar-top-k has no effect without a positive"),
-        (("dm",), ["--policies", "random", "--gen-remasking", "random"], "--gen-remasking has no effect without one"),
-        (("dm",), ["--steps", "3,4", "--gen-steps", "4"], "--gen-steps has no effect without one"),
-        (("dm",), ["--policies", "threshold,factor", "--steps", "3"], "--steps has no effect without a policy"),
+        (("dm",), ["--steps", "3,4", "--gen-steps", "4"], "--gen-steps has no effect without a sampler"),
+        (
+            ("dm",),
+            ["--policies", "threshold,factor", "--steps", "3"],
+            "--steps has no effect with --gen-remasking threshold or factor",
+        ),
         (("dm",), ["--policies", "random,margin", "--gen-factor", "2"], "--gen-factor has no effect"),
         (("dm",), ["--policies", "random,best"], "--policies: 'best' is not one of low_confidence"),
-        (("dm",), ["--policies", "random,"], "--policies: '' is not one of"),
-        (("dm",), ["--policies", ""], "--policies: '' is not one of"),
-        (("dm",), ["--steps", "3,0"], "--steps 3,0: expected positive numbers"),
-        (("dm",), ["--policies", "margin", "--thresholds", "0.5"], "--thresholds has no effect without the policy"),
-        (("dm",), ["--policies", "threshold", "--thresholds", "0.5,0"], "--thresholds (0.5, 0.0): expected prob"),
+        (
+            ("dm",),
+            ["--policies", "margin", "--thresholds", "0.5"],
+            "--thresholds has no effect without --gen-remasking threshold",
+        ),
         (("ar",), ["--thresholds", "0.5"], "--thresholds has no effect without --diffusion-checkpoint"),
         (("dm",), ["--judge", "weights/dm_state_dict.pt"], "--judge weights/dm_state_dict.pt is diffusion"),
-        (("dm",), ["--steps", "3,"], "--steps 3,: expected positive numbers"),
-        (("ar",), ["--show", "-1"], "--show must not be negative"),
-        (("ar",), ["--batch-size", "0"], "--batch-size must be at least 1"),
-        (("ar",), ["--prompts-per-language", "0"], "--prompts-per-language must be at least 1"),
         (("ar",), ["--max-new-tokens", "2"], "chats.jsonl: no row has a prompt that leaves room"),
         (("ar",), ["--eval-data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         ((), [], "--minimind-checkpoint, --diffusion-checkpoint or both"),

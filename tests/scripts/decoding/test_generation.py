@@ -14,7 +14,6 @@ from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import eval_diffusion, eval_minimind
-from scripts.train import diffusion
 from tests.scripts.commands import EVALS
 
 MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
@@ -47,40 +46,6 @@ def given(canvas, row=0):
 
 
 # -- flags that need one another ---------------------------------------------------------------------------------------
-
-IDLE = [
-    (["--gen-temp", "0", "--gen-top-k", "4"], "--gen-top-k has no effect without a positive --gen-temp"),
-    (["--gen-temp", "0", "--gen-top-p", "0.5"], "--gen-top-p"),
-    (["--gen-repeat-penalty", "0", "--gen-repeat-window", "9"], "--gen-repeat-window"),
-    (["--gen-confidence-threshold", "0.8"], "without --gen-remasking threshold"),
-    (["--gen-remasking", "factor", "--gen-confidence-threshold", "0.8"], "--gen-confidence-threshold"),
-    (["--gen-remasking", "threshold", "--gen-factor", "2"], "--gen-factor"),
-    (["--gen-cap-start-ratio", "0.2"], "--gen-cap-start-ratio has no effect without --gen-remasking threshold or"),
-    (["--gen-remasking", "margin", "--gen-cap-end-ratio", "0.2"], "--gen-cap-end-ratio"),
-    (["--gen-max-decode-per-step", "3"], "--gen-max-decode-per-step"),
-    (["--gen-cache", "none", "--no-gen-fuse-commit"], "--gen-fuse-commit has no effect without --gen-cache block"),
-]
-
-
-@pytest.mark.parametrize("flags, words", IDLE)
-def test_a_flag_of_diffusion_sampling_is_refused_where_another_makes_it_idle(flags, words, prompting, refused):
-    refused(eval_diffusion, [*prompting["eval_diffusion"], "--prompt", "a", *flags], words)
-    refused(diffusion, ["--run-name", "dm", "--prompt", "a", *flags], words)
-
-
-@pytest.mark.parametrize(
-    "flags, word",
-    [
-        (["--ar-temperature", "0", "--ar-top-k", "4"], "--ar-top-k"),
-        (
-            ["--ar-temperature", "0", "--ar-top-p", "0.4"],
-            "--ar-top-p has no effect without a positive --ar-temperature",
-        ),
-        (["--ar-repeat-penalty", "0", "--ar-repeat-window", "4"], "--ar-repeat-window"),
-    ],
-)
-def test_a_flag_of_autoregressive_sampling_is_refused_where_another_makes_it_idle(flags, word, prompting, refused):
-    refused(eval_minimind, [*prompting["eval_minimind"], "--prompt", "a", *flags], word)
 
 
 @pytest.mark.parametrize(
@@ -216,14 +181,12 @@ def test_a_text_is_not_written_where_a_blank_is_short(tokenizer):
     "flags, word",
     [
         (["--infill", "no blank"], "--infill has no blank"),
-        (["--infill", "a___", "--max-new-tokens", "9"], "--max-new-tokens has no effect without a continuation"),
+        (["--infill", "a___", "--max-new-tokens", "9"], "--max-new-tokens has no effect with --infill"),
         (["--infill", "a___", "--gen-eos", "never"], "--gen-eos"),
         (["--infill", "a___", "--prompt", "b"], "--prompt has no effect on --infill outside the chat template"),
         (["--infill", "a___", "--chat-wrap"], "--infill in the chat template needs --prompt"),
         (["--infill", "a___", "--prompt", "b", "--cond-ll-response", "c"], "--cond-ll-response scores"),
-        (["--infill", "a___", "--blank-tokens", "0"], "--blank-tokens must be at least 1"),
         (["--infill", "a___", "--blank-tokens", "300"], "more than --max-seq-len 256"),
-        (["--prompt", "a", "--blank-tokens", "3"], "--blank-tokens has no effect without --infill"),
     ],
 )
 def test_an_infilling_that_cannot_be_is_refused(flags, word, prompting, refused):

@@ -440,7 +440,6 @@ def test_a_bad_conversation_is_named_by_file_and_row(row, words, argv, file, ref
         ("full", "questions", ["--canvas", "9"], "--canvas has no effect without conversations"),
         ("block 4", "chats", ["--canvas", "9"], "--canvas has no effect without a model of whole rows: a block ends"),
         ("block 4", "questions", ["--nmc", "3"], "--num-samples has no effect without masks to be drawn"),
-        ("full", "chats", ["--canvas", "-1"], "--canvas must not be negative"),
         ("full", "chats", ["--chat-wrap"], "--chat-wrap has no effect without multiple choice"),
         ("full", "chats", ["--jsonl-field", "x"], "--jsonl-field has no effect without rows of text"),
         ("full", "questions", ["--eval-split", "validation"], "--eval-split has no effect without"),

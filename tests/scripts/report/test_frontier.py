@@ -84,7 +84,7 @@ def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_
         return answer_batch(loaded, prompts, continuation, sampler)
 
     monkeypatch.setattr(frontier, "answer_batch", noted)
-    measured = measure_frontier(setup, FrontierConfig(4, "2", "0.9", "1"), sections["questions"])
+    measured = measure_frontier(setup, FrontierConfig(4, (2,), (0.9,), (1.0,)), sections["questions"])
     assert [point["policy"] for point in measured["points"]] == ["AR", "AR", *POLICIES]
     first = (2**32 - 1) % (2**32 - 4)
     assert order == [(first + place, 1) for place in range(4) for _ in measured["points"]]

@@ -243,7 +243,7 @@ def test_models_of_blocks_stand_beside_the_others(place, tokenizer, tokenizer_di
 
 def test_models_of_one_name_are_told_apart_by_their_folders(monkeypatch):
     monkeypatch.setattr(report, "load_kind", lambda *a: None)
-    request = report.Request("a/m.pt,b/m.pt,b/n_state_dict.pt")
+    request = report.Request((Path("a/m.pt"), Path("b/m.pt"), Path("b/n_state_dict.pt")))
     names = list(report.load_all(request, None, 8, RuntimeConfig(device="cpu")))
     assert names == ["AR a/m.pt", "AR b/m.pt", "AR n"]
 
