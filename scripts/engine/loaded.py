@@ -38,6 +38,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ModelsConfig:
+    """The models."""
+
+    minimind_checkpoint: Annotated[Path | None, "autoregressive model"] = None
+    diffusion_checkpoint: Annotated[Path | None, "diffusion model"] = None
+    tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
+    max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len", "at least 2"] = 512
+
+    def __post_init__(self):
+        if not self.checkpoints:
+            raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both")
+
+    @property
+    def checkpoints(self) -> dict[str, Path]:
+        """kind -> file"""
+        paths = zip(KINDS, (self.minimind_checkpoint, self.diffusion_checkpoint), strict=True)
+        return {kind: path for kind, path in paths if path is not None}
+
+    def load(self, runtime: RuntimeConfig) -> "dict[str, Loaded]":
+        """kind -> model. ValueError for a checkpoint of the other kind."""
+        tokenizer = load_tokenizer(self.tokenizer_dir)
+        return {
+            kind: load_kind(path, kind, tokenizer, self.max_seq_len, runtime) for kind, path in self.checkpoints.items()
+        }
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A model together with everything that its use takes."""
 

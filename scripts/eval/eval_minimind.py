@@ -8,19 +8,15 @@
 The network's shape comes from the checkpoint; no flag describes it.
 """
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated
 
 from model.decode import ContinuationConfig, SamplingConfig
 from scripts.engine.cli import parse_args, run
-from scripts.engine.decoding.generation import generate
-from scripts.engine.decoding.trace import RECORD
-from scripts.engine.decoding.watching import Recorder, TraceConfig
+from scripts.engine.decoding.command import Output
+from scripts.engine.decoding.watching import TraceConfig
 from scripts.engine.files import require_output
-from scripts.engine.flags import in_effect
-from scripts.engine.likelihood.documents import evaluate_documents
-from scripts.engine.likelihood.windows import DIFFUSION, DataEvalConfig
+from scripts.engine.likelihood.windows import DataEvalConfig
 from scripts.engine.loaded import CheckpointConfig, circumstances, require_kind
 from scripts.engine.prompts import TypedPromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
@@ -35,44 +31,25 @@ class Request:
 
 
 def main(argv: list[str] | None = None) -> None:
-    request, checkpoint, data, prompting, continuation, sampling, tracing, runtime, given = parse_args(
-        __doc__,
-        Request,
-        CheckpointConfig,
-        DataEvalConfig,
-        TypedPromptConfig,
-        ContinuationConfig,
-        SamplingConfig,
-        TraceConfig,
-        RuntimeConfig,
-        argv=argv,
-        needs=dict.fromkeys((TypedPromptConfig, ContinuationConfig, SamplingConfig, TraceConfig), "with --prompt"),
-    )
+    writing = TypedPromptConfig, ContinuationConfig, SamplingConfig, TraceConfig
+    groups = Request, CheckpointConfig, DataEvalConfig, *writing, RuntimeConfig
+    *configs, runtime, given = parse_args(__doc__, *groups, argv=argv, needs=dict.fromkeys(writing, "with --prompt"))
+    request, checkpoint, data, prompting, continuation, sampling, tracing = configs
     if request.prompt is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
-    given.refuse_without({DIFFUSION: False})
+    given.refuse_without({"a diffusion model": False})
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
     loaded = checkpoint.load(runtime)
     require_kind(loaded, "autoregressive")
-    tokenizer, command = loaded.tokenizer, command_line(__spec__.name, argv)
     configs = checkpoint, data, prompting, continuation, sampling
-    result = circumstances(command, runtime, tokenizer, data.eval_data, [loaded], *configs)
+    command = command_line(__spec__.name, argv)
+    record = circumstances(command, runtime, loaded.tokenizer, data.eval_data, [loaded], *configs)
+    output = Output(loaded, record, request.json)
     if request.prompt is not None:
-        prompt = prompting.prompt(request.prompt, loaded)
-        recorder = Recorder(tokenizer, tracing.trace)
-        info = {"prompt": request.prompt, "checkpoint": checkpoint.checkpoint, **in_effect(sampling), RECORD: result}
-        made = generate(loaded, prompt, continuation, sampling, recorder.observer(**info))
-        result["generation"] = asdict(made)
-        saved = recorder.write()
-        if not request.json:
-            print("\n".join([made.report(), *saved]))
+        output.generation(prompting.prompt(request.prompt, loaded), continuation, sampling, tracing.trace)
     if data.eval_data is not None:
-        likelihood, record = evaluate_documents(loaded, data)
-        result |= record
-        if not request.json:
-            print("\n".join(f"{name}: {value.line()}" for name, value in likelihood.items()))
-    if request.json:
-        print(json.dumps(result, ensure_ascii=False))
+        output.documents(data)
+    output.finish()
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from scripts.engine.decoding.answers import (
 )
 from scripts.engine.decoding.generation import generate
 from scripts.engine.decoding.samplers import SamplerGrid
+from scripts.engine.loaded import ModelsConfig
 from scripts.engine.prompts import Prompt
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, longest_repeat
@@ -368,6 +369,6 @@ def test_a_flag_that_one_of_the_samplers_heeds_is_kept(more, argv, command):
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(argv, refused, workspace, monkeypatch):
     (workspace / "file").write_text("x")
     flags = argv("ar")
-    monkeypatch.setattr(eval_sft, "load_kind", lambda *a: pytest.fail("worked for nothing"))
+    monkeypatch.setattr(ModelsConfig, "load", lambda *a: pytest.fail("worked for nothing"))
     for place in ("file/a.json", "weights"):
         refused(eval_sft, [*flags, "--json", place], "--json", place)
