@@ -67,15 +67,8 @@ class RowsConfig:
 
 
 def main(argv: list[str] | None = None) -> None:
-    output, checkpoint, data, rows, runtime, given = parse_args(
-        __doc__,
-        Output,
-        CheckpointConfig,
-        DataEvalConfig,
-        RowsConfig,
-        RuntimeConfig,
-        argv=argv,
-    )
+    groups = Output, CheckpointConfig, DataEvalConfig, RowsConfig, RuntimeConfig
+    output, checkpoint, data, rows, runtime, given = parse_args(__doc__, *groups, argv=argv)
     if data.eval_data is None:
         raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
     require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
@@ -89,23 +82,19 @@ def main(argv: list[str] | None = None) -> None:
     print("\n".join(lines))
     if output.json:
         command = command_line(__spec__.name, argv)
-        written = {
-            "format": form,
-            **loaded.attention,
-            **result,
-            **circumstances(command, runtime, loaded.tokenizer, data.eval_data, [loaded], checkpoint, data, rows),
-        }
-        write_json(output.json, written)
+        configs = checkpoint, data, rows
+        record = circumstances(command, runtime, loaded.tokenizer, data.eval_data, [loaded], *configs)
+        write_json(output.json, {"format": form, **loaded.attention, **result, **record})
 
 
-def format_of(data: DataEvalConfig, asked: str) -> str:
-    """The format asked for, or with "auto" that of the first row. ValueError for a text file asked to be another."""
+def format_of(data: DataEvalConfig, eval_format: str) -> str:
+    """The format given, or with "auto" that of the first row. ValueError if a text file is given another format."""
     if text_format(data.eval_data) == ".txt":
-        if asked not in ("auto", "text"):
-            raise ValueError(f"--eval-format {asked}: {data.eval_data} has no fields; expected .jsonl")
+        if eval_format not in ("auto", "text"):
+            raise ValueError(f"--eval-format {eval_format}: {data.eval_data} has no fields; expected .jsonl")
         return "text"
-    if asked != "auto":
-        return asked
+    if eval_format != "auto":
+        return eval_format
     _, first = next(read_rows(data.eval_data, bad=BadRows(data.on_bad_row)))
     if data.jsonl_field in first:
         return "text"
@@ -114,32 +103,40 @@ def format_of(data: DataEvalConfig, asked: str) -> str:
     return "chat" if is_conversation(first) else "text"
 
 
-def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
+Report = tuple[list[str], dict[str, Any]]  # lines, and the record for the result file
+
+
+def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
     data = as_trained(data, loaded)
-    found = evaluate_file(loaded, data, bad)
-    told = {"likelihood": as_json(found), "documents_hold_control_tokens": data.control_tokens}
-    return [f"{name}: {value.line()}" for name, value in found.items()], told
+    likelihoods = evaluate_file(loaded, data, bad)
+    record = {"likelihood": as_json(likelihoods), "documents_hold_control_tokens": data.control_tokens}
+    return [f"{name}: {value.line()}" for name, value in likelihoods.items()], record
 
 
-def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
-    found, replies = evaluate_replies(loaded, data, rows.canvas, bad)
+def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
+    likelihoods, replies = evaluate_replies(loaded, data, rows.canvas, bad)
     counts = {"scored": len(replies.windows), "too_long": replies.too_long, "empty": replies.empty}
-    told = f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len"
-    told += f" {loaded.max_length}; {replies.empty:,} empty"
+    summary = (
+        f"{counts['scored']:,} replies scored; {replies.too_long:,} left out: they do not fit --max-seq-len "
+        f"{loaded.max_length}; {replies.empty:,} empty"
+    )
     if loaded.kind == "diffusion":
         counts["unfilled"] = replies.unfilled
-        told += f"; {replies.unfilled:,} scored on a canvas of just their length"
-    lines = [f"{name}: {value.line('conversations')}" for name, value in found.items()]
-    return [*lines, told], {"likelihood": as_json(found), "replies": counts}
+        summary += f"; {replies.unfilled:,} scored on a canvas of just their length"
+    lines = [f"{name}: {value.line('conversations')}" for name, value in likelihoods.items()]
+    return [*lines, summary], {"likelihood": as_json(likelihoods), "replies": counts}
 
 
-def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> tuple:
+def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
     wrap = loaded.chat if rows.chat_wrap is None else rows.chat_wrap
-    found, too_long = evaluate_choices(loaded, data, wrap, bad)
-    result: dict[str, Any] = {"accuracy": {name: asdict(value) for name, value in found.items()}}
-    told = f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long"
-    lines = [f"{name}: {value.line()}" for name, value in found.items()]
-    return [*lines, f"{told} for --max-seq-len {loaded.max_length}"], result | {"chat_wrap": wrap, "too_long": too_long}
+    accuracies, too_long = evaluate_choices(loaded, data, wrap, bad)
+    summary = (
+        f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long for "
+        f"--max-seq-len {loaded.max_length}"
+    )
+    lines = [f"{name}: {value.line()}" for name, value in accuracies.items()]
+    record = {name: asdict(value) for name, value in accuracies.items()}
+    return [*lines, summary], {"accuracy": record, "chat_wrap": wrap, "too_long": too_long}
 
 
 EVALUATE = {"text": of_text, "chat": of_chat, "choices": of_choices}

@@ -442,7 +442,7 @@ def test_a_bad_conversation_is_named_by_file_and_row(row, words, argv, file, ref
         ("block 4", "questions", ["--nmc", "3"], "--num-samples has no effect without masks to be drawn"),
         ("full", "chats", ["--chat-wrap"], "--chat-wrap has no effect without multiple choice"),
         ("full", "chats", ["--jsonl-field", "x"], "--jsonl-field has no effect without rows of text"),
-        ("full", "questions", ["--eval-split", "validation"], "--eval-split has no effect without"),
+        ("full", "questions", ["--eval-split", "validation"], "--eval-split has no effect with"),
         ("causal", "questions", ["--nmc", "3"], "--num-samples has no effect without a diffusion model"),
         ("causal", "chats", ["--max-seq-len", "8"], "4 do not fit --max-seq-len 8"),
     ],
