@@ -26,7 +26,6 @@ from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import facts_of_models
 from scripts.engine.loaded import Loaded, circumstances, load_kind
 from scripts.engine.prompts import PromptConfig, note_on_template
-from scripts.engine.report.flags import Request, check_flags, require_folder
 from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report.measure import (
     IN_WORDS,
@@ -38,6 +37,7 @@ from scripts.engine.report.measure import (
     sources_of,
 )
 from scripts.engine.report.page import FORMAT, PICTURES, draw, read_report
+from scripts.engine.report.request import Request, check_flags, require_folder
 from scripts.engine.report.results import AR, DIFFUSION, summary_of
 from scripts.engine.runtime import RuntimeConfig, command_line
 
@@ -84,39 +84,45 @@ def measured(configs: list[Any], given: TypedFlags, argv: list[str] | None) -> d
     require_readable(sources, measuring, tokenizer)
     models = load_all(request, tokenizer, measuring.max_seq_len, runtime)
     given.refuse_without(facts_of_models(*models.values()))
-    for one in models.values():
-        if one.kind == "diffusion":
-            denoising.fitted(one.model.config)  # refuses what does not go with its attention, before any work
-    for one in models.values() if {form for form, _ in forms} != {"text"} else ():
-        if note := note_on_template(one, prompting.wraps(one)):
+    for loaded in models.values():
+        if loaded.kind == "diffusion":
+            denoising.fitted(loaded.model.config)  # refuses what does not go with its attention, before any work
+    for loaded in models.values() if {form for form, _ in forms} != {"text"} else ():
+        if note := note_on_template(loaded, prompting.wraps(loaded)):
             print(note, file=sys.stderr)
     setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising)
     sections = [measure(setup, source) for source in sources]
-    chosen = choose(sections) if frontier.frontier_questions else None
+    section = choose(sections) if frontier.frontier_questions else None
     about = circumstances(command_line(__spec__.name, argv), runtime, tokenizer, None, models.values(), *configs[:-1])
     return {
         "report_format": FORMAT,
         **about,
         "data_sha256": {section["name"]: section["sha256"] for section in sections},
         "models": [
-            {"name": name, "kind": NAMES[one.kind], **one.attention, **one.file, "chat_wrap": prompting.wraps(one)}
-            for name, one in models.items()
+            {
+                "name": name,
+                "kind": NAMES[loaded.kind],
+                **loaded.attention,
+                **loaded.file,
+                "chat_wrap": prompting.wraps(loaded),
+            }
+            for name, loaded in models.items()
         ],
         "sources": sections,
-        "frontier": measure_frontier(setup, frontier, chosen) if chosen else None,
+        "frontier": measure_frontier(setup, frontier, section) if section else None,
     }
 
 
 def load_all(
     request: Request, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
 ) -> dict[str, Loaded]:
-    """name -> model; the name is kind and file name, with its folder where that is not enough."""
+    """name -> model; the name is kind and file name, and its folder if that is not enough."""
     stems = [f"{NAMES[kind]} {path.stem.removesuffix('_state_dict')}" for kind, path in request.checkpoints]
-    loaded = {}
+    models = {}
     for stem, (kind, path) in zip(stems, request.checkpoints, strict=True):
         name = stem if stems.count(stem) == 1 else f"{NAMES[kind]} {path}"
-        loaded[name] = load_kind(path, kind, tokenizer, max_length, runtime)
-    return loaded
+        models[name] = load_kind(path, kind, tokenizer, max_length, runtime)
+    return models
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quality against cost: every way of decoding on the same questions, for the report's frontier."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple
 
@@ -13,8 +13,6 @@ from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
 from scripts.engine.decoding.generation import warm_up
 from scripts.engine.flags import in_effect
 from scripts.engine.report.measure import ANSWERED, IN_WORDS, Section, Setup, recorded
-
-FIELDS = {"threshold": "gen_confidence_threshold", "factor": "gen_factor"}  # what a policy is varied by, else its steps
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,6 @@ class FrontierConfig:
         tuple[float, ...], "of the policy factor", "above 0", "with a frontier of a diffusion model"
     ] = (0.5, 1.0, 2.0)
 
-    def settings(self, policy: str, max_new_tokens: int) -> Sequence[float]:
-        """The values that a policy is tried with."""
-        if policy == "threshold":
-            return self.frontier_thresholds
-        if policy == "factor":
-            return self.frontier_factors
-        return self.frontier_steps or sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)})
-
 
 class Sampler(NamedTuple):
     """A way of decoding."""
@@ -61,16 +51,20 @@ class Sampler(NamedTuple):
 def samplers(
     frontier: FrontierConfig, config: SamplingConfig | DenoisingConfig, max_new_tokens: int
 ) -> Iterator[Sampler]:
-    """AR: as it is set, and greedy; diffusion: every policy with every setting. ValueError for an impossible one."""
+    """AR: with the settings of the command, and greedy; diffusion: every policy with each of its settings."""
     if isinstance(config, SamplingConfig):
-        greedy = replace(config, ar_temperature=0.0)
-        drawn = f"temperature {config.ar_temperature:g}"
-        yield from [Sampler("AR", drawn, config)] if config.ar_temperature else []
-        yield Sampler("AR", "greedy", greedy)
+        if config.ar_temperature:
+            yield Sampler("AR", f"temperature {config.ar_temperature:g}", config)
+        yield Sampler("AR", "greedy", replace(config, ar_temperature=0.0))
         return
+    steps = frontier.frontier_steps or sorted({max(1, max_new_tokens // part) for part in (8, 4, 2, 1)})
+    varied = {  # by which setting a policy without a schedule is varied
+        "threshold": ("gen_confidence_threshold", frontier.frontier_thresholds),
+        "factor": ("gen_factor", frontier.frontier_factors),
+    }
     for policy in POLICIES:
-        field = FIELDS.get(policy, "gen_steps")
-        for value in frontier.settings(policy, max_new_tokens):
+        field, values = varied.get(policy, ("gen_steps", steps))
+        for value in values:
             setting = f"{value:g} {'step' if value == 1 else 'steps'}" if field == "gen_steps" else f"{value:g}"
             yield Sampler(policy, setting, replace(config, gen_remasking=policy, **{field: value}))
 

@@ -53,7 +53,7 @@ class Request:
 
 
 def require_folder(folder: Path) -> None:
-    """ValueError if the report's folder takes no file, or cannot be made; found out by trying. Leaves nothing."""
+    """Raise ValueError if the folder takes no file or cannot be made. That is tried; nothing is left behind."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         for path in reversed(missing):
@@ -63,7 +63,7 @@ def require_folder(folder: Path) -> None:
         raise ValueError(f"--out: {folder} cannot be written ({error.strerror}); choose another place") from None
     finally:
         for path in missing:
-            with contextlib.suppress(OSError):  # not made, or filled by another command
+            with contextlib.suppress(OSError):  # it was not made, or another command has filled it
                 path.rmdir()
 
 
@@ -75,7 +75,7 @@ def check_flags(
     max_new_tokens: int,
     configs: tuple[SamplingConfig, DenoisingConfig],
 ) -> None:
-    """ValueError for typed flags without effect. sources: (format, split)."""
+    """Raise ValueError for typed flags without effect. sources: (format, split)."""
     forms = {form for form, _ in sources}
     answered, diffusion = bool(forms & set(ANSWERED)), request.diffusion_checkpoint is not None
     drawn = answered and frontier.frontier_questions > 0
@@ -91,5 +91,5 @@ def check_flags(
             "a frontier of a diffusion model": drawn and diffusion,
         }
     )
-    tried = [sampler.config for config in configs if drawn for sampler in samplers(frontier, config, max_new_tokens)]
-    given.refuse_idle(*configs, *tried)
+    ways = [sampler.config for config in configs if drawn for sampler in samplers(frontier, config, max_new_tokens)]
+    given.refuse_idle(*configs, *ways)
