@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import operator
 import re
 import shlex
 import shutil
@@ -173,6 +174,14 @@ def test_the_readme_names_every_runnable_module_and_no_other():
     for line in re.findall(r"^  .*\.py.*$", text, flags=re.MULTILINE):  # the map of the tree names real files
         for name in re.findall(r"[a-z_]+\.py", line):
             assert any(list((ROOT / top).rglob(name)) for top in ("model", "dataset", "scripts", "tests")), name
+
+
+def test_the_stops_of_the_walks_exist():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    stops = re.findall(r"^\| `([\w.]+)` in `([\w/]+)\.py` \|", text, flags=re.MULTILINE)
+    assert len(stops) == 16
+    for name, path in stops:
+        operator.attrgetter(name)(importlib.import_module(path.replace("/", ".")))
 
 
 def test_both_readmes_have_the_same_commands_and_numbers():
