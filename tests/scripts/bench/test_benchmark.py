@@ -166,7 +166,7 @@ REFUSED = """
 --kinds gpt
 --rounds 0
 --scaling-lengths 0
---no-packing
+--packing by --no-packing
 --compile --parts peak
 --rounds 9 --parts decoding
 --batch-size 9 --parts data
@@ -178,7 +178,7 @@ REFUSED = """
 --decoding-batch-sizes 1,0
 --decoding-rounds 0
 --decoding-policies best
---gen-confidence-threshold by --decoding-thresholds 1.5
+--decoding-thresholds 1.5
 """
 
 

@@ -218,16 +218,22 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--experiments", "schedule"], ["'schedule' is none", "schedules"]),
+        (["--experiments", "schedule"], ["'schedule' is not one of", "schedules"]),
         (["--experiments", "frontier"], ["--reports"]),
-        (["--experiments", "repetition", "--schedules-tokens", "9999"], ["--schedules-tokens", "schedules among"]),
+        (
+            ["--experiments", "repetition", "--schedules-tokens", "9999"],
+            ["--schedules-tokens", "without --experiments schedules"],
+        ),
         (["--tokenizer-dir", "x", "--target-vocab-size", "300"], ["--target-vocab-size", "--tokenizer-dir"]),
         (["--draw", "x", "--seeds", "1"], ["--seeds", "--draw"]),
         (["--draw", "x"], ["--draw x"]),
         (["--reports", "x.json"], ["--reports", "reversal or frontier"]),
         (["--experiments", "reversal", "--reports", "x.json"], ["x.json does not exist"]),
         (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is not a report"]),
-        (["--experiments", "reversal", "--reports", "x.json", "--seeds", "1"], ["--seeds", "that trains"]),
+        (
+            ["--experiments", "reversal", "--reports", "x.json", "--seeds", "1"],
+            ["--seeds", "without --experiments schedules"],
+        ),
         (["--schedules-band", "0.8"], ["--schedules-band", "two rates"]),
         (["--hidden-size", "30", "--num-attention-heads", "4"], ["--hidden-size 30"]),
         (["--data", "x.csv"], ["x.csv", ".jsonl"]),
