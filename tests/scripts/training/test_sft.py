@@ -258,16 +258,15 @@ REFUSED = {
     "cut rows": ("sft_dm", "--variable-length-prob 0.5", "--variable-length-prob"),
     "no conversations": ("sft_dm", "--data corpus.jsonl", "corpus.jsonl, row 1: expected the fields of a conversation"),
     "text": ("sft_ar", "--data corpus.txt", "expected JSONL rows"),
-    "fill": ("sft_dm", "--eos-fill -1", "--eos-fill"),
     "stream": ("sft_ar", "--streaming", "--steps-per-epoch"),
     "cached stream": ("sft_ar", "--streaming --steps-per-epoch 3 --cache-dir here", "--cache-dir has no effect"),
-    "endless stream": ("sft_ar", "--streaming --steps-per-epoch 99999999999999999999", "--steps-per-epoch"),
-    "endless fill": ("sft_dm", "--eos-fill 99999999999999999999", "--eos-fill"),
     "another name": ("sft_dm", "--mask-schedule random", "--mask-schedule random is fixed_count"),
-    "decay": ("sft_ar", "--final-decay-ratio 1.5", "--final-decay-ratio"),
-    "decay twice": ("sft_ar", "--final-decay-ratio 0.5 --lr-stable-ratio 0.5", "give one of them"),
+    "decay twice": (
+        "sft_ar",
+        "--final-decay-ratio 0.5 --lr-stable-ratio 0.5",
+        "--lr-stable-ratio has no effect with --final-decay-ratio",
+    ),
     "idle decay": ("sft_ar", "--final-decay-ratio 0.5 --lr-schedule cosine", "has no effect without --lr-schedule wsd"),
-    "short rows": ("sft_ar", "--max-seq-len 8", "at least 16"),
 }
 
 
