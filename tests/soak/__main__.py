@@ -12,6 +12,7 @@ read-only, bytes (files cut off and changed).
 """
 
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -46,12 +47,11 @@ class SoakConfig:
         int,
         "kills of trainings; other faults are tried in proportion",
         "at least 1",
-        "with --parts training, distributed, disk, read-only or clock",
+        "with --parts training, distributed, disk or read-only",
     ] = 100
     changes: Annotated[int, "changed bytes and zeroed blocks", "at least 1", "with --parts bytes"] = 1000
     parts: Annotated[tuple[Literal[*PARTS], ...], "what is tried"] = tuple(PARTS)
     seed: Annotated[int, "seed of the moments, the sizes and the bytes", "in [0, 2^32)"] = 1337
-    work_dir: Annotated[Path | None, "an empty folder to work in, which is kept (none: a temporary one)"] = None
     json: Annotated[Path | None, "also write the result to this file"] = None
 
     def tries(self, part: str) -> int:
@@ -61,20 +61,18 @@ class SoakConfig:
 def main(argv: list[str] | None = None) -> None:
     config, _ = parse_args(__doc__, SoakConfig, argv=argv)
     require_output(config.json, "--json")
-    if config.work_dir and config.work_dir.exists() and any(config.work_dir.iterdir()):
-        raise ValueError(f"--work-dir {config.work_dir} is not empty; give a new folder")
-    with tempfile.TemporaryDirectory(prefix="soak-") as temporary:
-        if config.work_dir:
-            config.work_dir.mkdir(parents=True, exist_ok=True)
-        place = Workplace((config.work_dir or Path(temporary)).resolve(), config.seed)
-        outcomes = soak(place, config)
-        if config.json:
-            command = command_line(__spec__.name, argv)
-            runtime = RuntimeConfig(device="cpu", dtype="float32", seed=config.seed)
-            record = circumstances(command, runtime, place.tokenizer, place.folder / "corpus.jsonl", (), config)
-            write_json(config.json, {"outcomes": [vars(outcome) for outcome in outcomes], **record})
+    folder = Path(tempfile.mkdtemp(prefix="soak-")).resolve()
+    place = Workplace(folder, config.seed)
+    outcomes = soak(place, config)
+    if config.json:
+        command = command_line(__spec__.name, argv)
+        runtime = RuntimeConfig(device="cpu", dtype="float32", seed=config.seed)
+        record = circumstances(command, runtime, place.tokenizer, place.folder / "corpus.jsonl", (), config)
+        write_json(config.json, {"outcomes": [vars(outcome) for outcome in outcomes], **record})
     if any(outcome.failures for outcome in outcomes):
+        print(f"the files of what failed are in {folder}")
         sys.exit(1)
+    shutil.rmtree(folder)
 
 
 def soak(place: Workplace, config: SoakConfig) -> list[Outcome]:

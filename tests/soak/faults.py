@@ -167,13 +167,9 @@ def no_cache(place: Workplace, tries: int) -> Outcome:
 
 
 def _fault_of_sentence(ended: Ended, *words: str) -> str | None:
-    lines = [line for line in ended.err.strip().splitlines() if not line.startswith("tokenised")]
-    if (
-        ended.code == 2
-        and len(lines) == 1
-        and lines[0].startswith("error: ")
-        and all(word in lines[0] for word in words)
-    ):
+    sentence = re.sub(r"^tokenised.*\n", "", ended.err, flags=re.MULTILINE).strip()
+    is_one = ended.code == 2 and sentence.startswith("error: ") and "\n" not in sentence
+    if is_one and all(word in sentence for word in words):
         return None
     return f"exit code {ended.code}, expected 2 and one sentence with {' and '.join(words)}: {ended.err.strip()[-500:]}"
 

@@ -135,4 +135,3 @@ def test_wrong_flags_of_the_soak(refused):
     refused(soak, ["--parts", "kills"], "--parts", "kills", "training")
     refused(soak, ["--kills", "0"], "--kills")
     refused(soak, ["--parts", "bytes", "--kills", "5"], "--kills", "has no effect")
-    refused(soak, ["--work-dir", "."], "--work-dir", "not empty")
