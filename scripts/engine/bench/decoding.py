@@ -9,10 +9,10 @@ import itertools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 
@@ -24,8 +24,8 @@ from model.decode import Canvas, Decoded, DenoisingConfig, SamplingConfig
 from model.decode import decode as fill
 from model.remasking import POLICIES, transfer_schedule
 from model.transformer import Transformer
-from scripts.engine.bench.timing import markdown, take_turns
-from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED
+from scripts.engine.bench.timing import Row, Timing, take_turns
+from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid
 from scripts.engine.loaded import load_for_use
 from scripts.engine.report.exercises import read_exercises
 from scripts.engine.runtime import RuntimeConfig
@@ -33,43 +33,32 @@ from scripts.engine.statistics import is_correct, wilson
 
 NAIVE_STEPS = 64
 NAIVE = f"{NAIVE_STEPS} full forward passes"
+TOKENS_PER_STEP = 2  # of policies with a fixed number of steps
 ATTENTION = {"AR": "causal", "diffusion": "full", "blocks": "block"}  # of each kind of model
+BLOCK_SIZE, PROMPT_TOKENS = 8, 40  # if weights are random
 NO_EOS = -1  # an end that no token is
 GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
 UNCAPPED = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0, gen_cap_start_ratio=1.0, gen_cap_end_ratio=1.0)
+Decoder = Callable[[Canvas], Decoded]
 
 
 @dataclass(frozen=True)
 class DecodingBenchmarkConfig:
     """Measuring decoding."""
 
-    decoding_ar: Annotated[Path | None, "autoregressive checkpoint, fine-tuned (none of the three: random weights)"] = (
-        None
-    )
+    decoding_ar: Annotated[Path | None, "autoregressive checkpoint (none of the three: random weights)"] = None
     decoding_diffusion: Annotated[Path | None, "checkpoint of full attention, fine-tuned"] = None
     decoding_blocks: Annotated[Path | None, "checkpoint of block diffusion, fine-tuned"] = None
     decoding_tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
-    decoding_questions: Annotated[
-        int, "bundled questions, or random prompts, that every sampler answers", "at least 1"
-    ] = 32
+    decoding_questions: Annotated[int, "questions, or random prompts, for every sampler", "at least 1"] = 32
     decoding_batch_sizes: Annotated[tuple[int, ...], "questions answered together", "at least 1"] = (1, 8)
     decoding_dtypes: Annotated[
         tuple[Literal["auto", "float32", "float16", "bfloat16"], ...],
         "precisions tried; what a sampler is compared with is the fastest of all these",
     ] = ("auto",)
     decoding_new_tokens: Annotated[int, "longest answer, and the canvas of diffusion, in tokens", "at least 1"] = 24
-    decoding_naive_tokens: Annotated[
-        int | None,
-        f"canvas of the {NAIVE_STEPS} full forward passes, in new tokens (none: --decoding-new-tokens)",
-        "at least 1",
-    ] = None
     decoding_policies: Annotated[tuple[Literal[*POLICIES], ...], "diffusion policies"] = tuple(POLICIES)
     decoding_thresholds: Annotated[tuple[float, ...], "of the policies threshold and hybrid", "in (0, 1]"] = (0.9, 0.7)
-    decoding_tokens_per_step: Annotated[tuple[int, ...], "of policies with a fixed number of steps", "at least 1"] = (
-        2,
-    )
-    decoding_prompt_tokens: Annotated[int, "length of a random prompt", "at least 1"] = 40
-    decoding_block_size: Annotated[int, "block size of random weights", "at least 1"] = 8
     decoding_rounds: Annotated[int, "rounds, in each of which every sampler answers all questions", "at least 1"] = 5
 
     @property
@@ -77,92 +66,60 @@ class DecodingBenchmarkConfig:
         paths = {"AR": self.decoding_ar, "diffusion": self.decoding_diffusion, "blocks": self.decoding_blocks}
         return {kind: path for kind, path in paths.items() if path is not None}
 
-    def samplers(self, kind: str, trained: bool) -> dict[str, SamplingConfig | DenoisingConfig]:
-        """name -> settings."""
-        if kind == "AR":
-            return {"greedy, KV cache": GREEDY}
-        samplers: dict[str, SamplingConfig | DenoisingConfig] = {}
-        for policy in self.decoding_policies:
-            config = replace(UNCAPPED, gen_remasking=policy, gen_steps=self.decoding_new_tokens)
-            if kind == "diffusion":
-                config = replace(config, gen_block_size=0)
-            if policy in THRESHOLDED:
-                names = {
-                    f"{policy} {value:g}": {"gen_confidence_threshold": value} for value in self.decoding_thresholds
-                }
-            elif policy in ADAPTIVE:
-                names = {f"{policy} {config.gen_factor:g}": {}}
-            else:
-                steps = {number: -(-self.decoding_new_tokens // number) for number in self.decoding_tokens_per_step}
-                names = {f"{policy}, {number} per step": {"gen_steps": count} for number, count in steps.items()}
-            if trained or policy not in (*THRESHOLDED, *ADAPTIVE):
-                samplers |= {name: replace(config, **changes) for name, changes in names.items()}
-        return samplers
-
 
 class Exam(NamedTuple):
-    """The prompts that every sampler answers; wanted answers and tokenizer are None if weights are random."""
+    """Models by kind, and the prompts that they answer; if weights are random there is no right answer to them."""
 
+    models: dict[str, Transformer]
     prompts: list[list[int]]
     wanted: list[str] | None = None
     tokenizer: PreTrainedTokenizerFast | None = None
 
 
-def measure(config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig) -> list[dict[str, Any]]:
-    """A row for each sampler, batch size and dtype; `shape` is that of random weights.
+def measure_decoding(config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig) -> list[Row]:
+    """A row for each sampler, batch size and precision; `shape` is that of random weights.
 
-    right, right_low, right_high: share of right answers and its 95 % Wilson interval (None: random weights). passes:
-    network calls per answer, those that it would take alone. tokens: per answer, up to EOS, that included.
-    tokens_per_second and latency_seconds, that of a batch: of the median round, `spread` being half the interquartile
-    range of the rounds as a share of it. of_ar, of_naive: tokens_per_second over that of the fastest AR, and of the
-    fastest full forward passes, at this batch size (None: not measured). ValueError for a checkpoint of another kind.
+    right: share of right answers, with its 95 % Wilson interval (None: random weights). passes: network calls per
+    answer, those that it would take alone. tokens: per answer, up to EOS, that included. of ...: ratio to the tokens/s
+    of the fastest of its kind at this batch size (None: not measured). ValueError for a checkpoint of another kind.
     """
-    models, exam = _models_and_exam(config, shape, runtime)
-    number, rows = len(exam.prompts), []
+    exam = trained(config, runtime) if config.checkpoints else random(config, shape, runtime)
+    rows = []
     for batch_size in config.decoding_batch_sizes:
-        cases, turns = {}, {}
-        for dtype, (kind, model) in itertools.product(config.decoding_dtypes, models.items()):
-            precision = replace(runtime, dtype=dtype)
-            for policy, case in _cases(config, kind, model, exam.wanted is not None).items():
-                name = kind, policy, precision.dtype_name
-                cases[name], turns[name] = case, partial(case.answer, exam.prompts, batch_size, precision)
+        batches = [exam.prompts[i : i + batch_size] for i in range(0, len(exam.prompts), batch_size)]
+        cases = {}
+        for dtype, (kind, model) in itertools.product(config.decoding_dtypes, exam.models.items()):
+            precision, new_tokens = replace(runtime, dtype=dtype), config.decoding_new_tokens
+            canvas_of = partial(Canvas.continuing, num_new=new_tokens, config=model.config, device=runtime.torch_device)
+            for policy, decoder in decoders(config, kind, model, exam.wanted is not None).items():
+                cases[kind, policy, precision.dtype_name] = partial(answer, batches, canvas_of, decoder, precision)
         print(f"decoding: {len(cases)} samplers at batch size {batch_size}", file=sys.stderr, flush=True)
-        timings = take_turns(turns, config.decoding_rounds, device=runtime.torch_device)
-        of_size = []
-        for name, timing in timings.items():
-            row = dict(zip(("kind", "policy", "dtype"), name, strict=True))
-            row |= {"batch_size": batch_size, **_figures(exam, cases[name].answers)}
-            row["latency_seconds"] = timing.median / math.ceil(number / batch_size)
-            row |= {"seconds": timing.median, "spread": timing.spread}
-            row["tokens_per_second"] = row["tokens"] * number / timing.median
-            of_size.append(row)
-        rows += _compared(of_size)
+        timings = take_turns(cases, config.decoding_rounds, 1, runtime.torch_device)
+        rows += compared([row_of(exam, name, batch_size, timing) for name, timing in timings.items()])
     return rows
 
 
-def _models_and_exam(
-    config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig
-) -> tuple[dict[str, Transformer], Exam]:
-    if config.checkpoints:
-        return _trained(config, runtime)
+def random(config: DecodingBenchmarkConfig, shape: ModelConfig, runtime: RuntimeConfig) -> Exam:
+    """Models with random weights, and prompts without special tokens."""
     models = {}
     for kind, attention in ATTENTION.items():
-        block_size = config.decoding_block_size if attention == "block" else 0
-        random = replace(shape, attention=attention, block_size=block_size, eos_token_id=NO_EOS)
-        models[kind] = Transformer(random).to(runtime.torch_device).eval()
-    size, ordinary = (config.decoding_questions, config.decoding_prompt_tokens), torch.arange(4, shape.vocab_size)
+        block_size = BLOCK_SIZE if attention == "block" else 0
+        endless = replace(shape, attention=attention, block_size=block_size, eos_token_id=NO_EOS)
+        models[kind] = Transformer(endless).to(runtime.torch_device).eval()
+    size, ordinary = (config.decoding_questions, PROMPT_TOKENS), torch.arange(4, shape.vocab_size)
     drawn = torch.randint(len(ordinary), size, generator=torch.Generator().manual_seed(runtime.seed))
-    return models, Exam(ordinary[drawn].tolist())
+    return Exam(models, ordinary[drawn].tolist())
 
 
-def _trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> tuple[dict[str, Transformer], Exam]:
+def trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> Exam:
+    """The checkpoints, and bundled questions."""
     tokenizer = load_tokenizer(config.decoding_tokenizer_dir)
     questions = sorted(
         read_exercises(bundled_file("questions"), "questions"),
         key=lambda question: content_hash(f"{question.text}\n{question.reference}"),
     )[: config.decoding_questions]
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question.text}], True) for question in questions]
-    longest = max(map(len, prompts)) + max(config.decoding_new_tokens, config.decoding_naive_tokens or 0)
+    longest = max(map(len, prompts)) + config.decoding_new_tokens
     models = {}
     for kind, path in config.checkpoints.items():
         models[kind] = load_for_use(path, tokenizer, longest, runtime).model.eval()
@@ -171,37 +128,34 @@ def _trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> tuple[d
             raise ValueError(
                 f"{path}, given as --decoding-{kind.lower()}, has {attention} attention, not {ATTENTION[kind]}"
             )
-    return models, Exam(prompts, [question.wanted for question in questions], tokenizer)
+    return Exam(models, prompts, [question.wanted for question in questions], tokenizer)
 
 
-@dataclass
-class Case:
-    """A decoder, which writes into a canvas of so many new tokens; called, it answers all prompts."""
+def decoders(config: DecodingBenchmarkConfig, kind: str, model: Transformer, is_trained: bool) -> dict[str, Decoder]:
+    """The ways of decoding that are compared, by name."""
 
-    model: Transformer
-    decoder: Callable[[Canvas], Decoded]
-    new_tokens: int
-    answers: list[Decoded] = field(default_factory=list)  # the last ones
-
-    def answer(self, prompts: list[list[int]], batch_size: int, runtime: RuntimeConfig) -> None:
-        self.answers.clear()
-        with runtime.autocast():  # one for all batches: it casts the weights anew whenever it is entered
-            for i in range(0, len(prompts), batch_size):
-                batch = prompts[i : i + batch_size]
-                canvas = Canvas.continuing(batch, self.new_tokens, self.model.config, runtime.torch_device)
-                self.answers.append(self.decoder(canvas))
-
-
-def _cases(config: DecodingBenchmarkConfig, kind: str, model: Transformer, trained: bool) -> dict[str, Case]:
-    def decoder(settings: SamplingConfig | DenoisingConfig) -> Callable[[Canvas], Decoded]:
+    def decoder(settings: SamplingConfig | DenoisingConfig) -> Decoder:
         return lambda canvas: fill(model, canvas, settings, range(len(canvas.ids)))
 
-    samplers = config.samplers(kind, trained)
-    cases = {name: Case(model, decoder(settings), config.decoding_new_tokens) for name, settings in samplers.items()}
-    if kind == "diffusion":
-        new_tokens = config.decoding_naive_tokens or config.decoding_new_tokens
-        cases[NAIVE] = Case(model, lambda canvas: naive(model, canvas, NAIVE_STEPS), new_tokens)
-    return cases
+    if kind == "AR":
+        return {"greedy, KV cache": decoder(GREEDY)}
+    new_tokens, samplers = config.decoding_new_tokens, {}
+    denoising = replace(UNCAPPED, gen_steps=new_tokens, gen_block_size=0 if kind == "diffusion" else None)
+    for policy in config.decoding_policies:
+        if policy not in (*THRESHOLDED, *ADAPTIVE):
+            grid = SamplerGrid((policy,), steps=(math.ceil(new_tokens / TOKENS_PER_STEP),))
+            samplers |= grid.samplers(denoising)
+        elif is_trained:
+            samplers |= SamplerGrid((policy,), thresholds=config.decoding_thresholds).samplers(denoising)
+    cases = {name: decoder(settings) for name, settings in samplers.items()}
+    return cases | ({NAIVE: partial(naive, model, num_steps=NAIVE_STEPS)} if kind == "diffusion" else {})
+
+
+def answer(
+    batches: list[list[list[int]]], canvas_of: Callable[..., Canvas], decoder: Decoder, runtime: RuntimeConfig
+) -> list[Decoded]:
+    with runtime.autocast():  # one for all batches: it casts the weights anew whenever it is entered
+        return [decoder(canvas_of(prompts)) for prompts in batches]
 
 
 @torch.no_grad()
@@ -226,48 +180,34 @@ def naive(model: Transformer, canvas: Canvas, num_steps: int) -> Decoded:
     return Decoded(ids.cpu(), new, ended, num_steps, [num_steps] * len(new))
 
 
-def _figures(exam: Exam, answers: list[Decoded]) -> dict[str, Any]:
-    new = [tokens for decoded in answers for tokens in decoded.new]
-    number, passes = len(new), sum(sum(decoded.row_passes) for decoded in answers)
+def row_of(exam: Exam, name: tuple[str, str, str], batch_size: int, timing: Timing) -> Row:
+    new = [tokens for decoded in timing.result for tokens in decoded.new]
+    number, passes = len(new), sum(sum(decoded.row_passes) for decoded in timing.result)
     right = low = high = None
     if exam.wanted is not None:
         texts = [decode(exam.tokenizer, tokens) for tokens in new]
         right = sum(map(is_correct, texts, exam.wanted)) / number
         low, high = wilson(right, number)
-    tokens = sum(map(len, new)) / number
-    return {"right": right, "right_low": low, "right_high": high, "passes": passes / number, "tokens": tokens}
-
-
-def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one batch size with the ratios of their tokens per second to those of the fastest baselines."""
-    ar = max((row["tokens_per_second"] for row in rows if row["kind"] == "AR"), default=None)
-    full = max((row["tokens_per_second"] for row in rows if row["policy"] == NAIVE), default=None)
-    for row in rows:
-        row["of_ar"] = row["tokens_per_second"] / ar if ar else None
-        row["of_naive"] = row["tokens_per_second"] / full if full else None
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each sampler, batch size and dtype."""
-    columns = {
-        "model": lambda row: row["kind"],
-        "policy": lambda row: row["policy"],
-        "batch": lambda row: row["batch_size"],
-        "dtype": lambda row: row["dtype"],
-        "right": _right,
-        "passes per answer": lambda row: f"{row['passes']:.1f}",
-        "tokens per answer": lambda row: f"{row['tokens']:.1f}",
-        "ms per batch": lambda row: f"{row['latency_seconds'] * 1e3:.1f} +- {100 * row['spread']:.0f} %",
-        "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-        "of AR's": lambda row: "-" if row["of_ar"] is None else f"{row['of_ar']:.2f}",
-        f"of {NAIVE}": lambda row: "-" if row["of_naive"] is None else f"{row['of_naive']:.2f}",
+    tokens = sum(map(len, new))
+    return {
+        **dict(zip(("kind", "policy", "precision"), name, strict=True)),
+        "batch": batch_size,
+        "right": right,
+        "right, low": low,
+        "right, high": high,
+        "passes": passes / number,
+        "tokens": tokens / number,
+        "ms per batch": 1000 * timing.median / len(timing.result),
+        "spread": timing.spread,
+        "tokens/s": tokens / timing.median,
     }
-    note = "Greedy; the ratios are to the fastest of their kind at that batch size."
-    if any(row["right"] is None for row in rows):
-        note += " Random weights: only the cost of a pass means anything, so policies that stop early are left out."
-    return f"{markdown(rows, columns)}\n\n{note}"
 
 
-def _right(row: dict[str, Any]) -> str:
-    return "-" if row["right"] is None else "{right:.3f} [{right_low:.3f}, {right_high:.3f}]".format(**row)
+def compared(rows: list[Row]) -> list[Row]:
+    """The rows of one batch size with the ratios of their tokens per second to those of the fastest baselines."""
+    ar = max((row["tokens/s"] for row in rows if row["kind"] == "AR"), default=None)
+    full = max((row["tokens/s"] for row in rows if row["policy"] == NAIVE), default=None)
+    for row in rows:
+        row["of AR"] = row["tokens/s"] / ar if ar else None
+        row[f"of {NAIVE_STEPS} passes"] = row["tokens/s"] / full if full else None
+    return rows

@@ -6,6 +6,7 @@ nothing is scored, nothing computed twice. A backward pass is two forward passes
 softmax and other elementwise work is left out, as is usual; so is the embedding, which only copies.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from model.attention import block_causal_mask, document_mask
 from model.block_diffusion import block_diffusion_mask
 from model.config import ModelConfig
-from scripts.engine.bench.timing import markdown, take_turns
+from scripts.engine.bench.timing import Row, take_turns
 
 FORWARD_AND_BACKWARD = 3
 # (rows, inner, columns): squares, and products as long as a batch and as wide as a layer. The best counts.
@@ -24,14 +25,14 @@ SHAPES = {
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 4096, 4096)),
 }
 DTYPES = ("float32", "bfloat16")
-ROUNDS = 7
+ROUNDS, WARM_UP = 7, 2
 
 
 def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     """Of one forward and backward pass over a batch as `prepare` of NextToken or MaskedDiffusion made it."""
-    keys, scored = visible_keys(prepared), scored_queries(prepared)
-    num_positions, num_scored = int((keys > 0).sum()), int(scored.sum())
-    width, inner_layers = config.hidden_size, config.num_hidden_layers - 1
+    keys, scored = visible_keys(prepared), prepared["positions"]
+    num_positions, num_scored = int((keys > 0).sum()), len(scored)
+    length, width, inner_layers = prepared["input_ids"].shape[1], config.hidden_size, config.num_hidden_layers - 1
     # Weights that every position meets in a layer, and those that the last layer applies at scored ones only.
     keys_and_values = 2 * width * config.num_key_value_heads * config.head_dim
     queries_output_mlp = 2 * width**2 + 3 * width * config.intermediate_size
@@ -39,7 +40,7 @@ def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     weights += (inner_layers * num_positions + num_scored) * queries_output_mlp
     weights += num_scored * width * config.vocab_size  # the head
     # Each pair of a query and a key: a product of queries and keys, and one of probabilities and values.
-    pairs = inner_layers * int(keys.sum()) + int(keys[scored].sum())
+    pairs = inner_layers * int(keys.sum()) + int(keys[scored // length, scored % length].sum())
     return FORWARD_AND_BACKWARD * (2 * weights + 4 * width * pairs)
 
 
@@ -57,25 +58,16 @@ def visible_keys(prepared: dict[str, Any]) -> Tensor:
     return mask[:, 0].sum(dim=-1).expand(documents.shape) * (documents >= 0)
 
 
-def scored_queries(prepared: dict[str, Any]) -> Tensor:
-    """bool, of the shape of `visible_keys`: where the head is applied."""
-    rows, length = prepared["input_ids"].shape
-    halves = 2 if 0 < prepared.get("block_size", 0) < length else 1
-    scored = torch.zeros(rows, halves * length, dtype=torch.bool)
-    scored[prepared["positions"] // length, prepared["positions"] % length] = True
-    return scored
-
-
-def measure_peak(device: torch.device) -> list[dict[str, Any]]:
+def measure_peak(device: torch.device) -> list[Row]:
     """The median operations per second of every shape in both precisions."""
     shapes = SHAPES.get(device.type, SHAPES["cpu"])
     cases = {(dtype, shape): _product(device, getattr(torch, dtype), *shape) for dtype in DTYPES for shape in shapes}
-    timings = take_turns(cases, ROUNDS, 2, device)
+    timings = take_turns(cases, ROUNDS, WARM_UP, device)
     return [
         {
-            "dtype": dtype,
-            "shape": "x".join(map(str, shape)),
-            "flops_per_second": 2 * shape[0] * shape[1] * shape[2] / timing.median,
+            "precision": dtype,
+            "product": "x".join(map(str, shape)),
+            "GFLOP/s": 2 * math.prod(shape) / timing.median / 1e9,
             "spread": timing.spread,
         }
         for (dtype, shape), timing in timings.items()
@@ -88,16 +80,6 @@ def _product(device: torch.device, dtype: torch.dtype, rows: int, inner: int, co
     return lambda: torch.mm(a, b.T, out=out)
 
 
-def best(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The most operations per second, by dtype."""
-    return {dtype: max(row["flops_per_second"] for row in rows if row["dtype"] == dtype) for dtype in DTYPES}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each product."""
-    columns = {
-        "precision": lambda row: row["dtype"],
-        "product": lambda row: row["shape"],
-        "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.0f} +- {row['spread']:.0%}",
-    }
-    return markdown(rows, columns)
+def best(rows: list[Row]) -> dict[str, float]:
+    """The most GFLOP/s of each precision."""
+    return {dtype: max(row["GFLOP/s"] for row in rows if row["precision"] == dtype) for dtype in DTYPES}

@@ -2,22 +2,23 @@
 
 import gc
 import time
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 Name = TypeVar("Name", bound=Hashable)
-Line = TypeVar("Line")
+Row = dict[str, Any]  # of a table: heading -> value
 
 
-@dataclass(frozen=True)
+@dataclass
 class Timing:
-    """Seconds of each round of one case."""
+    """Seconds of each round of one case, and what its last call returned."""
 
-    seconds: tuple[float, ...]
+    seconds: list[float] = field(default_factory=list)
+    result: Any = None
 
     @property
     def median(self) -> float:
@@ -30,17 +31,17 @@ class Timing:
         return float(high - low) / 2 / self.median
 
 
-def synchronise(device: torch.device | str = "cpu") -> None:
+def synchronise(device: torch.device) -> None:
     """Wait until a GPU has finished; a CPU always has."""
-    if torch.device(device).type == "cuda":
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def take_turns(
-    cases: Mapping[Name, Callable[[], Any]], rounds: int, warm_up: int = 1, device: torch.device | str = "cpu"
+    cases: Mapping[Name, Callable[[], Any]], rounds: int, warm_up: int, device: torch.device
 ) -> dict[Name, Timing]:
     """Call every case `warm_up` times unmeasured, then once in each of `rounds` rounds, in the same order."""
-    seconds: dict[Name, list[float]] = {name: [] for name in cases}
+    timings = {name: Timing() for name in cases}
     gc.collect()
     gc.disable()  # a collection would hit the case that happens to run
     try:
@@ -48,17 +49,26 @@ def take_turns(
             for name, case in cases.items():
                 synchronise(device)
                 began = time.perf_counter()
-                case()
+                timings[name].result = case()
                 synchronise(device)
                 if number >= 0:
-                    seconds[name].append(time.perf_counter() - began)
+                    timings[name].seconds.append(time.perf_counter() - began)
     finally:
         gc.enable()
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+    return timings
 
 
-def markdown(rows: Iterable[Line], columns: Mapping[str, Callable[[Line], Any]]) -> str:
-    """A Markdown table with a line for each row; columns: heading -> what is in the cell of a row."""
-    lines = [list(columns), ["---"] * len(columns)]
-    lines += [[str(cell(row)) for cell in columns.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def markdown(rows: list[Row]) -> str:
+    """Markdown tables, one for all rows that have the same entries, whose names are its headings."""
+    tables: dict[tuple[str, ...], list[list[str]]] = {}
+    for row in rows:
+        tables.setdefault(tuple(row), []).append([cell(value) for value in row.values()])
+    lines = [[headings, ["---"] * len(headings), *cells] for headings, cells in tables.items()]
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in lines)
+
+
+def cell(value: float | str | None) -> str:
+    """Three significant digits, and all those before the point; a dash for None."""
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return "-" if value is None else str(value)

@@ -6,19 +6,19 @@ mask of booleans, logits at every position, autograd's cross-entropy, the optimi
 eager; freed memory it keeps, as ours does. It computes the same loss.
 """
 
+import itertools
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-import model.cpu_attention
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import load_tokenizer, token_ids
+from model import cpu_attention
 from model.attention import causal_attention
 from model.block_diffusion import denoising_inputs
 from model.config import ModelConfig
@@ -28,8 +28,8 @@ from model.masked_diffusion import MaskedDiffusion
 from model.objective import NextToken, Objective
 from model.transformer import Transformer
 from scripts.engine.bench.flops import step_flops
-from scripts.engine.bench.memory import peak_of
-from scripts.engine.bench.timing import Timing, markdown, synchronise, take_turns
+from scripts.engine.bench.memory import in_own_process, most_resident
+from scripts.engine.bench.timing import Row, Timing, synchronise, take_turns
 from scripts.engine.runtime import RuntimeConfig, keep_freed_memory, to_device
 from scripts.engine.training.compiling import compile_layers
 from scripts.engine.training.loader import Rows
@@ -38,7 +38,6 @@ from scripts.engine.training.optim import OptimConfig, make_optimizers, scale_an
 KINDS = ("ar", "full", "block")
 STEPS = "with --parts training, ablation or scaling"
 PARTS = ("data", "forward", "backward", "optimizer")
-SECONDS = [f"{part}_seconds" for part in PARTS]
 
 
 @dataclass(frozen=True)
@@ -108,15 +107,6 @@ class Setting:
     runtime: RuntimeConfig
 
 
-class Step(NamedTuple):
-    """What one step took and did."""
-
-    seconds: list[float]  # of each of PARTS
-    real_tokens: int
-    padded_tokens: int
-    flops: int
-
-
 class Case:
     """A model in training, a step at a time. Rows, noise and initial weights are the same in every case."""
 
@@ -130,22 +120,26 @@ class Case:
         self.parameters = list(self.network.parameters())
         self.optimizers = make_optimizers(self.network, OptimConfig())
         if not variant.fused_optimizer:
-            groups = [
-                {key: group[key] for key in ("params", "weight_decay")} for group in self.optimizers[0].param_groups
-            ]
-            self.optimizers = [torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), foreach=False, fused=False)]
+            for group in self.optimizers[0].param_groups:
+                group.update(fused=False, foreach=False)
         if variant.compiled:
             compile_layers(self.network)
-        self.step_number, self.steps = 0, []
+        self.step_number = 0
+        self.steps: list[list[float]] = []  # of each turn: seconds of PARTS, real tokens, all tokens, operations
 
     def turn(self) -> None:
         """Two steps, of which the second counts: the first finds the caches and the allocator as another case left
         them."""
-        with self._switched():
+        keep_freed_memory(self.variant.kept_memory)
+        usual = cpu_attention.EXPLICIT_ATTENTION_KEYS
+        cpu_attention.EXPLICIT_ATTENTION_KEYS = usual if self.variant.explicit_attention else 0
+        try:
             self._step()
             self.steps.append(self._step())
+        finally:
+            cpu_attention.EXPLICIT_ATTENTION_KEYS = usual
 
-    def _step(self) -> Step:
+    def _step(self) -> list[float]:
         device, config = self.runtime.torch_device, self.network.config
         marks = [time.perf_counter()]
 
@@ -164,7 +158,8 @@ class Case:
             else:
                 nats = plain_nats(self.network, prepared)
         mark()
-        (nats / batch["input_ids"].numel()).backward()
+        ids = batch["input_ids"]
+        (nats / ids.numel()).backward()
         mark()
         scale_and_clip(self.parameters, torch.ones((), device=device), 1.0)
         for optimizer in self.optimizers:
@@ -172,34 +167,23 @@ class Case:
             optimizer.zero_grad(set_to_none=True)
         mark()
         self.step_number += 1
-        seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-        real = int((batch["input_ids"] != config.pad_token_id).sum())
-        return Step(seconds, real, batch["input_ids"].numel(), step_flops(config, host))
+        real_tokens = int((ids != config.pad_token_id).sum())
+        return [*np.diff(marks).tolist(), real_tokens, ids.numel(), step_flops(config, host)]
 
-    @contextmanager
-    def _switched(self) -> Iterator[None]:
-        keep_freed_memory(self.variant.kept_memory)
-        usual = model.cpu_attention.EXPLICIT_ATTENTION_KEYS
-        model.cpu_attention.EXPLICIT_ATTENTION_KEYS = usual if self.variant.explicit_attention else 0
-        try:
-            yield
-        finally:
-            model.cpu_attention.EXPLICIT_ATTENTION_KEYS = usual
-
-    def row(self, rounds: int) -> dict[str, Any]:
-        """The results of the last `rounds` turns: medians of seconds, means of counts."""
-        steps = self.steps[-rounds:]
-        timing = Timing(tuple(sum(step.seconds) for step in steps))
-        real, padded, flops = (sum(counts) / rounds for counts in list(zip(*steps, strict=True))[1:])
-        parts = torch.tensor([step.seconds for step in steps], dtype=torch.float64).quantile(0.5, dim=0).tolist()
+    def row(self, rounds: int) -> Row:
+        """The results of the last `rounds` turns: medians of seconds, means of counts, shares of the parts."""
+        steps = np.array(self.steps[-rounds:])
+        seconds, counts = steps[:, : len(PARTS)], steps[:, len(PARTS) :]
+        timing = Timing(seconds.sum(axis=1).tolist())
+        real, padded, flops = (counts.mean(axis=0) / timing.median).tolist()
+        parts = np.median(seconds, axis=0)
         return {
-            "seconds_per_step": timing.median,
+            "s per step": timing.median,
             "spread": timing.spread,
-            "real_tokens_per_second": real / timing.median,
-            "padded_tokens_per_second": padded / timing.median,
-            "flops_per_step": flops,
-            "flops_per_second": flops / timing.median,
-            **dict(zip(SECONDS, parts, strict=True)),
+            "real tokens/s": real,
+            "padded tokens/s": padded,
+            "GFLOP/s": flops / 1e9,
+            **dict(zip(PARTS, (parts / parts.sum()).tolist(), strict=True)),
         }
 
 
@@ -213,84 +197,54 @@ def cases_of(setting: Setting, kind: str, variants: dict[str, Variant]) -> dict[
     return {name: Case(kind, variant, rows[variant.packing], setting) for name, variant in variants.items()}
 
 
-def measured(setting: Setting, kind: str, variants: dict[str, Variant]) -> dict[str, dict[str, Any]]:
-    """Rows by name. Every case takes its turn in each round; those that give memory back do so after the others."""
+def measured(setting: Setting, variants: dict[str, Variant]) -> dict[tuple[str, str], Row]:
+    """Rows by kind and name. Every case of a kind takes its turn in each round; those that give memory back do so after
+    the others."""
     rows, rounds = {}, setting.bench.rounds
-    for kept in (True, False):
+    for kind, kept in itertools.product(setting.bench.kinds, (True, False)):
         torch._dynamo.reset()  # the shapes of another kind would make these dynamic
-        chosen = {name: variant for name, variant in variants.items() if variant.kept_memory == kept}
-        print(f"{kind}: {'; '.join(chosen)}", file=sys.stderr)
-        cases = cases_of(setting, kind, chosen)
-        turns = {name: case.turn for name, case in cases.items()}
-        take_turns(turns, rounds, WARM_UP, setting.runtime.torch_device)
-        rows |= {name: {"kind": kind, "case": name} | case.row(rounds) for name, case in cases.items()}
+        group = {name: variant for name, variant in variants.items() if variant.kept_memory == kept}
+        print(f"{kind}: {'; '.join(group)}", file=sys.stderr)
+        cases = cases_of(setting, kind, group)
+        take_turns({name: case.turn for name, case in cases.items()}, rounds, WARM_UP, setting.runtime.torch_device)
+        rows |= {(kind, name): {"kind": kind, "case": name} | case.row(rounds) for name, case in cases.items()}
     return rows
 
 
-def take_steps(setting: Setting, kind: str, variant: Variant) -> None:
-    """For `peak_of`."""
+def memory_of_a_turn(setting: Setting, kind: str, variant: Variant) -> int:
+    """Bytes that a turn takes at most beyond those that any process takes; for a process of its own."""
+    torch.ones(8, 8, requires_grad=True).square().sum().backward()  # the first use loads libraries
+    device, before = setting.runtime.torch_device, most_resident()
     cases_of(setting, kind, {"": variant})[""].turn()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return most_resident() - before
 
 
-def measure_training(setting: Setting, peaks: dict[str, float]) -> list[dict[str, Any]]:
+def measure_training(setting: Setting, peaks: dict[str, float]) -> list[Row]:
     """Ours, the plain one, and the plain one with the allocator's usual settings, of each kind.
 
-    peaks: operations per second of the best matrix product, by dtype.
+    peaks: GFLOP/s of the best matrix product in each precision.
     """
     ours = replace(OURS, compiled=setting.bench.compile)
     variants = {"ours": ours, "plain": PLAIN, "plain, usual memory": replace(PLAIN, kept_memory=False)}
-    rows: list[dict[str, Any]] = []
-    for kind in setting.bench.kinds:
-        by_name = measured(setting, kind, variants)
-        for name, variant in variants.items():
-            print(f"{kind}: memory of {name}", file=sys.stderr)
-            row, eager = by_name[name], replace(variant, compiled=False)  # compiling takes memory of its own, once
-            row["peak_bytes"] = peak_of(take_steps, setting.runtime.torch_device, setting, kind, eager)
-            dtype = setting.runtime.dtype_name if variant.bfloat16 else "float32"
-            row["mfu"] = row["flops_per_second"] / peaks[dtype]
-            row["speedup"] = row["real_tokens_per_second"] / by_name["plain"]["real_tokens_per_second"]
-        rows += by_name.values()
-    return rows
+    rows = measured(setting, variants)
+    for (kind, name), row in rows.items():
+        print(f"{kind}: memory of {name}", file=sys.stderr)
+        eager = replace(variants[name], compiled=False)  # compiling takes memory of its own, once
+        dtype = setting.runtime.dtype_name if eager.bfloat16 else "float32"
+        row["mfu"] = row["GFLOP/s"] / peaks[dtype]
+        row["speedup"] = row["real tokens/s"] / rows[kind, "plain"]["real tokens/s"]
+        row["peak GiB"] = in_own_process(memory_of_a_turn, setting, kind, eager)[0] / 2**30
+    return list(rows.values())
 
 
-def measure_ablation(setting: Setting) -> list[dict[str, Any]]:
+def measure_ablation(setting: Setting) -> list[Row]:
     """Ours, and ours without one optimisation at a time, of each kind."""
     ours = replace(OURS, compiled=setting.bench.compile)
     names = [field.name for field in fields(Variant) if getattr(ours, field.name)]
     variants = {"ours": ours} | {f"without {n.replace('_', ' ')}": replace(ours, **{n: False}) for n in names}
-    rows: list[dict[str, Any]] = []
-    for kind in setting.bench.kinds:
-        by_name = measured(setting, kind, variants)
-        for row in by_name.values():
-            row["worth"] = by_name["ours"]["real_tokens_per_second"] / row["real_tokens_per_second"]
-        rows += by_name.values()
-    return rows
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each case."""
-    columns = {
-        "kind": lambda row: row["kind"],
-        "case": lambda row: row["case"],
-        "s per step": lambda row: f"{row['seconds_per_step']:.3f} +- {row['spread']:.0%}",
-        "real tokens/s": lambda row: f"{row['real_tokens_per_second']:,.0f}",
-        "padded tokens/s": lambda row: f"{row['padded_tokens_per_second']:,.0f}",
-        "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:,.0f}",
-    }
-    for name in PARTS:
-        columns[name] = lambda row, name=name: f"{row[f'{name}_seconds'] / sum(map(row.get, SECONDS)):.1%}"
-    columns |= {name: cell for name, cell in EXTRA.items() if name in rows[0]}
-    return markdown(rows, columns) + (NOTE if "mfu" in rows[0] else "")
-
-
-EXTRA = {
-    "mfu": lambda row: f"{row['mfu']:.1%}",
-    "speedup": lambda row: f"{row['speedup']:.2f}",
-    "peak_bytes": lambda row: f"{row['peak_bytes'] / 2**30:.2f} GiB",
-    "worth": lambda row: f"{row['worth']:.2f}",
-}
-NOTE = """
-
-mfu: operations that a step needs per second, as a share of the best product in that precision. Needed are no padding,
-no pair of positions that a mask hides, nothing twice, and two forward passes for the backward pass.
-Peak memory is that of an eager step, also if the timed one is compiled."""
+    rows = measured(setting, variants)
+    for (kind, _), row in rows.items():
+        row["worth"] = rows[kind, "ours"]["real tokens/s"] / row["real tokens/s"]
+    return list(rows.values())
