@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +33,14 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     ]
 
 
+def write_rows(path: Path | str, rows: Iterable[dict]) -> Path:
+    """Write one object a line; return the path."""
+    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return Path(path)
+
+
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
-    path.write_text("".join(json.dumps({field: t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8")
-    return path
+    return write_rows(path, ({field: text} for text in texts))
 
 
 @dataclass(frozen=True)
@@ -199,6 +205,12 @@ def eval_argv(workspace, weights_of_one_step, tokenizer_dir):
     return {"eval_minimind": ar, "eval_diffusion": [*dm, "--nmc", "1"], "likelihood": [*dm, "--nmc", "1"]}
 
 
+@pytest.fixture
+def prompting(eval_argv):
+    """prompting[name]: arguments of an evaluation command, its file of text left out."""
+    return {name: argv[: argv.index("--eval-data")] for name, argv in eval_argv.items()}
+
+
 SFT = {"sft_ar": ("ar", ()), "sft_dm": ("dm", ("--eos-fill", "6"))}
 
 
@@ -222,8 +234,7 @@ def conversations(texts: list[str]) -> list[dict]:
 @pytest.fixture
 def sft_argv(workspace, weights_of_one_step, tokenizer_dir, texts):
     """sft_argv[name]: arguments of a fine-tuning of 12 steps on chats.jsonl, starting from a run in pretrained/."""
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(texts))
-    (workspace / "chats.jsonl").write_text(rows, encoding="utf-8")
+    write_rows(workspace / "chats.jsonl", conversations(texts))
     shutil.copytree(weights_of_one_step, workspace / "pretrained")
     flags = flags_of_a_tiny_run(tokenizer_dir)
     shape = flags.index("--hidden-size")

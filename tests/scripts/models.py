@@ -1,15 +1,25 @@
-"""Networks of no training for tests of evaluations."""
+"""Networks of no training for tests of evaluations, and how to read a canvas and a terminal."""
 
+import io
 from pathlib import Path
 
 import torch
 
 from dataset.tokenizer import fingerprint, token_ids
+from model.canvas import Canvas
 from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
 from model.transformer import Transformer
 from scripts.engine.loaded import Loaded
 from scripts.engine.runtime import RuntimeConfig
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self):
+        return True
+
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=11)
 
@@ -39,6 +49,13 @@ def ready(
 ) -> Loaded:
     """An `untrained` model as if it had been loaded from a checkpoint."""
     return Loaded(untrained(tokenizer, kind, uniform), tokenizer, runtime, max_length)
+
+
+def given_tokens(canvas: Canvas, row: int = 0) -> list[int | None]:
+    """The given tokens of a row, None where it is open."""
+    length = int(canvas.lengths[row])
+    pairs = zip(canvas.ids[row, :length].tolist(), canvas.open[row, :length].tolist(), strict=True)
+    return [None if is_open else token for token, is_open in pairs]
 
 
 def save(path: Path | str, loaded: Loaded, stage: str = "test", **settings) -> None:

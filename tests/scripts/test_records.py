@@ -36,7 +36,7 @@ from scripts.eval import (
     schedule_variance,
 )
 from scripts.train import train_pretrain
-from tests.scripts.conftest import conversations, flags_of_a_tiny_run
+from tests.scripts.conftest import conversations, flags_of_a_tiny_run, write_rows
 
 AR, DM = "weights/ar_state_dict.pt", "weights/dm_state_dict.pt"
 BOTH = ["--minimind-checkpoint", AR, "--diffusion-checkpoint", DM]
@@ -94,8 +94,7 @@ VERSIONS = "torch", "transformers", "tokenizers", "numpy"
 def place(workspace, weights_of_one_step, texts, monkeypatch):
     """A folder with weights and data, in which commands run."""
     shutil.copytree(weights_of_one_step, workspace / "weights")
-    rows = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in conversations(texts[:12]))
-    (workspace / "chats.jsonl").write_text(rows, encoding="utf-8")
+    write_rows("chats.jsonl", conversations(texts[:12]))
     monkeypatch.setattr(report, "draw", lambda *a: [])
     monkeypatch.setattr(flops, "SHAPES", {"cpu": ((64, 64, 64),)})
     return workspace

@@ -20,7 +20,8 @@ from scripts.eval import (
     schedule_variance,
 )
 from scripts.train import train_dpo_minimind, train_pretrain, train_sft_minimind
-from tests.scripts.decoding.test_prompts_are_data import FILES, rows
+from tests.scripts.conftest import write_rows
+from tests.scripts.decoding.test_prompts_are_data import FILES
 from tests.scripts.models import ready, save
 
 KINDS = {"ar": "causal", "full": "full", "blocks": "block 3"}
@@ -62,7 +63,7 @@ TAKES = {  # module, flag of the checkpoint, what else it needs, kinds that it w
 def tried(workspace, tokenizer, tokenizer_dir, command, monkeypatch):
     """tried(module, argv) -> the result, with the flags that all commands have."""
     for form in ("text", "chat"):
-        rows(f"{form}.jsonl", FILES[form])
+        write_rows(f"{form}.jsonl", [FILES[form]])
     monkeypatch.setattr(report, "draw", lambda *a: [])
 
     def run(module, argv):
@@ -108,15 +109,6 @@ def test_a_checkpoint_is_used_or_the_refusal_says_how(name, kind, stage, tried, 
         assert words in result.err
         given = shlex.split(result.err.partition("; give it as ")[2])
         assert tried(module, [given[0], path, *more]).code == 0
-
-
-@pytest.mark.parametrize("end", [".pt", "_state_dict.pt"])
-@pytest.mark.parametrize("run, right, wrong", [("ar", "eval_minimind", "eval_diffusion")])
-def test_any_file_of_a_run_will_do(run, right, wrong, end, tried, workspace, weights_of_one_step):
-    shutil.copytree(weights_of_one_step, workspace / "weights")
-    given = ["--checkpoint", f"weights/{run}{end}", "--prompt", "a", *SHORT]
-    assert tried(TAKES[right][0], given).code == 0
-    assert named(tried(TAKES[wrong][0], given).err) == (TAKES[right][0], given[:2])
 
 
 @pytest.mark.parametrize("kind", ["ar", "blocks"])

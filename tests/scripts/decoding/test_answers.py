@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from dataset.jsonl import content_hash
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
-from model.checkpoint import load_checkpoint, write_archive
 from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
 from scripts.engine.decoding import answers
 from scripts.engine.decoding.answers import (
@@ -28,20 +26,14 @@ from scripts.engine.decoding.answers import (
 )
 from scripts.engine.decoding.generation import generate
 from scripts.engine.decoding.samplers import SamplerGrid
-from scripts.engine.loaded import ModelsConfig
 from scripts.engine.prompts import Prompt
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import distinct, longest_repeat
 from scripts.eval import eval_sft
-from tests.scripts.conftest import conversations
+from tests.scripts.conftest import conversations, write_rows
 from tests.scripts.models import ready
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=5)
-
-
-def write(path, rows):
-    Path(path).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return Path(path)
 
 
 def exchange(*contents):
@@ -119,8 +111,8 @@ def test_a_sample_steers_no_terminal_and_says_where_no_end_was_written():
 
 def test_questions_are_the_conversations_up_to_the_last_reply_chosen_by_content(tmp_path, tokenizer, texts):
     rows = conversations(texts)
-    some, counts = questions_of(write(tmp_path / "a.jsonl", rows), tokenizer, 4, 30, 90)
-    again, _ = questions_of(write(tmp_path / "b.jsonl", rows[::-1] + rows), tokenizer, 4, 30, 90)
+    some, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 4, 30, 90)
+    again, _ = questions_of(write_rows(tmp_path / "b.jsonl", rows[::-1] + rows), tokenizer, 4, 30, 90)
     assert some == again, "the order of the file, and copies, matter to nobody"
     every, _ = questions_of(tmp_path / "a.jsonl", tokenizer, 1000, 30, 90)
     assert counts == {"rows": 60, **{lang: sum(q.language == lang for q in every) for lang in ("zh", "other")}}
@@ -140,7 +132,7 @@ def order_of(question):
 
 
 def test_a_question_fits_to_the_token(tmp_path, tokenizer):
-    path = write(tmp_path / "a.jsonl", [{"messages": exchange("the cat sees", "the river")}])
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": exchange("the cat sees", "the river")}])
     reply = len(encode(tokenizer, "the river")) + 1
     size = len(encode_chat(tokenizer, exchange("the cat sees"), True)) + reply
     assert len(questions_of(path, tokenizer, 9, reply, size)[0]) == 1
@@ -152,7 +144,7 @@ def test_a_question_fits_to_the_token(tmp_path, tokenizer):
 def test_a_reply_that_is_empty_or_replies_to_nothing_is_no_reference(tmp_path, tokenizer):
     nothing = [{"role": "assistant", "content": "the cat"}]
     rows = [{"messages": exchange("the cat", " ")}, {"messages": nothing}, {"messages": exchange("a", "b", "c")}]
-    found, counts = questions_of(write(tmp_path / "a.jsonl", rows), tokenizer, 9, 30, 90)
+    found, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 9, 30, 90)
     assert found == [Question(exchange("a"), "b", "other")] and counts == {"rows": 3, "other": 1}
 
 
@@ -167,7 +159,7 @@ def test_a_reply_that_is_empty_or_replies_to_nothing_is_no_reference(tmp_path, t
 )
 def test_a_bad_row_is_named(row, words, tmp_path):
     characters = train_characters(["abcdefghijklmnopqrstuvwxyz\n"])
-    path = write(tmp_path / "a.jsonl", [{"messages": exchange("x", "y")}, row])
+    path = write_rows(tmp_path / "a.jsonl", [{"messages": exchange("x", "y")}, row])
     with pytest.raises(ValueError, match="a.jsonl, " + words):
         questions_of(path, characters, 9, 30, 90)
 
@@ -219,21 +211,12 @@ def test_the_seconds_of_a_batch_are_shared_by_its_answers(tokenizer, monkeypatch
 
 
 @pytest.fixture
-def argv(workspace, weights_of_one_step, tokenizer_dir, texts):
+def argv(flag, workspace, tokenizer_dir, texts):
     """argv(*kinds, chats=True): arguments of an evaluation on 60 conversations."""
-    shutil.copytree(weights_of_one_step, workspace / "weights")
-    write(workspace / "chats.jsonl", conversations(texts))
-
-    def of(*kinds, chats=True):
-        flags = ["--eval-data", "chats.jsonl", "--tokenizer-dir", str(tokenizer_dir)]
-        for kind in kinds:
-            path = workspace / "weights" / f"{kind}_state_dict.pt"
-            write_archive(path, {**load_checkpoint(path), "chat": chats})
-            flags += [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
-        small = ["--dtype", "float32", "--device", "cpu", "--seq-len", "90", "--max-new-tokens", "30"]
-        return [*flags, *small, "--prompts-per-language", "2"]
-
-    return of
+    write_rows(workspace / "chats.jsonl", conversations(texts))
+    flags = ["--eval-data", "chats.jsonl", "--tokenizer-dir", str(tokenizer_dir), "--dtype", "float32"]
+    flags += ["--device", "cpu", "--seq-len", "90", "--max-new-tokens", "30", "--prompts-per-language", "2"]
+    return lambda *kinds, chats=True: [*flags, *(word for kind in kinds for word in flag(kind, chats))]
 
 
 def test_every_policy_is_tried_with_the_steps_and_thresholds_that_it_heeds():
@@ -313,16 +296,6 @@ def test_bad_rows_are_left_out_where_it_is_asked_for(argv, command, refused, wor
     assert found["skipped_rows"] == 2 and found["fitting"]["rows"] == 60 and len(found["questions"]) == 4
 
 
-@pytest.mark.parametrize("kind, name", [("ar", "AR"), ("dm", "low_confidence, 64 steps")])
-def test_one_model_alone_is_compared_with_the_references(kind, name, argv, command):
-    result = command(eval_sft, [*argv(kind), "--show", "0"])
-    assert result.code == 0, result.err
-    lines = result.out.splitlines()[:-1]
-    lines = lines[next(i for i, line in enumerate(lines) if line.startswith("reference")) :]
-    assert [line[: len(name)].strip() for line in lines] == ["reference"[: len(name)]] * 2 + [name] * 2
-    assert "user:" not in result.out
-
-
 def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
     result = command(eval_sft, [*argv("ar", chats=False), "--prompts-per-language", "1"])
     assert result.code == 0
@@ -334,8 +307,6 @@ def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
 @pytest.mark.parametrize(
     "kinds, more, words",
     [
-        (("ar",), ["--steps", "4"], "--steps has no effect without --diffusion-checkpoint"),
-        (("dm",), ["--ar-top-k", "4"], "--ar-top-k has no effect without --minimind-checkpoint"),
         (("dm",), ["--steps", "3,4", "--gen-steps", "4"], "--gen-steps has no effect without a sampler"),
         (
             ("dm",),
@@ -349,7 +320,6 @@ def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
             ["--policies", "margin", "--thresholds", "0.5"],
             "--thresholds has no effect without --gen-remasking threshold",
         ),
-        (("ar",), ["--thresholds", "0.5"], "--thresholds has no effect without --diffusion-checkpoint"),
         (("dm",), ["--judge", "weights/dm_state_dict.pt"], "--judge weights/dm_state_dict.pt is diffusion"),
         (("ar",), ["--max-new-tokens", "2"], "chats.jsonl: no row has a prompt that leaves room"),
         (("ar",), ["--eval-data", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
@@ -364,11 +334,3 @@ def test_what_cannot_be_or_has_no_effect_is_refused(kinds, more, words, argv, re
 def test_a_flag_that_one_of_the_samplers_heeds_is_kept(more, argv, command):
     grid = ["--policies", "low_confidence,factor", "--steps", "2", "--prompts-per-language", "1"]
     assert command(eval_sft, [*argv("dm"), *grid, *more]).code == 0
-
-
-def test_a_result_that_cannot_be_written_is_refused_before_the_work(argv, refused, workspace, monkeypatch):
-    (workspace / "file").write_text("x")
-    flags = argv("ar")
-    monkeypatch.setattr(ModelsConfig, "load", lambda *a: pytest.fail("worked for nothing"))
-    for place in ("file/a.json", "weights"):
-        refused(eval_sft, [*flags, "--json", place], "--json", place)

@@ -15,53 +15,10 @@ from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import eval_diffusion, eval_minimind
 from tests.scripts.commands import EVALS
+from tests.scripts.models import given_tokens
 
 MODULES = {"ar": "minimind", "dm": "diffusion", "blocks": "diffusion"}
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def prompting(eval_argv):
-    """prompting[name]: arguments of an evaluation command, its file of text left out."""
-    return {name: argv[: argv.index("--eval-data")] for name, argv in eval_argv.items()}
-
-
-@pytest.fixture
-def canvases(monkeypatch):
-    """Every canvas that is decoded, in order."""
-    found, fill = [], generation.fill
-    monkeypatch.setattr(
-        generation, "fill", lambda model, canvas, *more: found.append(canvas) or fill(model, canvas, *more)
-    )
-    return found
-
-
-def given(canvas, row=0):
-    """The given tokens of a row, None where it is open."""
-    length = int(canvas.lengths[row])
-    return [
-        None if blank else token
-        for token, blank in zip(canvas.ids[row, :length].tolist(), canvas.open[row, :length].tolist(), strict=True)
-    ]
-
-
-# -- flags that need one another ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--gen-remasking", "threshold", "--gen-confidence-threshold", "0.1", "--gen-cap-start-ratio", "1"],
-        ["--gen-remasking", "factor", "--gen-factor", "3", "--gen-max-decode-per-step", "2"],
-        ["--gen-cfg-scale", "0.5", "--gen-top-p", "0.9", "--gen-eos", "confidence", "--gen-block-size", "2"],
-    ],
-)
-def test_every_diffusion_flag_works_where_it_has_an_effect(flags, prompting, command):
-    argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--max-new-tokens", "6", "--json", *flags]
-    result = command(eval_diffusion, argv)
-    assert result.code == 0, result.err
-    found = json.loads(result.out)["generation"]
-    assert 1 <= found["num_tokens"] <= 6 and found["num_forward_passes"] >= 1
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -81,7 +38,7 @@ def test_a_prompt_is_put_as_the_checkpoint_was_trained_unless_a_flag_says_otherw
     plain = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
     chat = encode_chat(tokenizer, [{"role": "user", "content": "the cat"}], add_generation_prompt=True)
     wrapped = flags == ["--chat-wrap"] or (not flags and chats)
-    assert given(canvases[0]) == [*(chat if wrapped else plain), None, None, None]
+    assert given_tokens(canvases[0]) == [*(chat if wrapped else plain), None, None, None]
 
 
 @pytest.mark.parametrize("name, config", [("ar", SamplingConfig(ar_top_k=0)), ("dm", DenoisingConfig(gen_top_k=0))])
@@ -99,7 +56,7 @@ def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, to
     )
     assert [made.prompt for made in together] == ["the cat", "the river sees", ""]
     assert len({made.seconds for made in together}) == 1 and together[0].seconds > 0
-    assert len(observed) == 1 and given(observed[0], 2) == [tokenizer.bos_token_id, *[None] * 6]
+    assert len(observed) == 1 and given_tokens(observed[0], 2) == [tokenizer.bos_token_id, *[None] * 6]
     assert seen[0].ids.shape == observed[0].ids.shape
     assert seen[-1].num_forward_passes == max(made.num_forward_passes for made in together)
     for i, (prompt, made) in enumerate(zip(prompts, together, strict=True)):
@@ -132,7 +89,7 @@ def test_a_prompt_of_any_length_that_fits_is_put_whole_and_one_token_more_is_ref
         prompt = decode(tokenizer, ids)
         result = command(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new)])
         assert result.code == 0, result.err
-        assert given(canvases[-1]) == [tokenizer.bos_token_id, *ids, *[None] * new] and len(ids) == length - 1
+        assert given_tokens(canvases[-1]) == [tokenizer.bos_token_id, *ids, *[None] * new] and len(ids) == length - 1
         words = f"the prompt's {length} tokens and --max-new-tokens {new} exceed --max-seq-len {length + new - 1}"
         refused(module, [*argv, "--prompt", prompt, "--seq-len", str(length + new - 1)], words)
 
@@ -161,7 +118,7 @@ def test_the_blanks_of_a_text_are_filled_and_the_rest_is_kept_token_for_token(
         expected += [*encode(tokenizer, before), *[None] * 4]
         rest = rest.lstrip("_")
     expected += [*encode(tokenizer, rest), eos]
-    assert given(canvases[0]) == expected
+    assert given_tokens(canvases[0]) == expected
     final = decoded[0][0].ids[0].tolist()
     assert all(token in (None, filled) for token, filled in zip(expected, final, strict=True))
     made = json.loads(result.out)["generation"]

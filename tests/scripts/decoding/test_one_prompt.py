@@ -1,41 +1,26 @@
 """scripts.eval.eval_sft_one_prompt: one prompt for both models, fair timing, what is printed and what is refused."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
-from dataset.tokenizer import encode, encode_chat, save_tokenizer, train_bpe
-from model.checkpoint import load_checkpoint, write_archive
+from dataset.tokenizer import encode, encode_chat
 from scripts.engine.decoding import generation
 from scripts.engine.decoding.generation import Generation
 from scripts.engine.decoding.trace_files import load_traces
 from scripts.eval import eval_sft_one_prompt as one_prompt
+from tests.scripts.models import given_tokens
 
 KINDS = {"autoregressive": "ar", "diffusion": "dm"}
 PROMPT = "一只小猫 sees the river"
 
 
 @pytest.fixture
-def files(workspace, weights_of_one_step):
-    """files(kind, chats) -> flag and checkpoint, fine-tuned on conversations or of plain text."""
-    shutil.copytree(weights_of_one_step, workspace / "weights")
-
-    def of(kind, chats=True):
-        path = workspace / "weights" / f"{kind}_state_dict.pt"
-        write_archive(path, {**load_checkpoint(path), "chat": chats})
-        return [f"--{'minimind' if kind == 'ar' else 'diffusion'}-checkpoint", str(path)]
-
-    return of
-
-
-@pytest.fixture
-def argv(files, tokenizer_dir):
+def argv(flag, tokenizer_dir):
     """argv(*kinds): arguments of a run that works."""
     more = ["--tokenizer-dir", str(tokenizer_dir), "--dtype", "float32", "--device", "cpu", "--max-new-tokens", "7"]
-    return lambda *kinds: ["--prompt", PROMPT, *[flag for kind in kinds or ("ar", "dm") for flag in files(kind)], *more]
+    return lambda *kinds: ["--prompt", PROMPT, *[word for kind in kinds or ("ar", "dm") for word in flag(kind)], *more]
 
 
 @pytest.fixture
@@ -48,20 +33,6 @@ def ask(command, argv):
         return json.loads(result.out), result.complaints
 
     return run
-
-
-@pytest.fixture
-def canvases(monkeypatch):
-    """Every canvas decoded to its end, in order."""
-    found, fill = [], generation.fill
-    monkeypatch.setattr(
-        generation, "fill", lambda model, canvas, *more: found.append(canvas) or fill(model, canvas, *more)
-    )
-    return found
-
-
-def given(canvas):
-    return canvas.ids[0][~canvas.open[0]].tolist()
 
 
 def in_template(tokenizer, text):
@@ -101,8 +72,7 @@ def test_both_models_are_given_the_same_full_prompt(more, ask, canvases, tokeniz
     ask(("ar", "dm"), *more)
     plain = [tokenizer.bos_token_id, *encode(tokenizer, PROMPT)]
     expected = plain if more == ["--no-chat-wrap"] else in_template(tokenizer, PROMPT)
-    assert [given(canvas) for canvas in canvases] == [expected] * 2
-    assert all(int(canvas.open.sum()) == 7 for canvas in canvases)
+    assert [given_tokens(canvas) for canvas in canvases] == [[*expected, *[None] * 7]] * 2
 
 
 @pytest.mark.parametrize("more", [[], ["--gen-block-size", "1"], ["--gen-remasking", "threshold"]])
@@ -117,7 +87,7 @@ def test_a_few_steps_on_the_same_canvas_warm_a_model_up(more, ask, canvases, mon
         take_step = decoder.step
 
         def step():
-            events.append((tuple(canvas.ids.shape), given(canvas)))
+            events.append((tuple(canvas.ids.shape), given_tokens(canvas)))
             return take_step()
 
         decoder.step = step
@@ -131,7 +101,7 @@ def test_a_few_steps_on_the_same_canvas_warm_a_model_up(more, ask, canvases, mon
     assert events[-1] == "answer" and events.count("answer") == 2
     for steps, canvas in zip((events[:first], events[first + 1 : -1]), canvases, strict=True):
         assert 1 <= len(steps) <= generation.WARM_UP
-        assert all(event == (tuple(canvas.ids.shape), given(canvas)) for event in steps)
+        assert all(event == (tuple(canvas.ids.shape), given_tokens(canvas)) for event in steps)
 
 
 def test_the_clock_stands_still_until_the_device_has_done_its_work(ask, monkeypatch):
@@ -145,39 +115,28 @@ def test_the_clock_stands_still_until_the_device_has_done_its_work(ask, monkeypa
     assert events[0] == "wait" and events[1] == "clock" and events[-2:] == ["wait", "clock"]
 
 
-def test_a_checkpoint_of_no_conversations_is_put_the_text_and_said_so(files, command, argv, canvases, tokenizer):
+def test_a_checkpoint_of_no_conversations_is_put_the_text_and_said_so(checkpoint, command, argv, canvases, tokenizer):
     flags = argv("dm")
-    files("dm", chats=False)
+    checkpoint("dm", chats=False)
     result = command(one_prompt, flags)
     assert result.code == 0 and "was not trained on conversations: it goes on with the text" in result.err
-    assert given(canvases[0]) == [tokenizer.bos_token_id, *encode(tokenizer, PROMPT)]
+    assert given_tokens(canvases[0]) == [tokenizer.bos_token_id, *encode(tokenizer, PROMPT), *[None] * 7]
     result = command(one_prompt, [*flags, "--chat-wrap"])
-    assert "the chat template is new to it" in result.err and given(canvases[1]) == in_template(tokenizer, PROMPT)
+    assert "the chat template is new to it" in result.err
+    assert given_tokens(canvases[1]) == [*in_template(tokenizer, PROMPT), *[None] * 7]
 
 
-@pytest.fixture
-def in_blocks(argv):
-    """Arguments of both models, the diffusion model being one of blocks of 3 tokens."""
+def test_a_block_checkpoint_is_a_diffusion_checkpoint_and_said_to_be_one_of_blocks(argv, checkpoint, command, refused):
     flags = argv()
-    payload = load_checkpoint("weights/dm_state_dict.pt")
-    payload["config"] |= {"attention": "block", "block_size": 3}
-    write_archive("weights/dm_state_dict.pt", payload)
-    return flags
-
-
-def test_a_block_checkpoint_is_a_diffusion_checkpoint_and_said_to_be_one_of_blocks(in_blocks, command):
-    found = json.loads(command(one_prompt, [*in_blocks, "--json"]).out)
+    checkpoint("dm", attention="block", block_size=3)
+    found = json.loads(command(one_prompt, [*flags, "--json"]).out)
     assert [answer["attention"] for answer in found["answers"].values()] == ["causal", "block"]
     assert [answer["block_size"] for answer in found["answers"].values()] == [0, 3]
     assert (found["settings"]["gen_block_size"], found["settings"]["gen_cache"]) == (3, "block")
-    said = command(one_prompt, [*in_blocks, "--trace", "a.json"])
+    said = command(one_prompt, [*flags, "--trace", "a.json"])
     assert "diffusion in blocks of 3 tokens (dm_state_dict.pt)" in " ".join(said.out.split())
     assert load_traces("a.json")[1].info["title"].startswith("diffusion in blocks of 3 tokens: ")
-
-
-def test_what_does_not_go_with_the_blocks_is_refused_before_any_work(in_blocks, refused, monkeypatch):
-    monkeypatch.setattr(one_prompt, "warm_up", lambda *a: pytest.fail("began"))
-    refused(one_prompt, [*in_blocks, "--gen-block-size", "4"], "--gen-block-size 4 is not 3")
+    refused(one_prompt, [*flags, "--gen-block-size", "4"], "--gen-block-size 4 is not 3")
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
@@ -219,13 +178,6 @@ def test_a_trace_shows_the_very_answers_that_were_timed(kinds, ask):
         assert answer["text"] in trace.text
 
 
-def test_a_page_holds_both_models(command, argv):
-    result = command(one_prompt, [*argv(), "--trace", "a.html"])
-    assert result.code == 0 and result.out.splitlines()[-1] == "saved a.html"
-    page = Path("a.html").read_text(encoding="utf-8")
-    assert "autoregressive: " in page and "diffusion: " in page
-
-
 def test_a_live_view_leaves_standard_output_to_the_object(ask):
     found, err = ask(("ar", "dm"), "--trace", "terminal")
     assert len(found["answers"]) == 2
@@ -240,8 +192,6 @@ def test_a_live_view_leaves_standard_output_to_the_object(ask):
 @pytest.mark.parametrize(
     "kinds, more, words",
     [
-        (("ar",), ["--gen-steps", "4"], "--gen-steps has no effect without --diffusion-checkpoint"),
-        (("dm",), ["--ar-top-k", "4"], "--ar-top-k has no effect without --minimind-checkpoint"),
         (("ar",), ["--max-new-tokens", "600"], "exceed --max-seq-len 512"),
         (("ar", "dm"), ["--seq-len", "14"], "exceed --max-seq-len 14"),
         (("ar",), ["--trace", "a.txt"], "a.txt"),
@@ -259,22 +209,8 @@ def test_something_to_say_and_someone_to_say_it_to_are_needed(argv, refused, com
     refused(one_prompt, ["--prompt", "a"], "--minimind-checkpoint, --diffusion-checkpoint or both")
 
 
-def test_a_checkpoint_of_the_other_kind_is_refused_with_its_flag(files, argv, refused):
-    base, ar, dm = argv()[:2], files("ar")[1], files("dm")[1]
-    more = argv()[-8:]
-    refused(one_prompt, [*base, "--minimind-checkpoint", dm, *more], "given as --minimind-checkpoint", "is diffusion")
-    swapped = ["--minimind-checkpoint", dm, "--diffusion-checkpoint", ar]
-    refused(one_prompt, [*base, *swapped, *more], "give it as --diffusion-checkpoint")
-    refused(one_prompt, [*base, "--diffusion-checkpoint", ar, *more], "give it as --minimind-checkpoint")
-
-
-def test_checkpoints_that_would_be_put_different_prompts_are_refused(files, argv, refused, command):
+def test_checkpoints_that_would_be_put_different_prompts_are_refused(checkpoint, argv, refused, command):
     flags = argv()
-    files("dm", chats=False)
+    checkpoint("dm", chats=False)
     refused(one_prompt, flags, "dm_state_dict.pt was not trained on conversations", "--no-chat-wrap")
     assert command(one_prompt, [*flags, "--no-chat-wrap"]).code == 0
-
-
-def test_a_tokenizer_of_another_vocabulary_is_refused(argv, refused, texts, workspace):
-    save_tokenizer(train_bpe(texts, 370), workspace / "other")
-    refused(one_prompt, [*argv("dm"), "--tokenizer-dir", "other"], "dm_state_dict.pt", "tokenizer")

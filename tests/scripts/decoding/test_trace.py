@@ -24,6 +24,7 @@ from scripts.engine.decoding.trace_files import check_trace_path, load_traces, w
 from scripts.engine.decoding.trace_gif import COLUMNS, MAX_FRAMES, lay_out, moments_of
 from scripts.engine.decoding.trace_page import TEMPLATE, page, page_data
 from scripts.engine.decoding.trace_terminal import LiveView, side_by_side
+from tests.scripts.models import Terminal
 
 MASK, EOS = 3, 2
 EVIL = "</script ></script><img src=x onerror=alert(1)><!-- &lt; \u2028 -->"
@@ -105,11 +106,12 @@ def test_what_is_embedded_in_the_page_gives_every_frame(tokenizer, made):
 def test_a_saved_trace_reads_back_as_it_was(tokenizer, tmp_path_factory, made):
     path = tmp_path_factory.mktemp("trace") / "t.json"
     trace, _ = recorded(tokenizer, made[0], [0] * 8, made[1], {"prompt": "你好", "path": path, "top": (1, 2.5, None)})
-    write_trace(path, [trace])
-    (loaded,) = load_traces(path)
+    other = written_as(tokenizer, "a", "the river", backwards=True)
+    write_trace(path, [trace, other])
+    loaded, last = load_traces(path)
     assert loaded == trace and list(loaded.frames()) == list(trace.frames()) and loaded.edits == trace.edits
     assert loaded.info == {"prompt": "你好", "path": str(path), "top": [1, 2.5, None]}
-    assert page([loaded]) == page([trace])
+    assert last == other and page([loaded, last]) == page([trace, other])
 
 
 def test_both_decoders_are_recorded_as_they_went(tokenizer, tiny_model):
@@ -163,13 +165,6 @@ def test_a_character_of_several_tokens_appears_when_it_is_complete(tokenizer, ba
     complete = ["龘" in "".join(cell.text for cell in frame) for frame in trace.frames()]
     assert complete == sorted(complete) and complete.index(True) == (4 if backwards else 3)
     assert trace.text == "a龘x"
-
-
-def test_bytes_that_form_no_character_stay_marked(tokenizer):
-    first, second, _ = encode(tokenizer, "龘")
-    trace = one_by_one(tokenizer, [1], [first, first, second, *encode(tokenizer, "a")])
-    assert trace.text == decode(tokenizer, trace.ids) == "\ufffd\ufffda"
-    assert [cell.text for cell in list(trace.frames())[-1]] == ["", "\ufffd", "\ufffd", "", "a"]
 
 
 def test_a_tokenizer_of_characters_is_shown_as_well():
@@ -277,14 +272,6 @@ def test_the_page_needs_nothing_else_and_runs_only_its_own_script(tokenizer):
     assert "default-src 'none'" in policy
 
 
-def test_two_traces_share_a_page_and_a_file(tokenizer, tmp_path):
-    pair = [written_as(tokenizer, "a", "the river", info={"title": t}, backwards=t == "b") for t in ("a", "b")]
-    (embedded,) = (json.loads(text) for text in Elements(page(pair)).scripts if text.startswith("["))
-    assert embedded == json.loads(json.dumps([page_data(trace) for trace in pair]))
-    write_trace(tmp_path / "t.json", pair)
-    assert load_traces(tmp_path / "t.json") == pair
-
-
 # --- the animation ---
 
 
@@ -342,11 +329,6 @@ def replayed(tokenizer, trace, stream, **more):
             written[0, position], confidence[0, position] = True, probability
         live(DecodingStep(canvas, written, confidence, step.num_forward_passes))
     assert live.trace == trace
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
 
 
 def test_without_a_terminal_every_kth_step_and_the_last_is_a_plain_line(tokenizer):
