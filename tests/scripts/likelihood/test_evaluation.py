@@ -20,7 +20,7 @@ from scripts.engine.likelihood.documents import (
 from scripts.engine.likelihood.windows import DataEvalConfig, windows_of
 from scripts.engine.loaded import load_for_use
 from scripts.engine.prompts import Prompt
-from scripts.eval import eval_diffusion, eval_minimind, likelihood, schedule_variance
+from scripts.eval import eval_diffusion, eval_minimind, likelihood
 from tests.model.bounds import block_bound, enumerated_bound
 from tests.scripts.models import RUNTIME, ready
 
@@ -57,34 +57,22 @@ def test_the_counts_are_those_of_the_text_at_every_window_size(kind, tokenizer, 
         assert found.bytes == sum(len(t.encode()) for t in texts)
 
 
-def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(tokenizer, texts, data):
-    """Against one plain forward pass per document, without padding, batching, masks or selection."""
-    loaded = ready(tokenizer, "causal", 400)
-    nats = 0.0
+@pytest.mark.parametrize("max_length", [16, 400])
+def test_an_ar_document_costs_the_sum_of_its_conditional_token_costs(max_length, tokenizer, texts, data):
+    """Against one plain forward pass per window, without padding, batching, masks or selection."""
+    loaded, nats = ready(tokenizer, "causal", max_length), 0.0
     for text in texts:
         ids = torch.tensor([[tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]])
-        with torch.no_grad():
-            logits = loaded.model(ids, is_causal=True)[0, :-1].double().log_softmax(-1)
-        nats -= float(logits.gather(1, ids[0, 1:, None]).sum())
-    found = evaluate_file(loaded, data(texts))["all"]
-    assert found.kind == "exact" and found.mask_standard_error == 0
-    assert close(found.nats_per_token, nats / found.tokens)
-    assert close(found.bits_per_byte, nats / math.log(2) / found.bytes)
-    assert close(found.perplexity, math.exp(nats / found.tokens))
-
-
-def test_an_ar_document_in_windows_costs_the_sum_over_its_windows(tokenizer, texts, data):
-    loaded, text = ready(tokenizer, "causal", 16), max(texts, key=len)
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]
-    nats, start = 0.0, 0
-    while start < len(ids) - 1:
-        window = torch.tensor([ids[start : start + 16]])
-        with torch.no_grad():
-            logits = loaded.model(window, is_causal=True)[0, :-1].double().log_softmax(-1)
-        nats -= float(logits.gather(1, window[0, 1:, None]).sum())
-        start += 15
-    found = evaluate_file(loaded, data([text]))["all"]
-    assert close(found.nats_per_token, nats / (len(ids) - 1))
+        for start in range(0, ids.shape[1] - 1, max_length - 1):
+            window = ids[:, start : start + max_length]
+            with torch.no_grad():
+                logits = loaded.model(window, is_causal=True)[0, :-1].double().log_softmax(-1)
+            nats -= float(logits.gather(1, window[0, 1:, None]).sum())
+    likelihoods = evaluate_file(loaded, data(texts))["all"]
+    assert likelihoods.kind == "exact" and likelihoods.mask_standard_error == 0
+    assert close(likelihoods.nats_per_token, nats / likelihoods.tokens)
+    assert close(likelihoods.bits_per_byte, nats / math.log(2) / likelihoods.bytes)
+    assert close(likelihoods.perplexity, math.exp(nats / likelihoods.tokens))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
@@ -305,23 +293,6 @@ def test_a_response_is_said_to_be_exact_or_bounded(size, sign, saved, command):
     assert f"log p(response | prompt) {sign} -" in score and "+-" not in score and score.endswith("all masks)")
 
 
-def test_a_block_checkpoint_is_decoded_in_its_blocks_with_their_cache(saved, command, refused):
-    argv = saved("block 3", "--max-new-tokens", "5", "--prompt", "the cat")
-    found = json.loads(command(eval_diffusion, [*argv, "--json"]).out)
-    assert (found["attention"], found["block_size"]) == ("block", 3)
-    assert (found["settings"]["gen_block_size"], found["settings"]["gen_cache"]) == (3, "block")
-    assert 1 <= found["generation"]["num_tokens"] <= 5
-    refused(eval_diffusion, [*argv, "--gen-block-size", "4"], "--gen-block-size 4 is not 3")
-    refused(eval_diffusion, [*argv, "--gen-cache", "prefix"], "block diffusion")
-
-
 def test_blanks_saved_are_filled_and_what_they_do_not_see_is_said(saved, command):
     said = command(eval_diffusion, saved("block 3", "--infill", "the cat ___ the river.", "--blank-tokens", "2"))
     assert said.code == 0 and "note: blanks are filled in blocks of 3 tokens: what stands behind" in said.err
-
-
-def test_commands_of_other_kinds_refuse_a_block_checkpoint(saved, refused):
-    argv = saved("block 3")
-    words = "m.pt is diffusion in blocks of 3 tokens; it is used by: uv run python -m scripts.eval.eval_diffusion"
-    refused(eval_minimind, [*argv, "--prompt", "a"], words)
-    refused(schedule_variance, [*argv, "--data", "corpus.jsonl"], "m.pt is diffusion in blocks of 3 tokens; schedules")

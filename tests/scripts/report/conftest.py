@@ -14,7 +14,7 @@ from scripts.engine.report import page
 from scripts.engine.report.results import rows_of, summary_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
-from tests.scripts.conftest import conversations, run_command, sentences
+from tests.scripts.conftest import conversations, run_command, sentences, write_rows
 from tests.scripts.models import untrained
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=11)
@@ -50,10 +50,6 @@ ROWS = {
 }
 
 
-def lines_of(rows: list[dict]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-
-
 def report_in(folder: Path | str) -> dict:
     return json.loads(Path(folder, "report.json").read_text(encoding="utf-8"))
 
@@ -62,10 +58,10 @@ def sources_in(folder: Path | str) -> list[dict]:
     return report_in(folder)["sources"]
 
 
-def write_rows(folder: Path, order: int = 1) -> str:
+def write_files(folder: Path, order: int = 1) -> str:
     """A file of each format, as --eval-data takes them."""
     for form, rows in ROWS.items():
-        (folder / f"{form}.jsonl").write_text(lines_of(rows[::order]), encoding="utf-8")
+        write_rows(folder / f"{form}.jsonl", rows[::order])
     return ",".join(f"{form}.jsonl" for form in ROWS)
 
 
@@ -93,7 +89,7 @@ def made(tmp_path_factory, tokenizer, tokenizer_dir):
     """(folder with both checkpoints and all files, the report of them in report/)."""
     folder = tmp_path_factory.mktemp("report")
     write_checkpoints(folder, tokenizer)
-    more = ["--eval-data", write_rows(folder), "--out", "report", "--frontier-questions", "3"]
+    more = ["--eval-data", write_files(folder), "--out", "report", "--frontier-questions", "3"]
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         result = run_command(report, [*BOTH, *flags(tokenizer_dir, *more), "--frontier-steps", "1,6"])

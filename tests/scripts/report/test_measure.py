@@ -20,6 +20,7 @@ from scripts.engine.report.measure import form_of
 from scripts.engine.report.results import DIFFUSION, rows_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
+from tests.scripts.conftest import write_rows
 from tests.scripts.models import untrained
 from tests.scripts.report.conftest import (
     AR,
@@ -29,10 +30,9 @@ from tests.scripts.report.conftest import (
     ROWS,
     SAMPLERS,
     flags,
-    lines_of,
     report_in,
     sources_in,
-    write_rows,
+    write_files,
 )
 
 NO_FRONTIER = ("--frontier-questions", "0", "--out", "new")
@@ -57,7 +57,7 @@ def test_a_row_that_fits_one_form_of_asking_alone_is_left_out_for_all_models(
     plain = 1 + len(encode(tokenizer, question))
     wrapped = len(encode_chat(tokenizer, [{"role": "user", "content": question}], True))
     assert plain < wrapped
-    Path("q.jsonl").write_text(lines_of([{"question": text, "answer": "a"} for text in ("a", question)]))
+    write_rows("q.jsonl", [{"question": text, "answer": "a"} for text in ("a", question)])
     argv = [*BOTH, *flags(tokenizer_dir, without=SCORING), "--eval-data", "q.jsonl", *NO_FRONTIER]
     assert command(report, [*argv, "--seq-len", wrapped - 1 + NEW_TOKENS]).code == 0
     (section,) = sources_in("new")
@@ -67,7 +67,7 @@ def test_a_row_that_fits_one_form_of_asking_alone_is_left_out_for_all_models(
 
 
 def test_neither_the_order_of_the_rows_nor_the_batches_change_a_number(made, place, tokenizer_dir, command, undrawn):
-    more = ["--eval-data", write_rows(place, -1), *NO_FRONTIER, "--batch-size", "5", "--eval-batch-size", "7"]
+    more = ["--eval-data", write_files(place, -1), *NO_FRONTIER, "--batch-size", "5", "--eval-batch-size", "7"]
     assert command(report, [*BOTH, *flags(tokenizer_dir, *more)]).code == 0
     for before, after in zip(made[1]["sources"], sources_in("new"), strict=True):
         assert before["items"] == after["items"]
@@ -88,7 +88,7 @@ def untimed(value) -> list:
 def test_limits_take_the_same_random_rows_from_any_order(place, tokenizer_dir, command, undrawn):
     keys = []
     for order in (1, -1):
-        more = ["--eval-data", write_rows(place, order), *NO_FRONTIER, "--max-rows", "5", "--questions", "3"]
+        more = ["--eval-data", write_files(place, order), *NO_FRONTIER, "--max-rows", "5", "--questions", "3"]
         assert command(report, [*BOTH[:2], *flags(tokenizer_dir, *more, without=(*SCORING, "--gen-steps"))]).code == 0
         keys.append({section["format"]: [item["key"] for item in section["items"]] for section in sources_in("new")})
     assert keys[0] == keys[1]
@@ -97,7 +97,7 @@ def test_limits_take_the_same_random_rows_from_any_order(place, tokenizer_dir, c
 
 
 def test_the_string_named_final_is_what_is_looked_for(place, tokenizer_dir, command, undrawn):
-    Path("q.jsonl").write_text(lines_of([{"question": "a", "answer": "the cat sees", "final": "18"}]))
+    write_rows("q.jsonl", [{"question": "a", "answer": "the cat sees", "final": "18"}])
     argv = [*BOTH[:2], "--eval-data", "q.jsonl", "--tokenizer-dir", tokenizer_dir, "--dtype", "float32"]
     assert command(report, [*argv, *NO_FRONTIER]).code == 0
     (item,) = sources_in("new")[0]["items"]
@@ -109,7 +109,7 @@ def test_without_files_the_bundled_rows_are_asked_and_what_training_held_out_is_
 ):
     rows = {"questions": questions()[:9], "choices": choices()[:9], "pretrain": ROWS["text"], "sft": ROWS["chat"]}
     for name, some in rows.items():
-        Path(f"{name}.jsonl").write_text(lines_of(some), encoding="utf-8")
+        write_rows(f"{name}.jsonl", some)
     monkeypatch.setattr(measure, "bundled_file", lambda name: Path(f"{name}.jsonl"))
     argv = [*BOTH, *flags(tokenizer_dir), "--val-fraction", "0.4", "--seq-len", "200", *NO_FRONTIER]
     assert command(report, argv).code == 0
@@ -144,7 +144,7 @@ def ask(place, tokenizer_dir, command, undrawn):
             for pair in couplets
             for direction, (prompt, answer) in (("forward", pair), ("backward", pair[::-1]))
         ]
-        Path("p.jsonl").write_text(lines_of(rows))
+        write_rows("p.jsonl", rows)
         argv = [*BOTH[:2], "--eval-data", "p.jsonl", "--dtype", "float32", "--tokenizer-dir", tokenizer_dir]
         return command(report, [*argv, "--max-new-tokens", "6", *NO_FRONTIER, *more])
 
