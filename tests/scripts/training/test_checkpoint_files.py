@@ -21,21 +21,6 @@ from model.transformer import Transformer
 from scripts.eval import eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
 
-SHAPE = ["--hidden-size", "32", "--num-hidden-layers", "2", "--num-attention-heads", "4", "--intermediate-size", "64"]
-
-
-@pytest.fixture
-def saved(tiny_model, tmp_path):
-    """saved(**changes to TINY) -> (model, path of its checkpoint)."""
-
-    def save(**changes):
-        model = tiny_model(**changes)
-        path = tmp_path / "folder" / "model.pt"
-        save_checkpoint(path, model.config, model.state_dict(), tokenizer="abc", stage="test")
-        return model, path
-
-    return save
-
 
 def edit(path: Path, change) -> None:
     """Rewrite a checkpoint after change(payload)."""

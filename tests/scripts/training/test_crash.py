@@ -33,7 +33,7 @@ def number_of(place, recipe, operation, which):
 
 
 def test_a_training_that_is_killed_again_and_again_ends_as_the_one_that_was_not(place):
-    assert_survived(*faults.training(place, 4, (AR,)))
+    assert_survived(*faults.training(place, 2, (AR,)))
 
 
 @pytest.mark.parametrize(

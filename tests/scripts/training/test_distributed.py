@@ -21,7 +21,7 @@ from scripts.engine.training import distributed
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.conftest import Result
-from tests.scripts.training.test_resume import at, send  # noqa: F401
+from tests.scripts.training.conftest import send
 from tests.soak.processes import PRELOAD, ROOT, Command, start_together
 
 multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOAD, __name__])
@@ -144,7 +144,7 @@ def stop_in(rank_asked, step, rank):
 
 
 @pytest.mark.parametrize("rank_asked, more", [(None, []), (1, ["--fsdp"])])
-def test_a_run_goes_on_with_another_number_of_processes(rank_asked, more, alone, runs, command, processes, at):  # noqa: F811
+def test_a_run_goes_on_with_another_number_of_processes(rank_asked, more, alone, runs, command, processes, at):
     """1 -> 2 -> 1. A signal to one process, or to all, ends all after the same step, which is saved."""
     module, argv = runs["ar"]
     at("_train_step", [5], send(signal.SIGTERM))
@@ -262,24 +262,24 @@ def test_torchrun_itself_starts_them(runs, workspace):
     assert "nothing was trained" in done.out and "Warning" not in done.err
 
 
-def die_in(step, victim, rank):
-    """Process `victim` is killed while it takes a step."""
+def die_in_its_fifth_step(rank):
+    """The second process is killed."""
     original = Trainer._update
 
     def killed(self, *args):
-        if self.step == step and rank == victim:
+        if self.step == 5 and rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, *args)
 
     Trainer._update = killed
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_where_one_process_is_killed_the_other_says_so_in_one_sentence(victim, runs, processes):
+def test_where_one_process_is_killed_the_other_says_so_in_one_sentence(runs, processes):
+    """The second one here, the first in test_crash.py."""
     module, argv = runs["ar"]
-    results = processes(module, [*argv, "--save-interval", "2"], partial(die_in, 5, victim))
-    assert results[victim].code == -signal.SIGKILL and results[1 - victim].code == 2
-    (sentence,) = (line for line in results[1 - victim].err.splitlines() if not line.startswith("tokenised"))
+    first, second = processes(module, [*argv, "--save-interval", "2"], die_in_its_fifth_step)
+    assert (first.code, second.code) == (2, -signal.SIGKILL)
+    (sentence,) = (line for line in first.err.splitlines() if not line.startswith("tokenised"))
     assert sentence.startswith("error: another process of this training has ended") and "--resume" in sentence
     assert load_checkpoint(Path("weights/ar.pt"))["step"] == 4
 

@@ -277,13 +277,6 @@ def test_a_smaller_batch_has_the_same_rows_in_a_step_and_in_a_validation(portion
     assert size % processes == 0 and size <= portion * processes // 2
 
 
-def test_other_portions_of_other_steps_are_another_run(pretrain_argv, command, refused):
-    assert command(train_pretrain, pretrain_argv).code == 0
-    again = [*pretrain_argv, "--resume", "must", "--max-iters", "13"]
-    refused(train_pretrain, [*again, "--batch-size", "2"], "--batch-size was 4, is 2")
-    assert command(train_pretrain, [*again, "--batch-size", "2", "--accumulation-steps", "2"]).code == 0
-
-
 def test_a_run_saved_before_a_flag_existed_had_its_default(pretrain_argv, command, refused):
     assert command(train_pretrain, pretrain_argv).code == 0
     path = Path("weights/ar.pt")

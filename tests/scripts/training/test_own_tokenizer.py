@@ -38,12 +38,17 @@ def test_character_mode_trains_and_generates(command, character_argv, texts, ref
     refused(diffusion, [*GENERATE, "--prompt", "the € cat"], "€", "U+20AC")
 
 
-def test_character_mode_resumes_with_its_own_tokenizer(command, character_argv):
-    assert command(diffusion, [*character_argv, "--max-iters", "5"]).code == 0
+def test_character_mode_resumes_with_its_own_tokenizer_and_generates_within_its_context(
+    command, character_argv, refused
+):
+    argv = [*character_argv, "--max-position-embeddings", "32"]
+    assert command(diffusion, [*argv, "--max-iters", "5"]).code == 0
     before = (TOKENIZER / "tokenizer.json").read_bytes()
-    assert command(diffusion, [*character_argv, "--resume", "must"]).code == 0
+    refused(diffusion, [*argv, "--resume", "must", "--mask-token", "<|other|>"], "--mask-token")
+    assert command(diffusion, [*argv, "--resume", "must"]).code == 0
     assert (TOKENIZER / "tokenizer.json").read_bytes() == before
     assert load_checkpoint(Path("weights/chars.pt"))["step"] == 12
+    refused(diffusion, [*GENERATE, "--max-seq-len", "33"], "--max-seq-len", "32")
 
 
 def test_the_tokenizer_of_an_existing_run_outlives_previews_and_refused_commands(command, character_argv, refused):
@@ -59,11 +64,21 @@ def test_the_tokenizer_of_an_existing_run_outlives_previews_and_refused_commands
 
 
 @pytest.mark.parametrize(
-    "flags, words", [(["--prompt", "the € cat"], "U+20AC"), (["--resume", "must"], "--resume must")]
+    "flags, words",
+    [
+        ("--prompt €", "U+20AC"),  # of the sample that closes a training
+        ("--resume must", "--resume must"),
+        ("--early-stop-patience 2 --val-fraction 0", "--early-stop-patience"),
+        ("--save-dir corpus.txt", "--save-dir"),
+    ],
 )
-def test_a_new_run_that_is_refused_writes_no_tokenizer(flags, words, character_argv, refused):
-    """The impossible prompt is that of the sample which closes a training."""
-    refused(diffusion, [*character_argv, *flags], words)
+def test_a_new_run_that_is_refused_or_looked_at_first_writes_no_tokenizer(
+    flags, words, character_argv, refused, command
+):
+    refused(diffusion, [*character_argv, *flags.split()], words)
+    for preview in ("--dry-run", "--show-batch"):
+        assert command(diffusion, [*character_argv, preview]).code == 0
+        assert not Path("weights").exists()
 
 
 def test_a_retrained_tokenizer_is_accepted_by_every_other_command(command, tiny_flags):

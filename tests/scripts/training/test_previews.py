@@ -10,6 +10,7 @@ from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
 from scripts.train import diffusion, train_pretrain
+from tests.scripts.models import Terminal
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
@@ -35,11 +36,6 @@ def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):
 @pytest.fixture
 def terminal(monkeypatch):
     """stdout is one, as far as the commands can see."""
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
     monkeypatch.setattr(io, "StringIO", Terminal)
 
 

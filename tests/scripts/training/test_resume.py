@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +11,10 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from scripts.engine.files import read_log
-from scripts.engine.training.run_files import RunFiles
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind
-from tests.soak.processes import Command
-from tests.soak.state import computed, difference, difference_of_runs, events
+from tests.scripts.training.conftest import assert_same_run, send
+from tests.soak.state import computed, difference, events
 
 RUNS = {
     "ar": (train_pretrain, ""),
@@ -79,36 +77,6 @@ class Killed(BaseException):
     """What kill -9 looks like from inside."""
 
 
-@pytest.fixture
-def at(monkeypatch):
-    """at(method, steps, action): when the trainer, or its files, have run `method` at one of `steps`, do `action`."""
-
-    def plan(method, steps, action, before=False):
-        owner = Trainer if hasattr(Trainer, method) else RunFiles
-        original, left = getattr(owner, method), set(steps)
-
-        def wrapped(self, *args):
-            def act():
-                if self.state.progress.step in left:  # once each
-                    left.remove(self.state.progress.step)
-                    action()
-
-            if before:
-                act()
-            result = original(self, *args)
-            if not before:
-                act()
-            return result
-
-        monkeypatch.setattr(owner, method, wrapped)
-
-    return plan
-
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
-
-
 def kill():
     raise Killed
 
@@ -129,13 +97,6 @@ def _signals_are_harmless():
 def same(a, b) -> None:
     """Fails naming the first entry in which two nested states differ, to the bit."""
     assert (found := difference(a, b)) is None, found
-
-
-def assert_same_run(run_name: str) -> None:
-    """The run in whole/ and the one in parts/ left the same weights, optimizer, averages, counters and losses."""
-    assert (found := difference_of_runs(Path("whole"), Path("parts"), run_name)) is None, found
-    assert {f"{run_name}{end}.pt" for end in ("", "_state_dict", "_best")} <= {p.name for p in Path("whole").iterdir()}
-    assert [row["event"] for row in events(Path(f"whole/{run_name}_log.jsonl"))].count("eval") >= 2
 
 
 def run_name(argv: list[str]) -> str:
@@ -200,19 +161,6 @@ def test_a_signal_in_the_last_instant_before_the_check_is_saved_before_it_is_obe
     assert load_checkpoint(Path("parts/ar.pt"))["step"] == 7, "stopped at step 7, saved an earlier one"
 
 
-def test_a_pending_early_stop_comes_at_the_same_step(runs, command, at):
-    module, argv = runs["fixed_count-muon"]
-    # No decrease is large enough after the first: validations at 4 (counts from infinity), 8 and 12 of 40 steps.
-    argv = [*argv, "--max-iters", "40", "--early-stop-patience", "2", "--early-stop-min-delta", "5"]
-    whole = command(module, [*argv, "--save-dir", "whole"])
-    assert whole.code == 0 and load_checkpoint(Path("whole/dm.pt"))["step"] == 12
-    at("_train_step", [10], send(signal.SIGTERM))
-    assert command(module, [*argv, "--save-dir", "parts"]).code == 143
-    assert load_checkpoint(Path("parts/dm.pt"))["bad_evals"] == 1
-    assert command(module, [*argv, "--save-dir", "parts", "--resume", "must"]).code == 0
-    assert_same_run("dm")
-
-
 @pytest.fixture
 def validations(monkeypatch):
     """validations(losses): what the validations of the runs to come find, one after the other, by step."""
@@ -248,14 +196,6 @@ def test_small_improvements_add_up_and_are_kept_although_they_do_not_count(stopp
     assert [(row["loss"], row["best_loss"]) for row in log] == [(loss, loss) for loss in losses[:10]]
 
 
-def test_worse_validations_leave_the_best_weights_alone(runs, command, validations):
-    module, argv = runs["ar"]
-    validations({4: 2.0, 8: 1.0, 12: 1.5})
-    assert command(module, argv).code == 0
-    assert load_checkpoint(Path("weights/ar_best.pt"))["step"] == 8
-    assert load_checkpoint(Path("weights/ar_state_dict.pt"))["step"] == 12
-
-
 def test_the_last_step_is_saved_once_and_resuming_a_finished_run_changes_nothing(runs, command):
     module, argv = runs["ar"]
     for save_dir in ("whole", "parts"):
@@ -277,40 +217,34 @@ def test_a_longer_target_continues_a_finished_run_in_batch_order_and_noise(runs,
     same(computed(Path("whole/ar.pt"))["weights"], computed(Path("parts/ar.pt"))["weights"])
 
 
-def test_resume_auto_starts_what_does_not_exist_and_must_refuses_to(runs, command, refused):
+def test_a_run_that_exists_is_neither_replaced_nor_continued_unless_it_can_be(runs, command, refused):
     module, argv = runs["ar"]
-    refused(module, [*argv, "--resume", "must"], "--resume must", "weights/ar.pt")
+    must = [*argv, "--resume", "must"]
+    refused(module, must, "--resume must", "weights/ar.pt")
+    refused(module, [*argv, "--overwrite", "--resume", "auto"], "--overwrite", "--resume auto")
     assert command(module, [*argv, "--resume", "auto"]).code == 0
-    assert Path("weights/ar_state_dict.pt").exists()
-
-
-def test_an_existing_run_is_refused_naming_the_three_ways_out(runs, command, refused):
-    module, argv = runs["ar"]
-    assert command(module, argv).code == 0
     refused(module, argv, "weights/ar.pt", "--resume must", "--overwrite", "--run-name")
+    other_stage = [*runs["fixed_count-muon"][1], "--run-name", "ar", "--resume", "must"]
+    refused(diffusion, other_stage, "scripts.train.train_pretrain", "--run-name", "--load-from")
+    os.replace("weights/ar_state_dict.pt", "weights/ar.pt")
+    refused(module, must, "weights only")
 
 
-def test_overwrite_starts_anew(runs, command):
+def test_overwrite_starts_anew_and_removes_the_old_files_before_its_first_step(runs, command, at):
+    """A run that is killed before its first save must not leave another's files under its name."""
     module, argv = runs["ar"]
     assert command(module, argv).code == 0
     before = computed(Path("weights/ar.pt"))
-    assert command(module, [*argv, "--overwrite", "--seed", "5"]).code == 0
+    Path("weights/ar_loss.png").touch()
+    again = [*argv, "--overwrite", "--seed", "5"]
+    at("_train_step", [0], kill, before=True)
+    with pytest.raises(Killed):
+        command(module, again)
+    assert {path.name for path in Path("weights").iterdir()} <= {"ar_log.jsonl", "ar.lock"}
+    assert command(module, again).code == 0
     after = computed(Path("weights/ar.pt"))
     assert after["step"] == 12 and not torch.equal(after["weights"]["norm.weight"], before["weights"]["norm.weight"])
     assert [row["event"] for row in read_log(Path("weights/ar_log.jsonl"))].count("start") == 1
-
-
-@pytest.mark.parametrize("suffix", [".pt", "_best.pt", "_state_dict.pt", "_loss.png"])
-def test_overwrite_removes_the_files_of_the_old_run_before_its_first_step(suffix, runs, command, at):
-    """A run that is killed before its first save must not leave another's files under its name."""
-    module, argv = runs["ar"]
-    assert command(module, [*argv, "--max-iters", "1"]).code == 0
-    Path(f"weights/ar{suffix}").touch()
-    at("_train_step", [0], kill, before=True)
-    with pytest.raises(Killed):
-        command(module, [*argv, "--overwrite", "--seed", "5"])
-    assert not Path(f"weights/ar{suffix}").exists()
-    assert [row["event"] for row in read_log(Path("weights/ar_log.jsonl"))] == ["start"]
 
 
 @pytest.mark.parametrize("suffix", ["_best.pt", "_state_dict.pt"])
@@ -325,28 +259,24 @@ def test_weights_without_their_run_are_not_replaced_unasked(suffix, runs, comman
     assert command(module, [*argv, "--overwrite"]).code == 0
 
 
-OTHERWISE = [
-    ("ar", "--learning-rate", "0.5"),
-    ("ar", "--batch-size", "3"),
-    ("ar", "--accumulation-steps", "2"),
-    ("ar", "--seed", "7"),
-    ("ar", "--hidden-size", "64"),
-    ("ar", "--warmup-steps", "3"),
-    ("ar", "--ema-decay", "0.5"),
-    ("ar", "--optimizer", "muon"),
-    ("ar", "--max-seq-len", "16"),
-    ("ar", "--val-fraction", "0.4"),
-    ("ar", "--dropout", "0.5"),
-    ("iid_t-everything", "--mask-schedule", "random"),
-]
+OTHERWISE = {
+    "ar": "--learning-rate 0.5 --batch-size 3 --accumulation-steps 2 --seed 7 --hidden-size 64 --warmup-steps 3 "
+    "--ema-decay 0.5 --optimizer muon --max-seq-len 16 --val-fraction 0.4 --dropout 0.5",
+    "iid_t-everything": "--mask-schedule random",
+}
 
 
-@pytest.mark.parametrize("name, flag, value", OTHERWISE)
-def test_resuming_with_another_setting_names_it(name, flag, value, runs, command, refused, at):
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_resuming_with_another_setting_or_other_data_is_refused(name, runs, command, refused, at, workspace):
     module, argv = runs[name]
     at("_train_step", [2], send(signal.SIGTERM))
     assert command(module, argv).code == 143
-    refused(module, [*argv, "--resume", "must", flag, value], f"{flag} was ", f", is {value}", "other settings")
+    again, words = [*argv, "--resume", "must"], OTHERWISE[name].split()
+    for flag, value in zip(words[::2], words[1::2], strict=True):
+        refused(module, [*again, flag, value], f"{flag} was ", f", is {value}", "other settings")
+    with (workspace / "corpus.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    refused(module, again, "corpus.jsonl")
 
 
 def test_resuming_with_harmless_settings_works_and_is_told_where_numbers_may_change(runs, command, at):
@@ -376,43 +306,6 @@ def test_the_same_contents_in_another_place_are_the_same_run_and_told(
     assert_same_run("ar")
 
 
-def test_other_contents_of_the_data_file_are_refused(runs, command, refused, at, workspace):
-    module, argv = runs["ar"]
-    at("_train_step", [2], send(signal.SIGTERM))
-    assert command(module, argv).code == 143
-    with (workspace / "corpus.jsonl").open("a") as file:
-        file.write('{"text": "one more"}\n')
-    refused(module, [*argv, "--resume", "must"], "corpus.jsonl")
-
-
-def test_another_stages_run_is_refused(runs, command, refused):
-    module, argv = runs["ar"]
-    assert command(module, argv).code == 0
-    other = [*runs["fixed_count-muon"][1], "--run-name", "ar", "--resume", "must"]
-    refused(diffusion, other, "scripts.train.train_pretrain", "--run-name", "--load-from")
-
-
-def test_exported_weights_are_not_a_run(runs, command, refused):
-    module, argv = runs["ar"]
-    assert command(module, argv).code == 0
-    os.replace("weights/ar_state_dict.pt", "weights/ar.pt")
-    refused(module, [*argv, "--resume", "must"], "weights only")
-
-
-def test_overwrite_and_resume_contradict(runs, refused):
-    module, argv = runs["ar"]
-    refused(module, [*argv, "--overwrite", "--resume", "auto"], "--overwrite", "--resume auto")
-
-
-def test_what_is_written_for_later_stages_is_the_moving_average(runs, command):
-    module, argv = runs["ar-everything"]
-    assert command(module, argv).code == 0
-    state = load_checkpoint(Path("weights/ar.pt"))
-    exported = load_checkpoint(Path("weights/ar_state_dict.pt"))["weights"]
-    same(exported, {**exported, **state["average"]["shadow"]})
-    assert not torch.equal(exported["lm_head.weight"], state["weights"]["lm_head.weight"])
-
-
 def test_best_weights_score_the_loss_that_the_log_says(runs, command):
     """The best weights are those of the best validation, not of the save before or after it."""
     module, argv = runs["ar"]
@@ -437,19 +330,3 @@ def test_a_line_separator_in_the_command_line_does_not_cut_the_log(runs, command
     second = command(module, [*argv, "--resume", "must"])
     assert second.code == 0, second.err
     assert [row["step"] for row in read_log(Path("weights/dm_log.jsonl")) if row["event"] == "eval"] == [4, 8, 12]
-
-
-def test_sigterm_and_resume_in_processes_of_their_own(pretrain_argv, workspace):
-    """The same through the operating system: a process, a signal, a new process."""
-    argv = [*pretrain_argv, "--max-iters", "100000", "--log-interval", "1", "--eval-interval", "100000"]
-    module = train_pretrain.__name__
-    first = Command(workspace, module, argv)
-    while first.code is None and "step 4: train" not in first.outputs[0].read_text(encoding="utf-8"):
-        time.sleep(0.01)
-    os.kill(first.process.pid, signal.SIGTERM)
-    ended = first.wait()
-    assert ended.code == 143 and "--resume must" in ended.out and not ended.err.count("Traceback"), ended
-    step = load_checkpoint(Path("weights/ar.pt"))["step"]
-    assert step >= 4
-    again = Command(workspace, module, [*argv, "--resume", "must", "--max-iters", str(step + 2)])
-    assert again.wait().code == 0 and load_checkpoint(Path("weights/ar.pt"))["step"] == step + 2

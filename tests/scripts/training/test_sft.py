@@ -178,17 +178,8 @@ def test_a_bad_row_late_in_a_stream_loses_nothing_and_can_be_corrected(sft_argv,
     good = "".join(f'{{"prompt": "q{i}", "response": "a{i}"}}\n' for i in range(500)) + " " * (1 << 20) + "\n"
     late = workspace / "late.jsonl"
     late.write_text(good + '{"prompt": "q"}\n')
-    argv = [
-        *sft_argv["sft_ar"],
-        "--data",
-        "late.jsonl",
-        "--streaming",
-        "--steps-per-epoch",
-        "9",
-        "--save-interval",
-        "999",
-    ]
-    argv += ["--eval-interval", "999", "--max-iters", "160", "--val-fraction", "0"]
+    flags = "--data late.jsonl --streaming --steps-per-epoch 9 --save-interval 999 --eval-interval 999 --max-iters 160"
+    argv = [*sft_argv["sft_ar"], *flags.split(), "--val-fraction", "0"]
     result = command(train_sft_minimind, argv)
     assert result.code == 2 and "late.jsonl, row 502: expected the fields" in result.err
     # A window is 50 steps of 4 rows, so the third one met the bad row.
@@ -244,11 +235,6 @@ def test_the_final_decay_ratio_is_the_rest_of_the_stable_ratio():
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 REFUSED = {
-    "weights of the other kind": (
-        "sft_ar",
-        "--load-from pretrained/dm_state_dict.pt",
-        "dm_state_dict.pt was trained by",
-    ),
     "moments without a run": ("sft_ar", "--resume-optimizer-state", "weights only"),
     "moments of another optimizer": (
         "sft_dm",
@@ -259,14 +245,7 @@ REFUSED = {
     "no conversations": ("sft_dm", "--data corpus.jsonl", "corpus.jsonl, row 1: expected the fields of a conversation"),
     "text": ("sft_ar", "--data corpus.txt", "expected JSONL rows"),
     "stream": ("sft_ar", "--streaming", "--steps-per-epoch"),
-    "cached stream": ("sft_ar", "--streaming --steps-per-epoch 3 --cache-dir here", "--cache-dir has no effect"),
     "another name": ("sft_dm", "--mask-schedule random", "--mask-schedule random is fixed_count"),
-    "decay twice": (
-        "sft_ar",
-        "--final-decay-ratio 0.5 --lr-stable-ratio 0.5",
-        "--lr-stable-ratio has no effect with --final-decay-ratio",
-    ),
-    "idle decay": ("sft_ar", "--final-decay-ratio 0.5 --lr-schedule cosine", "has no effect without --lr-schedule wsd"),
 }
 
 

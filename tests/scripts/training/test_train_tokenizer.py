@@ -1,6 +1,4 @@
-import json
 import re
-from pathlib import Path
 
 import pytest
 
@@ -8,15 +6,11 @@ from dataset.corpus.bundled import words
 from dataset.tokenizer import fingerprint, load_tokenizer, train_bpe
 from scripts.train.train_tokenizer import main
 from tests.dataset.sentences import CHINESE, ENGLISH
-
-
-def rows_file(path: Path, texts: list[str]) -> Path:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
+from tests.scripts.conftest import write_jsonl
 
 
 def test_the_command_trains_on_the_kept_sources_as_often_as_told(tmp_path, capsys):
-    data = rows_file(tmp_path / "rows.jsonl", [*ENGLISH, *CHINESE])
+    data = write_jsonl(tmp_path / "rows.jsonl", [*ENGLISH, *CHINESE])
     labels = tmp_path / "labels.txt"
     labels.write_text("novels/en\n" * len(ENGLISH) + "books/zh\n" * len(CHINESE), encoding="utf-8")
     keep = ["--sources", str(labels), "--keep-sources", "novels=3"]
@@ -38,7 +32,7 @@ def test_the_command_trains_on_the_kept_sources_as_often_as_told(tmp_path, capsy
     ],
 )
 def test_labels_that_do_not_fit_the_data_are_refused(tmp_path, labels, keep, complaint):
-    data = rows_file(tmp_path / "rows.jsonl", ["one", "two"])
+    data = write_jsonl(tmp_path / "rows.jsonl", ["one", "two"])
     (tmp_path / "labels.txt").write_text(labels, encoding="utf-8")
     arguments = ["--data", str(data), "--sources", str(tmp_path / "labels.txt"), "--keep-sources", keep]
     with pytest.raises(ValueError, match=complaint):
