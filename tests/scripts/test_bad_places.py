@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from model.checkpoint import final_weights
-from scripts.eval import eval_minimind, likelihood
+from model.transformer import Transformer
+from scripts.eval import eval_minimind, eval_sft, likelihood
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import TRAINS
 
@@ -22,52 +23,40 @@ def test_a_save_dir_that_is_a_file_is_refused_before_anything_is_computed(
     assert not (workspace / "dataset").exists(), "the corpus was tokenised first"
 
 
-@pytest.mark.parametrize("path", ["corpus.jsonl", "weights/ar_log.jsonl", "weights/ar_loss.png", "weights/other.lock"])
-def test_weights_replace_neither_data_nor_what_a_run_writes_for_itself(path, train_argv, refused):
-    refused(train_pretrain, [*train_argv["train_pretrain"], "--weights-path", path], "--weights-path", path)
-
-
-def test_a_weights_path_that_is_a_directory_is_refused_before_training(train_argv, refused, workspace):
+@pytest.mark.parametrize(
+    "flag, path",
+    [
+        ("--weights-path", "corpus.jsonl"),
+        ("--weights-path", "weights/ar_log.jsonl"),
+        ("--weights-path", "weights/ar_loss.png"),
+        ("--weights-path", "weights/other.lock"),
+        ("--weights-path", "folder"),
+        ("--cache-dir", "corpus.jsonl"),
+    ],
+)
+def test_a_path_that_is_data_a_folder_or_what_a_run_writes_for_itself(flag, path, pretrain_argv, refused, workspace):
     (workspace / "folder").mkdir()
-    refused(train_pretrain, [*train_argv["train_pretrain"], "--weights-path", "folder"], "--weights-path", "folder")
+    refused(train_pretrain, [*pretrain_argv, flag, path], flag, path)
 
 
-def test_a_result_file_that_cannot_be_written_is_refused_before_the_evaluation(
-    eval_argv, refused, workspace, monkeypatch
+@pytest.mark.parametrize("path", ["corpus.jsonl/result.json", "weights"])
+@pytest.mark.parametrize("module", [likelihood, eval_sft])
+def test_a_result_that_cannot_be_written_is_refused_before_the_evaluation(
+    module, path, eval_argv, refused, workspace, monkeypatch
 ):
-    (workspace / "file").write_text("x")
-    monkeypatch.setattr(likelihood, "evaluate_file", lambda *a: pytest.fail("evaluated for nothing"))
-    refused(likelihood, [*eval_argv["likelihood"], "--json", "file/result.json"], "--json", "file/result.json")
-    refused(likelihood, [*eval_argv["likelihood"], "--json", "weights"], "--json", "weights")
-
-
-def test_a_result_file_in_a_new_folder_is_not_lost_after_the_evaluation(eval_argv, command):
-    """Its folder is made, as that of a run is; or the command refuses it before the work, not after it."""
-    result = command(likelihood, [*eval_argv["likelihood"], "--json", "missing/result.json"])
-    if result.code == 0:
-        assert "likelihood" in json.loads(Path("missing/result.json").read_text(encoding="utf-8"))
-    else:
-        assert "--json" in result.err and not result.out
-
-
-def test_a_cache_dir_that_is_a_file(train_argv, refused, workspace):
-    (workspace / "file").write_text("x")
-    refused(train_pretrain, [*train_argv["train_pretrain"], "--cache-dir", "file"], "file", "--cache-dir")
+    argv = eval_argv["likelihood"]
+    if module is eval_sft:
+        argv = ["--diffusion-checkpoint", *argv[1 : argv.index("--nmc")]]
+    monkeypatch.setattr(Transformer, "forward", lambda *a, **more: pytest.fail("evaluated for nothing"))
+    refused(module, [*argv, "--json", path], "--json", path)
 
 
 # -- what is no mistake ------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_with_spaces_and_chinese_characters(train_argv, command, eval_argv):
-    argv = [
-        *train_argv["train_pretrain"],
-        "--save-dir",
-        "我的 weights (2)",
-        "--run-name",
-        "运行 一",
-        "--max-iters",
-        "2",
-    ]
+    place = ["--save-dir", "我的 weights (2)", "--run-name", "运行 一"]
+    argv = [*train_argv["train_pretrain"], *place, "--max-iters", "2"]
     assert command(train_pretrain, argv).code == 0
     argv = [*eval_argv["eval_minimind"], "--checkpoint", "我的 weights (2)/运行 一_state_dict.pt"]
     assert command(eval_minimind, argv).code == 0

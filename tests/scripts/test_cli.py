@@ -17,9 +17,9 @@ from model.checkpoint import load_checkpoint
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine import cli
 from scripts.engine.training.run import REPORTED, SILENT, RunConfig
-from scripts.eval import eval_diffusion, eval_minimind
+from scripts.eval import eval_minimind
 from scripts.train import diffusion, train_pretrain
-from tests.scripts.commands import COMMANDS, module_of
+from tests.scripts.commands import COMMANDS, EVALS, module_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,22 +87,6 @@ def test_wrong_arguments_end_in_one_sentence_and_exit_2(argv, words, capsys):
         parse(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
-
-
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "much"])
-def test_a_number_that_is_none_is_refused_in_words_of_the_user(value, capsys):
-    """Not in those of our functions."""
-
-    @dataclass(frozen=True)
-    class Rate:
-        """A rate."""
-
-        rate: Annotated[float, "a rate"] = 0.5
-
-    with pytest.raises(SystemExit) as stop:
-        cli.parse_args("d", Rate, argv=[f"--rate={value}"])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--rate" in error and value in error and "_" not in error
 
 
 def test_help_shows_help_text_default_and_aliases(capsys):
@@ -183,14 +167,6 @@ def test_a_command_in_a_process_of_its_own_reports_a_mistake_without_a_traceback
     assert result.stderr.decode("utf-8").startswith("error: ") and result.stderr.count(b"\n") == 1
 
 
-@pytest.mark.parametrize("module", [train_pretrain, diffusion])
-def test_documented_aliases_reach_their_fields(module, command, train_argv):
-    argv = [*train_argv[module.__name__.rpartition(".")[2]], "--lr", "0.00321", "--seq_len", "16", "--max_iters", "1"]
-    assert command(module, argv).code == 0
-    settings = load_checkpoint(Path(f"weights/{argv[argv.index('--run-name') + 1]}.pt"))["settings"]
-    assert (settings["learning_rate"], settings["max_seq_len"], settings["max_iters"]) == (0.00321, 16, 1)
-
-
 def test_settings_that_may_change_are_settings():
     """A renamed field would make its name in these lists a dead letter."""
     from dataset.pretrain import PretrainData
@@ -208,15 +184,10 @@ def test_settings_that_may_change_are_settings():
 
 
 @pytest.fixture
-def trained(command, pretrain_argv, diffusion_argv, tokenizer_dir):
+def trained(prompting):
     """(module, argv) of both evaluation commands with a checkpoint of their kind."""
-    assert command(train_pretrain, [*pretrain_argv, "--max-iters", "2"]).code == 0
-    assert command(diffusion, [*diffusion_argv, "--max-iters", "2"]).code == 0
-    tokenizer = ["--tokenizer-dir", str(tokenizer_dir), "--max-new-tokens", "5", "--dtype", "float32"]
-    return [
-        (eval_minimind, ["--checkpoint", "weights/ar_state_dict.pt", *tokenizer]),
-        (eval_diffusion, ["--checkpoint", "weights/dm_state_dict.pt", *tokenizer]),
-    ]
+    few = ["--max-new-tokens", "5", "--dtype", "float32"]
+    return [(EVALS[name], [*prompting[name], *few]) for name in ("eval_minimind", "eval_diffusion")]
 
 
 @pytest.mark.parametrize(
@@ -241,18 +212,6 @@ def test_generation_repeats_with_its_seed_which_is_that_of_the_command_unless_it
 
         assert text("--gen-seed", "2") == text("--gen-seed", "2") == text("--seed", "2")
         assert text("--gen-seed", "2") == text("--seed", "1", "--gen-seed", "2") != text("--seed", "1")
-
-
-def test_json_is_one_object_on_stdout_and_nothing_else(trained, command):
-    for module, argv in trained:
-        masks = ["--nmc", "1"] if module is eval_diffusion else []
-        result = command(module, [*argv, "--prompt", "x", "--eval-data", "corpus.jsonl", "--json", *masks])
-        record = json.loads(result.out)
-        assert {"generation", "likelihood", "settings", "tokenizer", "data_sha256", "commit"} <= record.keys()
-        assert "checkpoint" not in record and record["seed"] == 1337
-        settings = {"checkpoint": argv[1], "seed": 1337, "gen_seed": None, "max_new_tokens": 5}
-        settings["gen_temp" if module is eval_diffusion else "ar_temperature"] = 0.8
-        assert settings.items() <= record["settings"].items()
 
 
 def test_a_trained_model_is_the_same_whatever_is_generated_afterwards(command, diffusion_argv):

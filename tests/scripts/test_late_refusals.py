@@ -8,27 +8,7 @@ import torch
 from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.training.metrics import RunLog
 from scripts.eval import likelihood
-from scripts.train import diffusion, train_pretrain, train_tokenizer
-
-CHARACTERS = [
-    *("--data", "corpus.jsonl", "--train", "--run-name", "cm", "--hidden-size", "32", "--num-hidden-layers", "1"),
-    *("--num-attention-heads", "2", "--max-seq-len", "32", "--batch-size", "4", "--max-iters", "1", "--device", "cpu"),
-]
-
-
-def test_a_tokenizer_of_the_run_is_saved_only_once_nothing_can_be_refused(refused, command, workspace):
-    refused(diffusion, [*CHARACTERS, "--early-stop-patience", "2", "--val-fraction", "0"], "--early-stop-patience")
-    refused(diffusion, [*CHARACTERS, "--save-dir", "corpus.jsonl"], "--save-dir")
-    for preview in ("--dry-run", "--show-batch"):
-        assert command(diffusion, [*CHARACTERS, preview]).code == 0
-        assert not (workspace / "weights").exists()
-
-
-def test_settings_of_a_tokenizer_that_exists_are_not_ignored(refused, command, workspace):
-    assert command(diffusion, CHARACTERS).code == 0
-    generate = ["--run-name", "cm", "--max-seq-len", "32", "--max-new-tokens", "4"]
-    refused(diffusion, [*CHARACTERS, "--resume", "must", "--mask-token", "<|other|>"], "--mask-token")
-    assert command(diffusion, generate).code == 0
+from scripts.train import train_pretrain, train_tokenizer
 
 
 def test_a_tokenizer_is_not_trained_for_an_evaluation_that_cannot_be(refused, workspace):
@@ -41,15 +21,6 @@ def test_weights_to_start_from_are_not_deleted_by_overwrite(refused, workspace, 
     shutil.copytree(weights_of_one_step, workspace / "weights")
     source = ["--load-from", str(workspace / "weights" / "ar_state_dict.pt")]  # the same file by another path
     refused(train_pretrain, [*pretrain_argv, "--overwrite", *source], "--overwrite", "--run-name")
-
-
-def test_a_generation_keeps_to_the_longest_context_of_its_model(refused, command, workspace):
-    assert command(diffusion, [*CHARACTERS, "--max-position-embeddings", "32"]).code == 0
-    refused(diffusion, ["--run-name", "cm", "--max-seq-len", "33", "--max-new-tokens", "4"], "--max-seq-len", "32")
-
-
-def test_compiling_is_for_training_alone(refused, eval_argv):
-    refused(likelihood, [*eval_argv["likelihood"], "--compile"], "--compile")
 
 
 @pytest.mark.parametrize(

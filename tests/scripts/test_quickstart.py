@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from dataset.corpus import bundled
 from model.checkpoint import load_checkpoint
 from scripts import quickstart
 from scripts.engine.report.results import summary_of
@@ -31,11 +32,13 @@ SMALL = tuple(stage._replace(flags=stage.flags + TINY.get(stage.module, "")) for
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder in which the small recipe is a tiny one."""
+    """A folder in which the small recipe is a tiny one, on every twentieth of the bundled rows."""
     folder = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(quickstart, "SMALL", SMALL)
+        for name in ("pretrain", "sft", "questions"):
+            patch.setitem(bundled.FILES, name, lambda rows=bundled.FILES[name]: rows()[::20])
         yield folder
 
 
@@ -48,6 +51,13 @@ def start(folder, *flags):
     return run_command(quickstart, [*CHEAP, "--out", folder, *flags])
 
 
+def noted(patch, perform=lambda *command: 0.0):
+    """Commands performed from now on; without `perform` nothing is done for them."""
+    commands = []
+    patch.setattr(quickstart, "perform", lambda *command: commands.append(command) or perform(*command))
+    return commands
+
+
 class Finished(NamedTuple):
     folder: Path
     result: Result
@@ -57,9 +67,8 @@ class Finished(NamedTuple):
 @pytest.fixture(scope="module")
 def finished(place):
     """A quickstart from nothing to its end."""
-    ran, perform = [], quickstart.perform
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quickstart, "perform", lambda *command: ran.append(command) or perform(*command))
+        ran = noted(patch, quickstart.perform)
         return Finished(place / "with blank", start(place / "with blank"), [[module, *flags] for module, flags in ran])
 
 
@@ -121,8 +130,7 @@ def test_the_commands_that_it_prints_are_those_that_it_ran(finished):
 
 def test_finished_stages_are_not_repeated(finished, monkeypatch):
     (finished.folder / "trace.html").unlink()
-    ran, perform = [], quickstart.perform
-    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or perform(*command))
+    ran = noted(monkeypatch, quickstart.perform)
     again = start(finished.folder)
     assert [module for module, _ in ran] == ["scripts.eval.eval_sft_one_prompt"]
     assert again.out.count("done before") == 2 * (len(quickstart.SMALL) - 1)  # announced, then skipped
@@ -133,8 +141,7 @@ def test_finished_stages_are_not_repeated(finished, monkeypatch):
 def test_a_stage_whose_file_is_gone_is_repeated_with_all_after_it(finished, monkeypatch, tmp_path):
     folder = shutil.copytree(finished.folder, tmp_path / "copy")
     (folder / "ar_state_dict.pt").unlink()
-    ran = []
-    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    ran = noted(monkeypatch)
     assert start(folder).code == 0
     assert [module for module, _ in ran] == [stage.module for stage in quickstart.SMALL[1:]]
 
@@ -159,24 +166,20 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, mo
     assert measured(finished.folder) == measured(broken)
 
 
-def test_a_folder_of_another_recipe_is_refused_and_left_alone(finished, refused):
+def test_a_folder_of_another_recipe_is_refused_and_left_alone(finished, refused, monkeypatch):
     out = "--out", finished.folder
     refused(quickstart, [*CHEAP, *out, "--seed", "2"], "seed was 1337, is 2", "--overwrite", "--out")
     refused(quickstart, ["--dtype", "float32", *out], "scale was 0.001, is 1.0")
-
-
-def test_overwrite_starts_anew(finished, monkeypatch, tmp_path):
-    folder = shutil.copytree(finished.folder, tmp_path / "copy")
-    ran = []
-    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
-    monkeypatch.setattr(quickstart, "summary", lambda *a: [])
-    assert start(folder, "--overwrite").code == 0
-    assert len(ran) == len(quickstart.SMALL)
-    assert not list(folder.glob("*.pt")), "what was there before is not gone on from"
+    older = tuple(stage._replace(steps=stage.steps + 1) for stage in SMALL)
+    monkeypatch.setattr(quickstart, "SMALL", older)
+    refused(quickstart, [*CHEAP, *out], "stages was")
+    before = quickstart.recipe(quickstart.Quickstart(), RuntimeConfig())
+    monkeypatch.setattr(quickstart, "bundled_file", lambda name: Path(f"another/{name}.jsonl"))
+    assert quickstart.recipe(quickstart.Quickstart(), RuntimeConfig()) != before, "the corpus is part of it"
 
 
 def test_an_overwritten_quickstart_that_is_interrupted_goes_on_from_itself(finished, monkeypatch, tmp_path):
-    """The old trainings have another seed, and would be refused."""
+    """Not from what was there before, which has another seed and would be refused."""
     folder, perform = shutil.copytree(finished.folder, tmp_path / "copy"), quickstart.perform
 
     def stopped(module, command):
@@ -186,8 +189,7 @@ def test_an_overwritten_quickstart_that_is_interrupted_goes_on_from_itself(finis
 
     monkeypatch.setattr(quickstart, "perform", stopped)
     assert start(folder, "--seed", "2", "--overwrite").code == 130
-    ran = []
-    monkeypatch.setattr(quickstart, "perform", lambda *command: ran.append(command) or 0.0)
+    ran = noted(monkeypatch)
     monkeypatch.setattr(quickstart, "summary", lambda *a: [])
     assert start(folder, "--seed", "2").code == 0
     assert [module for module, _ in ran] == [stage.module for stage in SMALL[1:]]
@@ -203,30 +205,12 @@ def test_a_damaged_record_is_named(finished, content, tmp_path):
     assert result.code == 2 and f"{folder}/quickstart.json is damaged" in result.err
 
 
-def test_an_older_recipe_is_not_gone_on_with(finished, monkeypatch):
-    other = tuple(stage._replace(steps=stage.steps + 1) for stage in SMALL)
-    monkeypatch.setattr(quickstart, "SMALL", other)
-    result = start(finished.folder)
-    assert result.code == 2 and "stages was" in result.err
-
-
 def test_scale_multiplies_the_steps_of_every_training():
     config, runtime = quickstart.Quickstart(scale=0.5), RuntimeConfig()
     for stage in quickstart.SMALL:
         if stage.steps:
             flags = quickstart.command_of(stage, config, runtime)
             assert flags[flags.index("--max-iters") + 1] == str(round(stage.steps / 2))
-
-
-def test_the_corpus_is_part_of_the_recipe(monkeypatch):
-    before = quickstart.recipe(quickstart.Quickstart(), RuntimeConfig())
-    monkeypatch.setattr(quickstart, "bundled_file", lambda name: Path(f"another/{name}.jsonl"))
-    assert quickstart.recipe(quickstart.Quickstart(), RuntimeConfig()) != before
-
-
-@pytest.mark.parametrize("scale", ["0", "-1", "1000"])
-def test_an_impossible_scale_is_refused(refused, scale):
-    refused(quickstart, ["--scale", scale], "--scale", scale)
 
 
 def test_the_full_recipe_says_what_to_do_without_a_network(refused, workspace, monkeypatch):

@@ -8,7 +8,7 @@ from dataset.corpus import bundled
 from dataset.corpus.facts import facts
 from scripts import quickstart
 from scripts.engine.report.results import rows_of
-from tests.scripts.conftest import run_command
+from tests.scripts.conftest import run_command, write_rows
 
 KINDS = ("capital", "country")
 SHAPE = "--hidden-size 128 --num-attention-heads 4 --num-hidden-layers 2"
@@ -18,11 +18,6 @@ STEPS = {
     "diffusion pretraining, from AR": 140,
     "diffusion fine-tuning": 220,
 }
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def small_world(folder):
@@ -35,9 +30,9 @@ def small_world(folder):
         return len(turns) == 2 and (turns[0]["content"].endswith(asked) or turns[1]["content"] in told)
 
     return (
-        write(folder / "texts.jsonl", [row for row in bundled.pretraining_rows() if row["text"].startswith(told)]),
-        write(folder / "chats.jsonl", [row for row in bundled.conversations() if is_kept(row["conversations"])]),
-        write(folder / "questions.jsonl", [row for row in bundled.questions() if row["kind"] in KINDS]),
+        write_rows(folder / "texts.jsonl", [row for row in bundled.pretraining_rows() if row["text"].startswith(told)]),
+        write_rows(folder / "chats.jsonl", [row for row in bundled.conversations() if is_kept(row["conversations"])]),
+        write_rows(folder / "questions.jsonl", [row for row in bundled.questions() if row["kind"] in KINDS]),
     )
 
 

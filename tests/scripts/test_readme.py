@@ -2,7 +2,6 @@
 
 import importlib
 import io
-import json
 import operator
 import re
 import shlex
@@ -18,6 +17,7 @@ from scripts import quickstart
 from scripts.engine.cli import run
 from scripts.engine.experiments import runs as experiment_runs
 from tests.scripts.commands import module_of
+from tests.scripts.conftest import write_rows
 from tests.scripts.experiments.test_experiments import in_process
 from tests.soak import __main__ as soak
 
@@ -75,6 +75,8 @@ def tiny(module: str, argv: list[str]) -> list[str]:
     if {"--from", "--draw"} & set(argv):  # drawn again: there is nothing to be made small
         return argv
     more = TINY.get(module, "")
+    if "--streaming" in argv:
+        more += " --max-iters 3"
     if module == "scripts.train.diffusion" and "--train" in argv:
         more += f" {TRAIN_DIFFUSION}" + ("" if "--init-from-minimind" in argv else f" {SHAPE}")
     return [*argv, *more.split()]
@@ -90,20 +92,15 @@ def workplace(tmp_path_factory):
     texts = [
         f"今天是第{i}天。Day {i} was as long as the {i + 1} days before it, and nobody said why." for i in range(40)
     ]
-    rows = "".join(json.dumps({"text": text * 4}, ensure_ascii=False) + "\n" for text in texts)
-    (folder / "dataset" / "pretrain_hq.jsonl").write_text(rows, encoding="utf-8")
-    rows = "".join(
-        json.dumps(
-            {"conversations": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"第{i}天"}]}
-        )
-        + "\n"
-        for i in range(20)
-    )
-    (folder / "dataset" / "sft_mini_512.jsonl").write_text(rows, encoding="utf-8")
-    rows = "".join(json.dumps({"prompt": f"{i}?", "chosen": f"第{i}天", "rejected": "?"}) + "\n" for i in range(20))
-    (folder / "dataset" / "dpo.jsonl").write_text(rows, encoding="utf-8")
-    quiz = {"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}
-    (folder / "dataset" / "quiz.jsonl").write_text(json.dumps(quiz) + "\n", encoding="utf-8")
+    messages = [({"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"第{i}天"}) for i in range(20)]
+    rows = {
+        "pretrain_hq": [{"text": text * 4} for text in texts],
+        "sft_mini_512": [{"conversations": pair} for pair in messages],
+        "dpo": [{"prompt": f"{i}?", "chosen": f"第{i}天", "rejected": "?"} for i in range(20)],
+        "quiz": [{"question": "2 + 2?", "choices": ["3", "4"], "answer": 1}],
+    }
+    for name, of_file in rows.items():
+        write_rows(folder / "dataset" / f"{name}.jsonl", of_file)
     speech = "ROMEO:\nWhat light is this that breaks?\n\nJULIET:\nNone, sir; it is a test.\n\n"
     (folder / "dataset" / "tiny_shakespeare.txt").write_text(speech * 60, encoding="utf-8")
     return folder
@@ -184,7 +181,11 @@ def test_the_stops_of_the_walks_exist():
         operator.attrgetter(name)(importlib.import_module(path.replace("/", ".")))
 
 
-def test_both_readmes_have_the_same_commands_and_numbers():
+def python_blocks(path: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_both_readmes_have_the_same_commands_numbers_python_and_pictures():
     """README_cn.md is README.md in Chinese: the same commands, files and figures, in the same order."""
     english, chinese = ROOT / "README.md", ROOT / "README_cn.md"
     assert commands(english) == commands(chinese)
@@ -194,10 +195,9 @@ def test_both_readmes_have_the_same_commands_and_numbers():
     )
     assert sorted(numbers[0]) == sorted(numbers[1])
     assert sorted(names[0]) == sorted(names[1])
-
-
-def python_blocks(path: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert python_blocks(english) == python_blocks(chinese) != []
+    pictures = [re.findall(r"\]\((\S+\.png)\)", path.read_text(encoding="utf-8")) for path in (english, chinese)]
+    assert pictures[0] == pictures[1] and all((ROOT / name).is_file() for name in pictures[0])
 
 
 def test_the_lines_that_add_something_add_it(monkeypatch):
@@ -225,11 +225,3 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
     )
     assert remasking.choose("right_to_left", step).tolist() == [[False, False, True]]
     assert [turn["content"] for turn in formats.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
-
-
-def test_both_readmes_have_the_same_lines_of_python_and_pictures():
-    english, chinese = ROOT / "README.md", ROOT / "README_cn.md"
-    assert python_blocks(english) == python_blocks(chinese) != []
-    pictures = [re.findall(r"\]\((\S+\.png)\)", path.read_text(encoding="utf-8")) for path in (english, chinese)]
-    assert pictures[0] == pictures[1]
-    assert all((ROOT / name).is_file() for name in pictures[0])

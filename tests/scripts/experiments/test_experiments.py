@@ -26,7 +26,6 @@ from scripts.engine.experiments.trainings import Comparison, summarise
 from scripts.engine.files import read_log
 from scripts.engine.training import trainer
 from scripts.eval import experiments
-from scripts.train import diffusion
 from tests.scripts.conftest import run_command, write_jsonl
 
 OUT = Path("weights/experiments")
@@ -220,20 +219,9 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
     [
         (["--experiments", "schedule"], ["'schedule' is not one of", "schedules"]),
         (["--experiments", "frontier"], ["--reports"]),
-        (
-            ["--experiments", "repetition", "--schedules-tokens", "9999"],
-            ["--schedules-tokens", "without --experiments schedules"],
-        ),
-        (["--tokenizer-dir", "x", "--target-vocab-size", "300"], ["--target-vocab-size", "--tokenizer-dir"]),
-        (["--draw", "x", "--seeds", "1"], ["--seeds", "--draw"]),
         (["--draw", "x"], ["--draw x"]),
-        (["--reports", "x.json"], ["--reports", "reversal or frontier"]),
         (["--experiments", "reversal", "--reports", "x.json"], ["x.json does not exist"]),
         (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is not a report"]),
-        (
-            ["--experiments", "reversal", "--reports", "x.json", "--seeds", "1"],
-            ["--seeds", "without --experiments schedules"],
-        ),
         (["--schedules-band", "0.8"], ["--schedules-band", "two rates"]),
         (["--hidden-size", "30", "--num-attention-heads", "4"], ["--hidden-size 30"]),
         (["--data", "x.csv"], ["x.csv", ".jsonl"]),
@@ -270,11 +258,6 @@ def test_after_a_failure_other_flags_may_be_tried(workspace, tokenizer_dir, laun
 def test_a_command_that_fails_is_told_by_its_last_line(tmp_path):
     with pytest.raises(ValueError, match=r"json.tool ended with exit code 2 .*unrecognized arguments: --nonsense"):
         experiment_runs.launch("json.tool", ["--nonsense"], tmp_path / "output.txt")
-
-
-def test_a_band_that_stays_clear_of_eps_makes_its_flag_idle(diffusion_argv, refused):
-    band = ["--mask-schedule", "iid_t", "--mask-rate-min", "0.3", "--mask-rate-max", "0.8", "--iid-mask-eps", "0.01"]
-    refused(diffusion, [*diffusion_argv, *band], "--iid-mask-eps has no effect")
 
 
 def test_intervals_and_paired_differences_are_over_seeds():
