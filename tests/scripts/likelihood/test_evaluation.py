@@ -151,44 +151,19 @@ def test_scripts():
     ]
 
 
-def test_a_response_and_its_prompt_multiply_to_the_whole_text(tokenizer):
-    """log p(a, b) = log p(a) + log p(b | a), for a causal model to the last digit."""
-    loaded, a, b = ready(tokenizer, "causal", 64), "the cat", " sees 一只小猫."
-
-    def score(prompt, response):
-        return response_likelihood(loaded, Prompt(prompt), response, 1)
-
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, a), *encode(tokenizer, b)]
-    with torch.no_grad():
-        logs = loaded.model(torch.tensor([ids]), is_causal=True)[0, :-1].double().log_softmax(-1)
-    tokens = logs.gather(1, torch.tensor(ids)[1:, None])[:, 0]
-    whole = score("", a)["log_likelihood"] + score(a, b)["log_likelihood"]
-    assert close(whole, float(tokens.sum()))
-    assert score(a, b)["tokens"] == len(encode(tokenizer, b))
-
-
-def test_a_response_of_one_token_is_scored_exactly_by_one_mask(tokenizer):
-    loaded = ready(tokenizer, "full", 64)
-    response = next(c for c in "abcdefgh" if len(encode(tokenizer, c)) == 1)
-    ids = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
-    with torch.no_grad():
-        logits = loaded.model(torch.tensor([[*ids, tokenizer.mask_token_id]]))[0, -1].double()
-    logits[tokenizer.mask_token_id] = -math.inf
-    expected = float(logits.log_softmax(-1)[encode(tokenizer, response)[0]])
-    for samples in (1, 5):
-        found = response_likelihood(loaded, Prompt("the cat"), response, samples)
-        assert close(found["log_likelihood"], expected)
-
-
+@pytest.mark.parametrize("text", ["my old friend", "a"])
+@pytest.mark.parametrize("chat", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
-def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template(kind, tokenizer):
-    """For a causal model the chain rule, for diffusion all sets of masks, whole or block by block: the response has
-    three tokens."""
-    loaded, prompt = ready(tokenizer, kind, 64), Prompt([{"role": "user", "content": "the cat"}])
-    condition = encode_chat(tokenizer, prompt.content, True)
-    response = encode(tokenizer, "my old friend")
+def test_a_response_is_scored_after_the_ids_of_its_prompt(kind, chat, text, tokenizer):
+    """For a causal model the chain rule, for diffusion all sets of masks, whole or block by block, of the three tokens
+    of the response; one token has one set."""
+    loaded, prompt = ready(tokenizer, kind, 64), Prompt([{"role": "user", "content": "the cat"}] if chat else "the cat")
+    condition = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
+    if chat:
+        condition = encode_chat(tokenizer, prompt.content, True)
+    response = encode(tokenizer, text)
     ids, begin = torch.tensor([condition + response]), len(condition)
-    assert len(response) == 3
+    assert len(response) == (1 if text == "a" else 3)
     with torch.no_grad():
         if kind == "causal":
             logs = loaded.model(ids, is_causal=True)[0, begin - 1 : -1].double().log_softmax(-1)
@@ -196,10 +171,11 @@ def test_a_response_in_the_chat_template_is_scored_after_the_ids_of_the_template
         elif kind == "full":
             expected = -enumerated_bound(loaded.model, ids[0], begin)
         else:
-            expected = -block_bound(loaded.model, ids[0], torch.arange(begin + 3) >= begin)
-    found = response_likelihood(loaded, prompt, "my old friend", 300)
+            expected = -block_bound(loaded.model, ids[0], torch.arange(ids.shape[1]) >= begin)
+    found = response_likelihood(loaded, prompt, text, 300)
     assert found["log_likelihood"] == pytest.approx(expected, abs=1e-4 + 4.5 * found["mask_standard_error"])
-    assert found["tokens"] == 3 and (kind in ("full", "block 6")) == (found["mask_standard_error"] > 0)
+    drawn = text != "a" and kind in ("full", "block 6")
+    assert found["tokens"] == len(response) and drawn == (found["mask_standard_error"] > 1e-6)
 
 
 def test_the_masks_of_a_response_share_forward_passes(tokenizer):

@@ -15,6 +15,7 @@ import torch
 from model.checkpoint import SEAL_BYTES, load_checkpoint, load_model, read_archive
 from model.config import ModelConfig
 from model.import_weights import import_foreign
+from scripts.train import train_pretrain
 
 
 class Trap:
@@ -135,3 +136,8 @@ def test_a_sealed_file_is_an_archive_to_others(saved):
 def test_a_path_without_a_file_says_who_writes_one(what, tmp_path):
     with pytest.raises(FileNotFoundError, match="_state_dict.pt"):
         read_archive(tmp_path / what)
+
+
+def test_foreign_weights_of_another_layout_are_refused(refused, workspace, pretrain_argv):
+    torch.save({"decoder.embed_tokens.weight": torch.zeros(4, 4)}, "foreign.pt")
+    refused(train_pretrain, [*pretrain_argv, "--load-from", "foreign.pt"], "foreign.pt", "embed_tokens")

@@ -11,6 +11,7 @@ import torch
 
 from model.checkpoint import load_checkpoint
 from scripts.engine.files import read_log
+from scripts.engine.training.metrics import RunLog
 from scripts.engine.training.trainer import Trainer
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind
 from tests.scripts.training.conftest import assert_same_run, send
@@ -330,3 +331,21 @@ def test_a_line_separator_in_the_command_line_does_not_cut_the_log(runs, command
     second = command(module, [*argv, "--resume", "must"])
     assert second.code == 0, second.err
     assert [row["step"] for row in read_log(Path("weights/dm_log.jsonl")) if row["event"] == "eval"] == [4, 8, 12]
+
+
+def test_weights_to_start_from_are_not_deleted_by_overwrite(refused, workspace, pretrain_argv, weights_of_one_step):
+    shutil.copytree(weights_of_one_step, workspace / "weights")
+    source = ["--load-from", str(workspace / "weights" / "ar_state_dict.pt")]  # the same file by another path
+    refused(train_pretrain, [*pretrain_argv, "--overwrite", *source], "--overwrite", "--run-name")
+
+
+def test_a_lost_log_is_not_counted_and_missed_aloud(tmp_path, capsys):
+    """The next resume would otherwise keep lines of a future that was lost."""
+    assert RunLog(tmp_path / "gone_log.jsonl", keep_lines=50).lines == 0
+    assert "gone_log.jsonl has lost 50 of its 50 lines" in capsys.readouterr().err
+    log = RunLog(tmp_path / "kept_log.jsonl")
+    for step in range(3):
+        log.write("train", step=step)
+    assert RunLog(tmp_path / "kept_log.jsonl", keep_lines=2).lines == 2
+    assert len((tmp_path / "kept_log.jsonl").read_text().splitlines()) == 2
+    assert capsys.readouterr().err == ""

@@ -4,6 +4,7 @@ import pytest
 
 from dataset.corpus.bundled import words
 from dataset.tokenizer import fingerprint, load_tokenizer, train_bpe
+from scripts.train import train_tokenizer
 from scripts.train.train_tokenizer import main
 from tests.dataset.sentences import CHINESE, ENGLISH
 from tests.scripts.conftest import write_jsonl
@@ -46,3 +47,9 @@ def test_without_data_the_words_of_the_bundled_corpus_are_used(tmp_path, monkeyp
     assert "no --data, so the bundled corpus is used" in capsys.readouterr().out
     texts = [row["text"] for row in words()]
     assert fingerprint(load_tokenizer(tmp_path / "out")) == fingerprint(train_bpe(texts, 300))
+
+
+def test_a_tokenizer_is_not_trained_for_an_evaluation_that_cannot_be(refused, workspace):
+    argv = ["--data", "corpus.jsonl", "--target-vocab-size", "300"]
+    refused(train_tokenizer, [*argv, "--out", "tok", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl")
+    refused(train_tokenizer, [*argv, "--out", "corpus.jsonl/tok"], "--out")
