@@ -100,12 +100,6 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
     }
 
 
-@pytest.fixture
-def jsonl():
-    """jsonl(path, texts, field="text") -> path, one row per text."""
-    return write_jsonl
-
-
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return sentences(60)

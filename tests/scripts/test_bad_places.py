@@ -11,6 +11,7 @@ from model.transformer import Transformer
 from scripts.eval import eval_minimind, eval_sft, likelihood
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import TRAINS
+from tests.scripts.conftest import write_jsonl
 
 
 @pytest.mark.parametrize("name", TRAINS)
@@ -75,8 +76,8 @@ def test_a_folder_with_spaces_and_chinese_characters(train_argv, command, eval_a
         (3, ["--max-seq-len", "512"]),
     ],
 )
-def test_small_and_odd_corpora_train(name, rows, flags, train_argv, command, workspace, texts, jsonl):
-    jsonl(workspace / "small.jsonl", texts[:rows])
+def test_small_and_odd_corpora_train(name, rows, flags, train_argv, command, workspace, texts):
+    write_jsonl(workspace / "small.jsonl", texts[:rows])
     argv = [*train_argv[name], "--data", "small.jsonl", "--max-iters", "3", "--eval-interval", "1", *flags]
     if name == "diffusion" and "--max-seq-len" in flags:
         argv += ["--max-new-tokens", "1"]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-import torch
 
 from dataset.corpus import bundled
 from model.checkpoint import load_checkpoint
@@ -18,6 +17,7 @@ from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct
 from scripts.engine.training import guard
 from tests.scripts.conftest import Result, run_command
+from tests.soak.state import difference
 
 CHEAP = ["--scale", "0.001", "--dtype", "float32"]
 TINY = {  # module -> flags after those of its stage
@@ -75,13 +75,6 @@ def finished(place):
 def weights(folder):
     files = sorted(folder.glob("*_state_dict.pt"))
     return {file.name: load_checkpoint(file)["weights"] for file in files}
-
-
-def assert_same(first, second):
-    assert first.keys() == second.keys()
-    for name, tensors in first.items():
-        for key, tensor in tensors.items():
-            assert torch.equal(tensor, second[name][key]), (name, key)
 
 
 def measured(folder):
@@ -162,7 +155,7 @@ def test_an_interrupted_quickstart_goes_on_and_ends_the_same(finished, place, mo
         assert result.code == 130 and "goes on from here" in result.out, result
     assert start(broken).code == 0
     assert len(entered) == 8
-    assert_same(weights(finished.folder), weights(broken))
+    assert difference(weights(finished.folder), weights(broken)) is None
     assert measured(finished.folder) == measured(broken)
 
 

@@ -45,33 +45,18 @@ SAMPLER = ["--gen-steps", "3", "--gen-temp", "0.7"]
 FEW = ["--max-new-tokens", "30", "--prompts-per-language", "1", "--show", "0"]
 DATA = ["--eval-data", "corpus.jsonl"]
 COMMON = ["--seed", "7", "--dtype", "float32", "--device", "cpu"]
+PROMPT = ["--prompt", "a", *WRITING]
+ONE_PROMPT = [*BOTH, *PROMPT, *SAMPLER, "--no-chat-wrap"]
+AR_JSON = ["--checkpoint", AR, *DATA, *PROMPT, "--json"]
+DM_JSON = ["--checkpoint", DM, *DATA, "--nmc", "1", *PROMPT, *SAMPLER, "--json"]
+CHATS_JSON = [*BOTH, "--eval-data", "chats.jsonl", "--judge", AR, *FEW, *SAMPLER, "--json", "a.json"]
 COMMANDS = {  # module, flags, checkpoints judged, file of data, where the record is
-    "eval_minimind": (eval_minimind, ["--checkpoint", AR, *DATA, "--prompt", "a", *WRITING, "--json"], [AR], "stdout"),
-    "eval_diffusion": (
-        eval_diffusion,
-        ["--checkpoint", DM, *DATA, "--nmc", "1", "--prompt", "a", *WRITING, *SAMPLER, "--json"],
-        [DM],
-        "stdout",
-    ),
+    "eval_minimind": (eval_minimind, AR_JSON, [AR], "stdout"),
+    "eval_diffusion": (eval_diffusion, DM_JSON, [DM], "stdout"),
     "likelihood": (likelihood, ["--checkpoint", DM, *DATA, "--nmc", "1", "--json", "new/a.json"], [DM], "new/a.json"),
-    "one prompt": (
-        eval_sft_one_prompt,
-        [*BOTH, "--prompt", "a", *WRITING, *SAMPLER, "--json", "--no-chat-wrap"],
-        [AR, DM],
-        "stdout",
-    ),
-    "trace": (
-        eval_sft_one_prompt,
-        [*BOTH, "--prompt", "a", *WRITING, *SAMPLER, "--no-chat-wrap", "--trace", "a.json"],
-        [AR, DM],
-        "a.json",
-    ),
-    "eval_sft": (
-        eval_sft,
-        [*BOTH, "--eval-data", "chats.jsonl", "--judge", AR, *FEW, *SAMPLER, "--json", "a.json"],
-        [AR, DM, AR],
-        "a.json",
-    ),
+    "one prompt": (eval_sft_one_prompt, [*ONE_PROMPT, "--json"], [AR, DM], "stdout"),
+    "trace": (eval_sft_one_prompt, [*ONE_PROMPT, "--trace", "a.json"], [AR, DM], "a.json"),
+    "eval_sft": (eval_sft, CHATS_JSON, [AR, DM, AR], "a.json"),
     "schedule_variance": (
         schedule_variance,
         ["--checkpoint", DM, "--data", "corpus.jsonl", "--num-draws", "2", "--max-seq-len", "32", "--json", "a.json"],

@@ -32,30 +32,17 @@ STAGES = {
 }
 MODELS = [(kind, stage) for kind, stages in STAGES.items() for stage in stages]
 SHORT = ["--max-new-tokens", "4"]
+PROMPT, TEXT = ["--prompt", "a", *SHORT], ["--eval-data", "text.jsonl"]
+CHATS = ["--eval-data", "chat.jsonl", "--max-new-tokens", "90"]
 TAKES = {  # module, flag of the checkpoint, what else it needs, kinds that it works with
-    "eval_minimind": (eval_minimind, "--checkpoint", ["--prompt", "a", *SHORT], ("ar",)),
-    "eval_diffusion": (eval_diffusion, "--checkpoint", ["--prompt", "a", *SHORT], ("full", "blocks")),
-    "likelihood": (likelihood, "--checkpoint", ["--eval-data", "text.jsonl"], tuple(KINDS)),
+    "eval_minimind": (eval_minimind, "--checkpoint", PROMPT, ("ar",)),
+    "eval_diffusion": (eval_diffusion, "--checkpoint", PROMPT, ("full", "blocks")),
+    "likelihood": (likelihood, "--checkpoint", TEXT, tuple(KINDS)),
     "chat": (chat, "--checkpoint", SHORT, tuple(KINDS)),
-    "one prompt, AR": (eval_sft_one_prompt, "--minimind-checkpoint", ["--prompt", "a", *SHORT], ("ar",)),
-    "one prompt, diffusion": (
-        eval_sft_one_prompt,
-        "--diffusion-checkpoint",
-        ["--prompt", "a", *SHORT],
-        ("full", "blocks"),
-    ),
-    "eval_sft, AR": (
-        eval_sft,
-        "--minimind-checkpoint",
-        ["--eval-data", "chat.jsonl", "--max-new-tokens", "90"],
-        ("ar",),
-    ),
-    "report, diffusion": (
-        report,
-        "--diffusion-checkpoint",
-        ["--eval-data", "text.jsonl"],
-        ("full", "blocks"),
-    ),
+    "one prompt, AR": (eval_sft_one_prompt, "--minimind-checkpoint", PROMPT, ("ar",)),
+    "one prompt, diffusion": (eval_sft_one_prompt, "--diffusion-checkpoint", PROMPT, ("full", "blocks")),
+    "eval_sft, AR": (eval_sft, "--minimind-checkpoint", CHATS, ("ar",)),
+    "report, diffusion": (report, "--diffusion-checkpoint", TEXT, ("full", "blocks")),
 }
 
 

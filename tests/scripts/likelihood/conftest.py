@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from scripts.engine.likelihood.windows import DataEvalConfig
-from tests.scripts.conftest import write_rows
+from tests.scripts.conftest import write_jsonl, write_rows
 from tests.scripts.models import ready, save
 
 QUESTIONS = [
@@ -15,10 +15,10 @@ QUESTIONS = [
 
 
 @pytest.fixture
-def data(workspace, jsonl):
+def data(workspace):
     """data(texts, name, **more) -> the evaluation of a file with these documents."""
     return lambda texts, name="eval.jsonl", **more: DataEvalConfig(
-        eval_data=jsonl(workspace / name, texts), **{"num_samples": 3} | more
+        eval_data=write_jsonl(workspace / name, texts), **{"num_samples": 3} | more
     )
 
 

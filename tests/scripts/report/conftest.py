@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from dataset.tokenizer import fingerprint
-from model.checkpoint import save_checkpoint
 from model.decode import DenoisingConfig, SamplingConfig
 from scripts.engine.loaded import load_for_use
 from scripts.engine.report import page
@@ -15,7 +13,7 @@ from scripts.engine.report.results import rows_of, summary_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
 from tests.scripts.conftest import conversations, run_command, sentences, write_rows
-from tests.scripts.models import untrained
+from tests.scripts.models import ready, save
 
 RUNTIME = RuntimeConfig(device="cpu", dtype="float32", seed=11)
 SAMPLERS = {"causal": SamplingConfig(), "full": DenoisingConfig(gen_steps=4)}
@@ -68,8 +66,7 @@ def write_files(folder: Path, order: int = 1) -> str:
 def write_checkpoints(folder: Path, tokenizer) -> None:
     """Models of no training, the autoregressive one for plain text, the other for conversations."""
     for name, kind, stage in (("ar", "causal", "pretrain"), ("dm", "full", "sft")):
-        model, path = untrained(tokenizer, kind), folder / f"{name}_state_dict.pt"
-        save_checkpoint(path, model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage=stage)
+        save(folder / f"{name}_state_dict.pt", ready(tokenizer, kind), stage)
 
 
 def flags(tokenizer_dir: Path, *more: object, without: tuple[str, ...] = ()) -> list[str]:

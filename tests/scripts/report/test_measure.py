@@ -9,8 +9,7 @@ import pytest
 from dataset.corpus.bundled import choices, questions
 from dataset.formats import read_conversations
 from dataset.jsonl import is_validation
-from dataset.tokenizer import encode, encode_chat, fingerprint, render_chat
-from model.checkpoint import save_checkpoint
+from dataset.tokenizer import encode, encode_chat, render_chat
 from model.decode import ContinuationConfig
 from scripts.engine.decoding.generation import generate
 from scripts.engine.likelihood.documents import response_likelihood
@@ -21,7 +20,7 @@ from scripts.engine.report.results import DIFFUSION, rows_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
 from tests.scripts.conftest import write_rows
-from tests.scripts.models import untrained
+from tests.scripts.models import ready, save
 from tests.scripts.report.conftest import (
     AR,
     BOTH,
@@ -217,8 +216,7 @@ def test_one_kind_alone_has_no_differences(place, tokenizer_dir, command, undraw
 def test_models_of_blocks_stand_beside_the_others(place, tokenizer, tokenizer_dir, command, no_figures):
     """Named, scored by all their masks, decoded in their blocks, and a line of the frontier each."""
     for size in (1, 3):
-        model, path = untrained(tokenizer, f"block {size}"), Path(f"b{size}_state_dict.pt")
-        save_checkpoint(path, model.config, model.state_dict(), tokenizer=fingerprint(tokenizer), stage="sft")
+        save(f"b{size}_state_dict.pt", ready(tokenizer, f"block {size}"), "sft")
     argv = [*BOTH[:-1], "dm_state_dict.pt,b1_state_dict.pt,b3_state_dict.pt", *flags(tokenizer_dir), "--max-rows", "3"]
     argv += ["--eval-data", "text.jsonl,chat.jsonl,questions.jsonl", "--frontier-questions", "1", "--out", "new"]
     argv += ["--frontier-steps", "1", "--frontier-thresholds", "0.9", "--frontier-factors", "1"]

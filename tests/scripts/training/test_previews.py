@@ -10,6 +10,7 @@ from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
 from scripts.train import diffusion, train_pretrain
+from tests.scripts.conftest import write_jsonl
 from tests.scripts.models import Terminal
 
 
@@ -76,9 +77,7 @@ def test_a_batch_in_a_file_or_a_pipe_is_shown_with_marks_and_without_colours(com
             assert plain.removeprefix("<|im_start|>").removesuffix("<|im_end|>") in texts
 
 
-def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
-    command, pretrain_argv, monkeypatch, workspace, texts, jsonl
-):
+def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(command, pretrain_argv, monkeypatch, workspace, texts):
     """Training fills a batch from the next pass over the rows; the estimate must, too."""
     sizes = []
 
@@ -88,7 +87,7 @@ def test_a_dry_run_times_a_whole_batch_of_a_smaller_corpus(
             return super().loss(model, prepared)
 
     monkeypatch.setattr(train_pretrain, "NextToken", Spy)
-    jsonl(workspace / "few.jsonl", texts[:2])
+    write_jsonl(workspace / "few.jsonl", texts[:2])
     assert command(train_pretrain, [*pretrain_argv, "--data", "few.jsonl", "--batch-size", "9", "--dry-run"]).code == 0
     assert set(sizes) == {9}
 

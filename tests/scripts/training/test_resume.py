@@ -95,11 +95,6 @@ def _signals_are_harmless():
         signal.signal(number, handler)
 
 
-def same(a, b) -> None:
-    """Fails naming the first entry in which two nested states differ, to the bit."""
-    assert (found := difference(a, b)) is None, found
-
-
 def run_name(argv: list[str]) -> str:
     return argv[argv.index("--run-name") + 1]
 
@@ -215,7 +210,8 @@ def test_a_longer_target_continues_a_finished_run_in_batch_order_and_noise(runs,
     assert command(module, [*constant, "--save-dir", "parts", "--max-iters", "6"]).code == 0
     more = command(module, [*constant, "--save-dir", "parts", "--resume", "must"])
     assert more.code == 0 and "--max-iters was 6, is 12" in more.out
-    same(computed(Path("whole/ar.pt"))["weights"], computed(Path("parts/ar.pt"))["weights"])
+    whole, parts = (computed(Path(folder, "ar.pt"))["weights"] for folder in ("whole", "parts"))
+    assert difference(whole, parts) is None
 
 
 def test_a_run_that_exists_is_neither_replaced_nor_continued_unless_it_can_be(runs, command, refused):
