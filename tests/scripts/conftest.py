@@ -43,6 +43,12 @@ def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:
     return write_rows(path, ({field: text} for text in texts))
 
 
+def without(argv: list[str], flag: str) -> list[str]:
+    """Arguments less a flag and its value."""
+    place = argv.index(flag)
+    return [*argv[:place], *argv[place + 2 :]]
+
+
 @dataclass(frozen=True)
 class Result:
     code: int

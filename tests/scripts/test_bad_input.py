@@ -12,6 +12,7 @@ from scripts.engine.files import read_log
 from scripts.eval import likelihood
 from scripts.train import diffusion, train_pretrain, train_sft_diffusion, train_sft_minimind, train_tokenizer
 from tests.scripts.commands import EVALS, TRAINS
+from tests.scripts.conftest import without
 
 BAD_FILES = {  # more kinds, for every reader, are in tests/dataset/test_jsonl.py
     "missing": (None, "does not exist"),
@@ -72,8 +73,7 @@ def test_training_without_the_bad_rows(name, train_argv, sft_argv, command, work
     module, like, flags = TRAINED[name]
     argv = [*(train_argv | sft_argv)[like], *flags]
     if name == "characters":
-        at = argv.index("--tokenizer-dir")
-        argv = [*argv[:at], *argv[at + 2 :]]
+        argv = without(argv, "--tokenizer-dir")
     kind, source = ("chat", "chats.jsonl") if like in sft_argv else ("text", "corpus.jsonl")
     source = workspace / source
     rows = source.read_bytes()

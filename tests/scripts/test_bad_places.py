@@ -11,7 +11,7 @@ from model.transformer import Transformer
 from scripts.eval import eval_minimind, eval_sft, likelihood
 from scripts.train import diffusion, train_pretrain
 from tests.scripts.commands import TRAINS
-from tests.scripts.conftest import write_jsonl
+from tests.scripts.conftest import without, write_jsonl
 
 
 @pytest.mark.parametrize("name", TRAINS)
@@ -105,9 +105,7 @@ def test_a_step_without_anything_to_score_has_no_loss_rather_than_nan(train_argv
 
 
 def test_a_fraction_of_an_epoch_is_at_least_one_step(train_argv, command):
-    argv = train_argv["train_pretrain"]
-    argv = [a for i, a in enumerate(argv) if "--max-iters" not in (a, argv[i - 1])]
-    result = command(train_pretrain, [*argv, "--epochs", "0.001"])
+    result = command(train_pretrain, [*without(train_argv["train_pretrain"], "--max-iters"), "--epochs", "0.001"])
     assert result.code == 0 and "1 steps" in result.out
 
 
@@ -145,6 +143,5 @@ def test_a_sample_that_cannot_fit_is_refused_before_the_training(diffusion_argv,
 
 def test_the_default_sample_fits_every_sequence_length(diffusion_argv, command):
     """--max-seq-len 64 alone is no mistake of the user's, although 128 new tokens are the default."""
-    at = diffusion_argv.index("--max-new-tokens")
-    result = command(diffusion, [*diffusion_argv[:at], *diffusion_argv[at + 2 :], "--max-iters", "1"])
+    result = command(diffusion, [*without(diffusion_argv, "--max-new-tokens"), "--max-iters", "1"])
     assert result.code == 0, result.err

@@ -30,6 +30,7 @@ class Group:
 
     some_number: Annotated[int, "a number, 5 % of it", "--number", "--n", "at least 0"] = 3
     some_text: Annotated[str | None, "a text"] = None
+    some_rate: Annotated[float, "a rate"] = 0.5
     some_flag: Annotated[bool, "a flag"] = False
     kind: Annotated[Literal["a", "b"], "a choice"] = "a"
     hidden: int = 7
@@ -75,6 +76,9 @@ def test_values_are_kept_as_they_are(text):
         (["--some-number", "three"], "three"),
         (["--some-number", "3.5"], "3.5"),
         (["--some-number"], "--some-number"),
+        (["--some-rate=much"], "much"),
+        (["--some-rate=nan"], "nan"),
+        (["--some-rate=-inf"], "-inf"),
         (["--kind", "c"], "'a', 'b'"),
         (["--some-number", "-4"], "--some-number must be at least 0, not -4"),
         (["--hidden", "8"], "--hidden"),
@@ -87,6 +91,7 @@ def test_wrong_arguments_end_in_one_sentence_and_exit_2(argv, words, capsys):
         parse(*argv)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1 and words in error
+    assert "_" not in error, "in words of the user, not of our functions"
 
 
 def test_help_shows_help_text_default_and_aliases(capsys):

@@ -45,6 +45,7 @@ def test_what_an_evaluation_needs(eval_argv, refused):
     refused(eval_minimind, ["--prompt", "a"], "--checkpoint")
     refused(eval_minimind, ["--checkpoint", "weights/ar_state_dict.pt"], "--prompt", "--eval-data")
     refused(likelihood, ["--checkpoint", "weights/ar_state_dict.pt"], "--eval-data")
+    refused(likelihood, [*eval_argv["likelihood"], "--compile"], "--compile")
     diffusion_eval = eval_argv["eval_diffusion"]
     refused(eval_diffusion, [*diffusion_eval, "--cond-ll-response", "x"], "--prompt")
     refused(eval_diffusion, [*diffusion_eval, "--prompt", "a", "--cond-ll-response", ""], "empty")

@@ -152,15 +152,16 @@ def test_scripts():
 
 
 @pytest.mark.parametrize("text", ["my old friend", "a"])
-@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("content", ["the cat", "", [{"role": "user", "content": "the cat"}]])
 @pytest.mark.parametrize("kind", [*KINDS, "block 2", "block 6"])
-def test_a_response_is_scored_after_the_ids_of_its_prompt(kind, chat, text, tokenizer):
+def test_a_response_is_scored_after_the_ids_of_its_prompt(kind, content, text, tokenizer):
     """For a causal model the chain rule, for diffusion all sets of masks, whole or block by block, of the three tokens
     of the response; one token has one set."""
-    loaded, prompt = ready(tokenizer, kind, 64), Prompt([{"role": "user", "content": "the cat"}] if chat else "the cat")
-    condition = [tokenizer.bos_token_id, *encode(tokenizer, "the cat")]
-    if chat:
-        condition = encode_chat(tokenizer, prompt.content, True)
+    loaded = ready(tokenizer, kind, 64)
+    if isinstance(content, str):
+        condition = [tokenizer.bos_token_id, *encode(tokenizer, content)]
+    else:
+        condition = encode_chat(tokenizer, content, True)
     response = encode(tokenizer, text)
     ids, begin = torch.tensor([condition + response]), len(condition)
     assert len(response) == (1 if text == "a" else 3)
@@ -172,7 +173,7 @@ def test_a_response_is_scored_after_the_ids_of_its_prompt(kind, chat, text, toke
             expected = -enumerated_bound(loaded.model, ids[0], begin)
         else:
             expected = -block_bound(loaded.model, ids[0], torch.arange(ids.shape[1]) >= begin)
-    found = response_likelihood(loaded, prompt, text, 300)
+    found = response_likelihood(loaded, Prompt(content), text, 300)
     assert found["log_likelihood"] == pytest.approx(expected, abs=1e-4 + 4.5 * found["mask_standard_error"])
     drawn = text != "a" and kind in ("full", "block 6")
     assert found["tokens"] == len(response) and drawn == (found["mask_standard_error"] > 1e-6)

@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from scripts.engine.files import read_log
 from scripts.engine.training.trainer import Trainer
 from scripts.train import train_dpo_diffusion, train_dpo_minimind
-from tests.scripts.conftest import write_rows
+from tests.scripts.conftest import without, write_rows
 from tests.scripts.training.conftest import assert_same_run, send
 
 RUNS = {"dpo_ar": (train_dpo_minimind, "ar"), "dpo_dm": (train_dpo_diffusion, "dm")}
@@ -148,8 +148,7 @@ def test_what_cannot_be_meant_is_refused(kind, dpo_argv, refused):
 
 def test_tuning_random_weights_or_resuming_with_another_reference_is_refused(dpo_argv, command, refused):
     argv = [*dpo_argv["dpo_dm"], "--max-iters", "2"]
-    place = argv.index("--load-from")
-    refused(train_dpo_diffusion, [*argv[:place], *argv[place + 2 :]], "--load-from is missing")
+    refused(train_dpo_diffusion, without(argv, "--load-from"), "--load-from is missing")
     assert command(train_dpo_diffusion, argv).code == 0
     other = [*argv, "--max-iters", "4", "--resume", "must", "--load-from", "weights/dpo_dm_copy.pt"]
     shutil.copy("weights/dpo_dm_state_dict.pt", "weights/dpo_dm_copy.pt")

@@ -21,7 +21,8 @@ from scripts.engine.training.config import StageConfigs, TrainerConfig
 from scripts.engine.training.guard import FEWEST, WINDOW, Health, smaller_batch
 from scripts.engine.training.run import RunConfig
 from scripts.engine.training.trainer import Trainer
-from scripts.train import diffusion, train_pretrain
+from scripts.train import train_pretrain
+from tests.scripts.commands import TRAINS
 
 
 @pytest.fixture
@@ -202,12 +203,12 @@ def test_a_signal_is_heeded_while_the_data_hangs_and_what_was_learnt_is_saved(pr
     assert torch.equal(weights("weights/ar.pt"), weights("whole/ar.pt"))
 
 
-@pytest.mark.parametrize("name, run", [(train_pretrain, "ar"), (diffusion, "dm")])
-def test_the_rows_of_a_skipped_step_can_be_looked_at(name, run, pretrain_argv, diffusion_argv, command, at_step):
+@pytest.mark.parametrize("name, run", [("train_pretrain", "ar"), ("diffusion", "dm")])
+def test_the_rows_of_a_skipped_step_can_be_looked_at(name, run, train_argv, command, at_step):
     at_step({7: nan})
-    argv = {"ar": pretrain_argv, "dm": diffusion_argv}[run]
-    assert command(name, argv).code == 0
-    shown = command(name, [*argv, "--show-batch", "--show-step", "7"])
+    module, argv = TRAINS[name], train_argv[name]
+    assert command(module, argv).code == 0
+    shown = command(module, [*argv, "--show-batch", "--show-step", "7"])
     assert shown.code == 0, shown
     rows = [int(number) for number in re.findall(r"^row (\d+): ", shown.out, re.MULTILINE)]
     assert sorted(rows) == events("skipped", run)[0]["rows"] and len(rows) == 4
@@ -244,19 +245,17 @@ def out_of_memory():
     raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
 
-@pytest.mark.parametrize("name, run", [(train_pretrain, "ar"), (diffusion, "dm")])
-def test_where_memory_ends_the_flags_told_go_on_with_the_same_training(
-    name, run, pretrain_argv, diffusion_argv, command, at_step
-):
-    argv = {"ar": pretrain_argv, "dm": diffusion_argv}[run]
-    assert command(name, [*argv, "--save-dir", "whole"]).code == 0
+@pytest.mark.parametrize("name, run", [("train_pretrain", "ar"), ("diffusion", "dm")])
+def test_where_memory_ends_the_flags_told_go_on_with_the_same_training(name, run, train_argv, command, at_step):
+    module, argv = TRAINS[name], train_argv[name]
+    assert command(module, [*argv, "--save-dir", "whole"]).code == 0
     at_step({8: out_of_memory})
-    result = command(name, argv)
+    result = command(module, argv)
     flags = "--batch-size 2 --accumulation-steps 2 --eval-max-batches 40"
     assert result.code == 2 and "out of memory after step 7" in result.err and flags in result.err, result
     assert "holds step 7" in result.err and "--resume must" in result.err
     at_step({})
-    result = command(name, [*argv, *flags.split(), "--resume", "must"])
+    result = command(module, [*argv, *flags.split(), "--resume", "must"])
     assert result.code == 0 and "--batch-size was 4, is 2" in result.out, result
     torch.testing.assert_close(weights(f"weights/{run}.pt"), weights(f"whole/{run}.pt"), rtol=1e-4, atol=1e-6)
     whole, parts = (read_log(Path(f"{folder}/{run}_log.jsonl")) for folder in ("whole", "weights"))

@@ -69,6 +69,11 @@ def test_cosine_is_the_cosine():
         assert lr_at(step, 40, config) == pytest.approx(2.0 * (0.1 + 0.9 * share))
 
 
+def test_a_warmup_longer_than_the_run_never_reaches_the_peak():
+    config = OptimConfig(learning_rate=1.0, warmup_steps=100)
+    assert [lr_at(step, 10, config) for step in range(10)] == [pytest.approx((step + 1) / 100) for step in range(10)]
+
+
 @pytest.mark.parametrize("shape", [{}, {"tie_embeddings": True}, {"qk_norm": True}])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_is_optimised_once_and_norms_and_embedding_do_not_decay(shape, optimizer, tiny_model):

@@ -8,6 +8,7 @@ from dataset.tokenizer import load_tokenizer
 from model.checkpoint import load_checkpoint
 from scripts.eval import eval_diffusion, likelihood
 from scripts.train import diffusion, train_pretrain
+from tests.scripts.conftest import without
 
 TOKENIZER = Path("weights/chars_tokenizer")
 GENERATE = ["--run-name", "chars", "--max-new-tokens", "6", "--gen-steps", "3", "--max-seq-len", "32"]
@@ -18,13 +19,8 @@ def character_argv(workspace, tiny_flags, texts):
     """Character-level training on a .txt file: no tokenizer directory at all. other.txt has other characters."""
     (workspace / "corpus.txt").write_text("\n".join(texts), encoding="utf-8")
     (workspace / "other.txt").write_text("Anderer Text, ohne die alten Zeichen.\n" * 50, encoding="utf-8")
-    flags = [*without_tokenizer(tiny_flags), "--train", "--run-name", "chars", "--max-new-tokens", "4"]
+    flags = [*without(tiny_flags, "--tokenizer-dir"), "--train", "--run-name", "chars", "--max-new-tokens", "4"]
     return [*flags, "--data", "corpus.txt"]
-
-
-def without_tokenizer(flags):
-    at = flags.index("--tokenizer-dir")
-    return flags[:at] + flags[at + 2 :]
 
 
 def test_character_mode_trains_and_generates(command, character_argv, texts, refused):
@@ -82,8 +78,8 @@ def test_a_new_run_that_is_refused_or_looked_at_first_writes_no_tokenizer(
 
 
 def test_a_retrained_tokenizer_is_accepted_by_every_other_command(command, tiny_flags):
-    argv = [*without_tokenizer(tiny_flags), "--train", "--use-tokenizer", "--retrain-tokenizer", "--run-name", "own"]
-    assert command(diffusion, [*argv, "--target-vocab-size", "320", "--max-new-tokens", "4"]).code == 0
+    flags = "--train --use-tokenizer --retrain-tokenizer --run-name own --target-vocab-size 320 --max-new-tokens 4"
+    assert command(diffusion, [*without(tiny_flags, "--tokenizer-dir"), *flags.split()]).code == 0
     own = ["--tokenizer-dir", "weights/own_tokenizer"]
     assert len(load_tokenizer(Path("weights/own_tokenizer"))) == 320
     use = ["--checkpoint", "weights/own_state_dict.pt", *own, "--eval-data", "corpus.jsonl", "--nmc", "1"]

@@ -10,18 +10,18 @@ from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
 from scripts.train import diffusion, train_pretrain
-from tests.scripts.conftest import write_jsonl
+from tests.scripts.commands import TRAINS
+from tests.scripts.conftest import snapshot, write_jsonl
 from tests.scripts.models import Terminal
 
 
 @pytest.mark.parametrize("flag", ["--dry-run", "--show-batch"])
-@pytest.mark.parametrize("module", [train_pretrain, diffusion])
-def test_a_preview_writes_nothing(module, flag, command, pretrain_argv, diffusion_argv, workspace):
-    argv = pretrain_argv if module is train_pretrain else diffusion_argv
-    before = {p for p in workspace.rglob("*") if "dataset" not in p.parts}
-    result = command(module, [*argv, flag])
+@pytest.mark.parametrize("name", TRAINS)
+def test_a_preview_writes_nothing(name, flag, command, train_argv, workspace):
+    before = snapshot(workspace)
+    result = command(TRAINS[name], [*train_argv[name], flag])
     assert result.code == 0 and "12 steps" in result.out
-    assert {p for p in workspace.rglob("*") if "dataset" not in p.parts} == before
+    assert snapshot(workspace) == before
 
 
 def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):

@@ -15,6 +15,7 @@ from scripts.engine.files import read_log
 from scripts.engine.training.optim import SFTOptimConfig, lr_at
 from scripts.engine.training.trainer import Trainer
 from scripts.train import train_pretrain, train_sft_diffusion, train_sft_minimind
+from tests.scripts.conftest import without
 
 MODULES = {"sft_ar": train_sft_minimind, "sft_dm": train_sft_diffusion}
 
@@ -257,9 +258,7 @@ def test_what_cannot_be_meant_is_refused(kind, sft_argv, refused):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_fine_tuning_random_weights_is_refused(name, sft_argv, refused):
-    argv = sft_argv[name]
-    at = argv.index("--load-from")
-    refused(MODULES[name], [*argv[:at], *argv[at + 2 :]], "--load-from is missing")
+    refused(MODULES[name], without(sft_argv[name], "--load-from"), "--load-from is missing")
 
 
 def test_diffusion_may_start_from_autoregressive_weights(sft_argv, command):
