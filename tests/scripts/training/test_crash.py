@@ -123,10 +123,12 @@ def test_a_file_that_is_cut_off_is_unsound(name, copy):
 def test_the_command_fails_if_something_was_not_survived(failures, place, command, monkeypatch, tmp_path):
     outcome = Outcome("disk", "no room")
     outcome.add("at once", failures[0] if failures else None)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(soak, "Workplace", lambda folder, seed: place)
     monkeypatch.setitem(soak.PARTS, "disk", lambda place, tries: [outcome])
     result = command(soak, ["--parts", "disk", "--kills", "1", "--json", tmp_path / "soak.json"])
     assert result.code == len(failures) and all(failure in result.out for failure in failures)
+    assert len(list(tmp_path.glob("soak-*"))) == len(failures)  # a folder is kept if something failed
     written = json.loads((tmp_path / "soak.json").read_text(encoding="utf-8"))
     assert written["outcomes"][0]["survived"] == 1 - len(failures) and written["settings"]["kills"] == 1
 
