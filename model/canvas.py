@@ -149,8 +149,7 @@ class CanvasState:
         if draw.repeat_penalty == 0:
             return logits
         ids, written, columns = (values.to(logits.device) for values in (self.ids[rows], self.written[rows], columns))
-        exempt = self.eos_token_id
-        return penalise_repeats(logits, ids, written, columns, draw.repeat_penalty, draw.repeat_window, exempt)
+        return penalise_repeats(logits, ids, written, columns, draw, exempt=self.eos_token_id)
 
     def sample(self, logits: Tensor, counts: list[int], draw: Draw) -> tuple[Tensor, Tensor]:
         """logits (N, V), counts[i] of them of the i-th active row -> tokens and their probabilities, both (N,)."""

@@ -3,8 +3,6 @@
 To add a mask schedule, write a function (maskable, noise, config) -> (scored (B, L) bool, weight (B,) or (B, L),
 count (B,)) and list it in MASK_SCHEDULES. In block diffusion the rows that it is given are the blocks.
 
-A batch holds (B, L) tensors: `input_ids` int64; `loss_mask` bool, "may be masked"; `document_ids` int64 if a row holds
-several documents or padding (-1).
 Shapes: B rows of this micro-batch, L tokens, n_b maskable tokens in row b; G blocks in a row, W tokens in a block.
 """
 
@@ -40,8 +38,6 @@ NOISE_SCHEDULES = {
         lambda t: math.pi / 2 * torch.sin(math.pi / 2 * (1 - t)),
     ),
 }
-
-
 EPS_IN_BAND = "a band of mask rates that reaches to within eps of 0 or 1"
 
 
@@ -122,9 +118,6 @@ class Noised:
     scored: Tensor  # (B, L) bool, masked positions, whose clean token is to be predicted
     weight: Tensor  # (B, L) float32
     count: Tensor  # (B,) float32, tokens that the row's loss stands for
-
-
-# -- mask schedules ----------------------------------------------------------------------------------------------------
 
 
 class Noise(Protocol):
@@ -270,9 +263,6 @@ def ceiling_at(progress: float, config: MaskSettings) -> float:
 MASK_SCHEDULES = {"iid_t": iid_t, "fixed_count": fixed_count, "random": random_rate, "wsd": wsd}
 
 
-# -- noise -------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class StepNoise:
     """The randomness of one optimiser step, a function of (seed, step) alone.
@@ -351,9 +341,6 @@ class BlockNoise:
         place = self.noise.stratified(purpose, len(live))[:, None]
         # 3. Stratum and place together, below 1.
         return ((order + place) / live.sum(dim=1, keepdim=True).clamp(min=1)).clamp(max=1 - 2**-24).flatten()
-
-
-# -- corrupted batches -------------------------------------------------------------------------------------------------
 
 
 def mask_tokens(

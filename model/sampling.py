@@ -80,15 +80,14 @@ def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
     return (1 + scale) * conditional - scale * unconditional
 
 
-def penalise_repeats(
-    logits: Tensor, ids: Tensor, written: Tensor, columns: Tensor, penalty: float, window: int, exempt: int
-) -> Tensor:
-    """logits (N, V), each token's lowered by `penalty` for every time it was written near the position.
+def penalise_repeats(logits: Tensor, ids: Tensor, written: Tensor, columns: Tensor, draw: Draw, exempt: int) -> Tensor:
+    """logits (N, V), each token's lowered by draw.repeat_penalty for every time it was written near the position.
 
     The i-th position is column columns[i] of the row ids[i], ids (N, L). Tokens count if they are `written` (N, L) at
-    most `window` columns away. The token `exempt`, EOS, keeps its logit.
+    most draw.repeat_window columns away. The token `exempt`, EOS, keeps its logit.
     """
-    near = written & ((torch.arange(ids.shape[1], device=ids.device) - columns[:, None]).abs() <= window)
+    distance = (torch.arange(ids.shape[1], device=ids.device) - columns[:, None]).abs()
+    near = written & (distance <= draw.repeat_window)
     counts = torch.zeros_like(logits).scatter_add_(1, ids, near.to(logits.dtype))
     counts[:, exempt] = 0
-    return logits - penalty * counts
+    return logits - draw.repeat_penalty * counts

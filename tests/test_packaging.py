@@ -12,7 +12,6 @@ import pytest
 from tests.conftest import SLOW
 
 ROOT = Path(__file__).resolve().parents[1]
-PROJECT = {"model", "dataset", "scripts", "tests"}
 TOP_LEVEL = {
     "pyproject.toml",
     "README.md",
@@ -223,3 +222,8 @@ def test_modules_are_run_by_name_only_by_the_two_doors_and_the_quickstart():
 
 def test_the_slow_files_exist():
     assert set(SLOW) <= {path.name for path in sources("tests")}
+
+
+def test_entry_points_do_not_import_each_other():
+    entries = ("scripts.train", "scripts.eval", "scripts.chat", "scripts.quickstart", "scripts.check_data")
+    assert not offences(("scripts/train", "scripts/eval"), lambda name: inside(name, *entries, "tests"))

@@ -1,4 +1,4 @@
-"""Flags: each is declared once, in the annotation of a dataclass field. Behind type and help stand, in any order,
+"""Flags: each is declared once, in the annotation of a dataclass field. After type and help come, in any order,
 
 "--lr"                                another name
 ("--fast", 8)                         a switch without argument that stands for the value 8
@@ -161,7 +161,7 @@ def settings_of(*groups: Any) -> dict[str, Any]:
 
 
 def defaults_of(*groups: Any) -> dict[str, Any]:
-    """The flags of settings_of, with the values that they have where nobody gives them."""
+    """The flags of settings_of, with their default values."""
     return {flag.name: _plain(flag.default) for group in groups for flag in flags_of(type(group))}
 
 

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from model.sampling import FEW_ROWS, STRIDE, guide, noise_width, penalise_repeats, sample_tokens
+from model.sampling import FEW_ROWS, STRIDE, Draw, guide, noise_width, penalise_repeats, sample_tokens
 
 
 def noise(*shape, seed=0):
@@ -123,7 +123,7 @@ def test_the_repetition_penalty_counts_what_was_written_nearby(window):
     columns = torch.tensor([draw.randrange(12) for _ in range(30)])
     written[torch.arange(30), columns] = False
     logits = torch.randn(30, size)
-    penalised = penalise_repeats(logits, ids, written, columns, 0.3, window, eos)
+    penalised = penalise_repeats(logits, ids, written, columns, Draw(0.0, 0, 1.0, 0.3, window), eos)
     for i in range(30):
         for token in range(size):
             count = sum(

@@ -41,7 +41,7 @@ class TrainingsConfig:
 
     seeds: Annotated[
         tuple[int, ...],
-        "of the trainings; --seed is that of the masks they are measured with",
+        "training seeds; --seed seeds the masks of the evaluations",
         "in [0, 2^32)",
         "rising",
     ] = (1, 2, 3)

@@ -28,6 +28,16 @@ class Rows(Protocol):
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]: ...
 
 
+class Dataset(Protocol):
+    """The rows of a stage."""
+
+    train: Rows
+    validation: Rows
+    meta: dict[str, Any]  # source, SHA-256 and counts, for checkpoints and log
+
+    def describe(self) -> str: ...
+
+
 class Ahead:
     """The items of an iterable, in order, made by a thread while the caller is busy with the ones before.
 

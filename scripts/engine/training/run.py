@@ -37,7 +37,7 @@ REPORTED = {
     "compile",
     "fsdp",
     "max_skipped_steps",
-    "on_bad_row",  # of the same contents either the same rows are read, or none
+    "on_bad_row",  # with an unchanged file both modes read the same rows
 }
 
 

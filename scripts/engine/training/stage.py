@@ -19,6 +19,7 @@ from scripts.engine.flags import defaults_of, settings_of
 from scripts.engine.runtime import command_line, keep_freed_memory, provenance
 from scripts.engine.training.config import StageConfigs
 from scripts.engine.training.distributed import World
+from scripts.engine.training.loader import Dataset
 from scripts.engine.training.preview import dry_run, show_batch
 from scripts.engine.training.run import compare_settings, continues
 from scripts.engine.training.trainer import Trainer
@@ -149,7 +150,7 @@ class Stage:
         defaults = {name: value for name, value in defaults_of(*self.groups).items() if name in self.settings}
         return compare_settings(defaults | state["settings"], self.settings, run.state_path)
 
-    def _check_dataset(self, dataset: Any) -> None:
+    def _check_dataset(self, dataset: Dataset) -> None:
         """Raise ValueError if it has no rows that an early stop needs, or is not what the saved run was trained on."""
         path, data = self.configs.run.state_path, dataset.meta
         saved = self.state["data"] if self.state else data
@@ -162,7 +163,7 @@ class Stage:
             )
         if saved.get("reference_sha256") != data.get("reference_sha256"):
             raise ValueError(
-                f"{path} was tuned against another reference than {self.objective.reference_from}; "
+                f"{path} was tuned against another reference; "
                 "give the same weights with --reference-from, or choose another --run-name"
             )
 
@@ -172,10 +173,10 @@ class Stage:
         """Return the dataset, which the first process builds before the others, so that caches are made once."""
         return self.world.main_first(lambda: dataset_class(self.data, self.tokenizer, **options))
 
-    def train(self, dataset: Any, before: Callable[[], None] = lambda: None) -> Transformer | None:
+    def train(self, dataset: Dataset, before: Callable[[], None] = lambda: None) -> Transformer | None:
         """Train; return the model, or None after --dry-run or --show-batch, and in all processes but the first.
 
-        dataset: `train` and `validation` rows, `meta`, `describe()`. before() is called on the first process when
+        before() is called on the first process when
         nothing can be refused any more: what else a stage writes, it writes there.
         """
         self._check_dataset(dataset)
@@ -202,13 +203,13 @@ class Stage:
             before()
         return self._fit(dataset, identity)
 
-    def _preview(self, dataset: Any) -> None:
+    def _preview(self, dataset: Dataset) -> None:
         if self.configs.run.show_batch:
             show_batch(self.model.config, self.objective, dataset.train, self.configs, self.tokenizer)
         if self.configs.run.dry_run:
             dry_run(self.model, self.objective, dataset.train, self.configs)
 
-    def _fit(self, dataset: Any, identity: dict[str, Any]) -> Transformer | None:
+    def _fit(self, dataset: Dataset, identity: dict[str, Any]) -> Transformer | None:
         trainer = Trainer(self.model, self.objective, dataset, self.configs, identity, self.world)
         if self.state:
             trainer.resume(self.state)
@@ -233,7 +234,7 @@ class Stage:
                 model.to(self.configs.runtime.torch_device).context_length = context
         return model if self.world.is_main else None
 
-    def _header(self, dataset: Any) -> str:
+    def _header(self, dataset: Dataset) -> str:
         configs, rows, config = self.configs, dataset.train, self.model.config
         total_steps, per_step = configs.trainer.total_steps(len(rows)), configs.trainer.rows_per_step
         tokens = total_steps * per_step * rows.seq_len * rows.real_token_share

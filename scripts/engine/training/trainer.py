@@ -18,7 +18,7 @@ from scripts.engine.training.compiling import compile_layers, uncompile
 from scripts.engine.training.config import StageConfigs
 from scripts.engine.training.distributed import ALONE, Replica, World
 from scripts.engine.training.guard import Guard, Health, Interrupted, StopRequest, StopSignals
-from scripts.engine.training.loader import Ahead
+from scripts.engine.training.loader import Ahead, Dataset
 from scripts.engine.training.metrics import Meter
 from scripts.engine.training.optim import lr_at, scale_and_clip, step_if
 from scripts.engine.training.run_files import RunFiles
@@ -38,12 +38,12 @@ class Trainer:
         self,
         model: Transformer,
         objective: Objective,
-        dataset: Any,
+        dataset: Dataset,
         configs: StageConfigs,
         identity: dict[str, Any],
         world: World = ALONE,
     ):
-        """dataset: has `train` and `validation` rows. identity: what every checkpoint of the run says of it."""
+        """identity: what every checkpoint of the run says of it."""
         self.model, self.objective, self.rows = model, objective, dataset.train
         self.configs, self.config, self.run, self.runtime = configs, configs.trainer, configs.run, configs.runtime
         self.world, self.device = world, configs.runtime.torch_device
@@ -123,7 +123,7 @@ class Trainer:
             # The last step is saved by `fit`, once it has been validated.
             if not self.finished and (self.step % run.save_interval == 0 or self.step % run.eval_interval == 0):
                 self.save()
-            self._stop_if_asked()
+            self.signals.check()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -248,7 +248,7 @@ class Trainer:
         if loss < progress.stop_loss - self.config.early_stop_min_delta:
             # Moves on improvements that count alone, so that small ones add up.
             progress.stop_loss, progress.bad_evals = loss, 0
-        elif self.objective.schedules_done(self.step / self.total_steps):  # before, it may rise by the schedules' doing
+        elif self.objective.schedules_done(self.step / self.total_steps):  # before, the schedules may raise it
             progress.bad_evals += 1
         if loss < progress.best_loss:
             progress.best_loss, progress.best_step = loss, self.step
@@ -299,8 +299,10 @@ class Trainer:
         self.bar.set_postfix(loss=loss, lr=f"{learning_rate:.1e}", tok_s=f"{tokens_per_second:.0f}")
 
     def save(self) -> None:
-        """Save the run. Raises ValueError, and writes nothing, if the weights are not finite. Nor is anything written
-        while steps are being skipped: the checkpoint before can replay them."""
+        """Save the run; raise ValueError instead if the weights are not finite.
+
+        Nothing is written while steps are being skipped: the previous checkpoint can replay them.
+        """
         self._check_skipped()
         if self.guard.health.in_a_row and not self.finished:
             return
@@ -315,9 +317,6 @@ class Trainer:
         """Save after an error that the other processes know nothing of: they would wait in vain."""
         if self.world.size == 1:
             self._save_if_new()
-
-    def _stop_if_asked(self) -> None:
-        self.signals.check()
 
     def _stop(self, number: int) -> None:
         """Save, say how to continue, and end the run."""

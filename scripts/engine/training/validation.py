@@ -11,7 +11,7 @@ from model.objective import Objective
 from scripts.engine.runtime import host_ready, move
 from scripts.engine.training.config import StageConfigs
 from scripts.engine.training.distributed import Replica, World
-from scripts.engine.training.loader import Ahead, in_order
+from scripts.engine.training.loader import Ahead, Dataset, in_order
 from scripts.engine.training.metrics import Meter
 
 SEED, STEP = 0, -1  # of the noise
@@ -20,7 +20,7 @@ SEED, STEP = 0, -1  # of the noise
 class Validation:
     """Measures the loss of up to --eval-max-batches batches, shared out among the processes."""
 
-    def __init__(self, replica: Replica, objective: Objective, dataset: Any, configs: StageConfigs, world: World):
+    def __init__(self, replica: Replica, objective: Objective, dataset: Dataset, configs: StageConfigs, world: World):
         self.replica, self.model, self.objective = replica, replica.model, objective.for_validation()
         self.rows, self.width = dataset.validation, dataset.train.seq_len
         self.batch_size = configs.trainer.batch_size
