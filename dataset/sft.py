@@ -1,17 +1,27 @@
-"""Supervised fine-tuning data: conversations of a file as rows that learn their replies."""
+"""Supervised fine-tuning data: conversations of a file as rows that learn their replies, from the cache or streamed."""
 
+import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from dataset.bad_rows import OnBadRow, skipped_line
-from dataset.conversations import Conversations, ConversationTokeniser
+import numpy as np
+from torch import Tensor
+
+from dataset.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.conversations import Conversations, ConversationTokeniser, conversation_hash, count_replies
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import held_out_threshold, text_format
-from dataset.order import STEPS_PER_WINDOW
+from dataset.formats import Messages
+from dataset.jsonl import chunked, held_out_threshold, read_lines, text_format
+from dataset.order import STEPS_PER_WINDOW, LengthOrder
 from dataset.replies import ReplyRows, RowLayout
-from dataset.streaming import ConversationStream, StreamedRows
-from dataset.tokenizer import PreTrainedTokenizerFast, encode_conversations
+from dataset.tokenise import CHUNK_CHARACTERS
+from dataset.tokenizer import ChatIds, PreTrainedTokenizerFast, encode_conversations
+
+VALIDATION_ROWS, SEARCHED_ROWS = 256, 20_000  # of a stream: conversations held out, and rows read in search of them
+SKETCH = 1 << 20  # bytes by which a stream is identified
 
 OPEN_END = "an open end of the canvas (--no-quantize-effective-length)"
 
@@ -112,11 +122,11 @@ class SFTDataset:
             )
 
     def _open_stream(self, tokeniser: ConversationTokeniser, layout: RowLayout, rows_per_step: int) -> None:
-        stream = ConversationStream(tokeniser, layout, STEPS_PER_WINDOW * rows_per_step)
-        self.validation = stream.hold_out(self.config.val_fraction)
-        self.train = StreamedRows(stream.windows, stream.rows_per_window, self.config.steps_per_epoch * rows_per_step)
-        self.meta = stream.meta
-        self.meta |= {"empty_replies": stream.empty_replies} | _counts(self.train.window, self.validation)
+        self.train = StreamedRows(tokeniser, layout, rows_per_step, self.config.steps_per_epoch)
+        self.validation = self.train.hold_out(self.config.val_fraction)
+        self.train.open(0)
+        self.meta = self.train.meta
+        self.meta |= {"empty_replies": self.train.empty_replies} | _counts(self.train.window, self.validation)
 
     def describe(self) -> str:
         """Lines for people."""
@@ -156,3 +166,123 @@ def _counts(train: ReplyRows, validation: ReplyRows) -> dict[str, Any]:
         "eos_share": train.eos_share if len(train) else 0.0,
         "real_token_share": train.real_token_share,
     }
+
+
+# -- streaming ---------------------------------------------------------------------------------------------------------
+
+
+class StreamedRows:
+    """Rows of the training conversations of a file, read over and over, and no sooner than they are needed.
+
+    They keep the order of the file, except that those of a window of steps are sorted by length. `meta` counts the bad
+    rows so far: it changes while the stream is read.
+    """
+
+    def __init__(self, tokeniser: ConversationTokeniser, layout: RowLayout, rows_per_step: int, steps_per_epoch: int):
+        self.tokeniser, self.layout = tokeniser, layout
+        self.rows_per_window, self.num_rows = STEPS_PER_WINDOW * rows_per_step, steps_per_epoch * rows_per_step
+        self.bad = BadRows(tokeniser.on_bad_row, verbose=True)
+        self.threshold = 0.0  # conversations with a smaller hash are held out
+        self.empty_replies = 0  # so far
+        self.meta: dict[str, Any] = {
+            "data_sha256": _sketch_of(tokeniser.path),
+            "data_sha256_of": f"its first {SKETCH:,} bytes, unpacked",
+            "streaming": True,
+        }
+
+    def hold_out(self, fraction: float) -> ReplyRows:
+        """Rows of the first conversations that belong to validation, which the stream then leaves out."""
+        self.threshold = threshold = fraction * 2.0**64
+        head: list[tuple[int, Messages]] = []
+        num_held_out = 0
+        for messages in islice(self._read(), SEARCHED_ROWS if threshold else 0):
+            head.append((conversation_hash(messages), messages))
+            num_held_out += head[-1][0] < threshold
+            if num_held_out == VALIDATION_ROWS:
+                break
+        if head and len(head) < SEARCHED_ROWS:  # all of a small file: as if it were in the cache
+            hashes = [value for value, _ in head]
+            self.threshold = held_out_threshold(fraction, min(hashes), max(hashes))
+        held_out = [messages for value, messages in head if value < self.threshold]
+        return ReplyRows.of(self.tokeniser.encode(held_out), self.layout, by_length=True)
+
+    def open(self, number: int) -> None:
+        """Read the file from its beginning up to window `number`."""
+        self._items, self._number = self._training_items(), number
+        for _ in islice(self._items, number * self.rows_per_window):
+            pass
+        self._read_window()
+
+    def _read_window(self) -> None:
+        items = list(islice(self._items, self.rows_per_window))
+        self.window = ReplyRows.of(Conversations.of(items, [0] * len(items)), self.layout)
+
+    def _training_items(self) -> Iterator[ChatIds]:
+        """Yield the items of the training conversations, over and over."""
+        while True:
+            empty = True
+            training = (messages for messages in self._read() if conversation_hash(messages) >= self.threshold)
+            for rows in chunked(training, self.tokeniser.size, CHUNK_CHARACTERS):
+                chats = self.tokeniser.encode(rows)
+                self.meta |= self.bad.meta
+                self.empty_replies += count_replies(rows) - len(chats.reply_begins)
+                for item in _single_items(ReplyRows.of(chats, self.layout)):
+                    empty = False
+                    yield item
+            if empty:
+                raise ValueError(f"{self.tokeniser.path} has nothing to train on: no reply that is not empty is left")
+
+    def _read(self) -> Iterator[Messages]:
+        return self.tokeniser.read(None, self.bad)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    @property
+    def seq_len(self) -> int:
+        return self.layout.seq_len
+
+    @property
+    def real_token_share(self) -> float:
+        """Share of tokens that are not padding, in the current window."""
+        return self.window.real_token_share
+
+    def order(self, seed: int, rows_per_step: int) -> LengthOrder:
+        return LengthOrder(
+            lambda start, count: np.arange(start, start + count), self.lengths, 2**62, seed, rows_per_step
+        )
+
+    def lengths(self, visits: np.ndarray) -> np.ndarray:
+        return self._window_of(visits).lengths(visits)
+
+    def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
+        return self._window_of(visits).batch(visits)
+
+    def _window_of(self, visits: np.ndarray) -> ReplyRows:
+        number = int(visits[0]) // self.rows_per_window
+        if number == self._number + 1:
+            self._read_window()
+            self._number = number
+        elif number != self._number:
+            self.open(number)
+        return self.window
+
+
+def _single_items(rows: ReplyRows) -> Iterator[ChatIds]:
+    """Every item as a conversation of its own, with the replies that it learns."""
+    chats, items = rows.chats, rows.whole_items()
+    for begin, middle, end in zip(items.begin.tolist(), items.middle.tolist(), items.end.tolist(), strict=True):
+        replies = slice(*np.searchsorted(chats.reply_begins, (middle, end)))
+        spans = zip(chats.reply_begins[replies].tolist(), chats.reply_ends[replies].tolist(), strict=True)
+        yield ChatIds(chats.tokens[begin:end].tolist(), [(first - begin, last - begin) for first, last in spans])
+
+
+def _sketch_of(path: Path) -> str:
+    """SHA-256 of the beginning of a file, by which a stream is identified without reading it all."""
+    digest, left = hashlib.sha256(), SKETCH
+    for _, line in read_lines(path):
+        digest.update(line[:left])
+        left -= len(line)
+        if left <= 0:
+            break
+    return digest.hexdigest()

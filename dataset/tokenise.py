@@ -1,6 +1,7 @@
 """Tokenises the rows of a file into the cache, a chunk at a time; one pass for documents, conversations and pairs."""
 
 import hashlib
+import json
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -12,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.bad_rows import BadRows
-from dataset.cache import ArrayFiles, cached_arrays
+from dataset.cache import ArrayFiles, cached_directory, map_array, source_key, unchanged
 from dataset.jsonl import Observer, chunked, is_gzip_name, open_text
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint
 
@@ -66,7 +67,26 @@ class FileTokeniser(ABC):
         """(memory-mapped arrays, what is known of the file). ValueError, FileNotFoundError: see dataset/jsonl.py."""
         open_text(self.path).close()  # a missing file is refused before a cache directory is made
         options = self.unit, self.version, fingerprint(self.tokenizer), self.on_bad_row, *self.options
-        return cached_arrays(self.path, cache_dir, options, self.dtypes(), self._fill)
+        folder = cached_directory(Path(cache_dir), source_key(self.path, *options), self._build)
+        arrays = {name: map_array(folder / name, dtype) for name, dtype in self.dtypes().items()}
+        return arrays, json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+    def _build(self, folder: Path) -> None:
+        began = time.monotonic()
+        with unchanged(self.path), ArrayFiles(folder, self.dtypes()) as files:
+            meta = self.read_file(files)
+        (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        tokens = sum(length for name, length in files.lengths.items() if name.endswith("tokens"))
+        rows, seconds = f"{meta[self.unit]:,} {self.unit}", time.monotonic() - began
+        print(f"tokenised {rows}, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s", file=sys.stderr)
+
+    def read_file(self, files: ArrayFiles) -> dict[str, Any]:
+        """Fill the arrays in one pass and return what is known of the file."""
+        bad = BadRows(self.on_bad_row)
+        with Pass(self.path, "tokenising") as observe:
+            for rows in chunked(self.read(observe, bad), self.size, CHUNK_CHARACTERS):
+                self.append(files, rows)
+        return {**self.counts(files, bad), **bad.meta, "data_sha256": observe.digest.hexdigest()}
 
     @abstractmethod
     def dtypes(self) -> dict[str, Any]:
@@ -87,23 +107,3 @@ class FileTokeniser(ABC):
     @abstractmethod
     def counts(self, files: ArrayFiles, bad: BadRows) -> dict[str, Any]:
         """Counts for `meta` after the last row; the number of rows has the name of `unit`."""
-
-    def _fill(self, files: ArrayFiles) -> dict[str, Any]:
-        began = time.monotonic()
-        meta = self.read_file(files)
-        tokens = sum(length for name, length in files.lengths.items() if name.endswith("tokens"))
-        rows, seconds = f"{meta[self.unit]:,} {self.unit}", time.monotonic() - began
-        print(f"tokenised {rows}, {tokens / 1e6:.1f}M tokens in {seconds:.1f} s", file=sys.stderr)
-        return meta
-
-    def read_file(self, files: ArrayFiles) -> dict[str, Any]:
-        """Fill the arrays in one pass and return what is known of the file."""
-        bad = BadRows(self.on_bad_row)
-        with Pass(self.path, "tokenising") as observe:
-            for rows in chunked(self.read(observe, bad), self.size, CHUNK_CHARACTERS):
-                self.append(files, rows)
-        return {
-            **self.counts(files, bad),
-            **bad.meta,
-            "data_sha256": observe.digest.hexdigest(),
-        }

@@ -98,7 +98,7 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path, small):
         opened("text", path, small)
     assert len(str(refused.value)) < 400
     made = opened("text", path, small, on_bad_row="skip")
-    assert decode(small, made.cache.train.tokens[1:-1]) == "one"
+    assert decode(small, made.train.split.tokens[1:-1]) == "one"
     assert Survey(path, "text", small, 16).result["bad_rows"] == 1
 
 
@@ -264,13 +264,13 @@ def test_a_document_that_would_hold_the_mask_or_padding_is_a_bad_row(name, tmp_p
     with pytest.raises(BadRow, match="row 2: the text spells .* cannot be learnt.*--control-tokens"):
         opened("text", path, small, control_tokens=True)
     made = opened("text", path, small, control_tokens=True, on_bad_row="skip")
-    assert decode(small, made.cache.train.tokens[1:-1]) == "one\nthree\n"
-    assert decode(small, opened("text", path, small).cache.train.tokens[1:-1]) == path.read_text()
+    assert decode(small, made.train.split.tokens[1:-1]) == "one\nthree\n"
+    assert decode(small, opened("text", path, small).train.split.tokens[1:-1]) == path.read_text()
 
 
 def test_a_cache_with_control_tokens_is_another_one(tmp_path, small):
     text = "the<|im_end|>river"
     lengths = [
-        len(control_ids(tmp_path, small, text, control_tokens=flag).cache.train.tokens) for flag in (True, False, True)
+        len(control_ids(tmp_path, small, text, control_tokens=flag).train.split.tokens) for flag in (True, False, True)
     ]
     assert lengths[0] == lengths[2] < lengths[1]

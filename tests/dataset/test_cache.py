@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset import cache, conversations, packing, preferences, tokenise
-from dataset.cache import cached_arrays, cached_directory
+from dataset import cache, conversations, preferences, pretrain, tokenise
+from dataset.cache import ArrayFiles, cached_directory, map_array
 from dataset.formats import pair_of
 from dataset.jsonl import chunked, content_hash
 from dataset.preferences import PreferenceData, PreferenceDataset
@@ -26,7 +26,7 @@ from tests.dataset.sentences import CHAT, CHINESE, ENGLISH
 
 KINDS = ("documents", "conversations", "pairs")
 ENCODERS = {
-    "documents": (packing, "encode_batch"),
+    "documents": (pretrain, "encode_batch"),
     "conversations": (conversations, "encode_conversations"),
     "pairs": (preferences, "encode_conversations"),
 }
@@ -81,22 +81,16 @@ def test_chunks_are_the_parts_in_order_each_just_long_enough(parts, enough):
     assert all(sum(chunk[:-1]) < enough for chunk in chunks if len(chunk) > 1)
 
 
-def test_what_is_appended_is_mapped_and_made_once(tmp_path):
-    source, calls = tmp_path / "source", []
-    source.write_text("")
-
-    def fill(files):
-        calls.append(files)
+def test_what_is_appended_is_mapped(tmp_path):
+    with ArrayFiles(tmp_path, {"some": np.uint32, "none": np.int64}) as files:
+        files.append("some", np.array([9]))
+        files.clear()
         for part in ([1, 2], [], [70_000]):
             files.append("some", np.array(part, dtype=np.int64))
-        return {"known": files.lengths["some"]}
-
-    for _ in range(2):
-        arrays, meta = cached_arrays(source, tmp_path / "cache", ("x",), {"some": np.uint32, "none": np.int64}, fill)
-        assert arrays["some"].tolist() == [1, 2, 70_000] and arrays["some"].dtype == np.uint32
-        assert arrays["none"].shape == (0,) and meta == {"known": 3}
-        assert isinstance(arrays["some"].base, np.memmap)
-    assert len(calls) == 1
+        assert files.lengths == {"some": 3, "none": 0}
+    some, none = map_array(tmp_path / "some", np.uint32), map_array(tmp_path / "none", np.int64)
+    assert some.tolist() == [1, 2, 70_000] and isinstance(some.base, np.memmap)
+    assert none.shape == (0,)
 
 
 @pytest.mark.parametrize("chunk", [1, 300, 10**6])

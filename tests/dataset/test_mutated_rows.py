@@ -310,7 +310,7 @@ def split(tokens: np.ndarray, starts: np.ndarray) -> list[list[int]]:
 
 def in_text_cache(config: dict, tokenizer) -> tuple[dict, list[list[int]]]:
     made = PretrainDataset(PretrainData(**config), tokenizer)
-    return made.meta, split(made.cache.train.tokens, made.cache.train.starts)
+    return made.meta, split(made.train.split.tokens, made.train.split.starts)
 
 
 def in_chat_cache(config: dict, tokenizer) -> tuple[dict, list[list[int]]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dataset import tokenise
 from dataset.jsonl import content_hash, is_validation, read_documents
-from dataset.packing import DocumentOptions, PackedRows, TokenCache, TokenSplit
+from dataset.pretrain import DocumentTokeniser, PackedRows, PretrainData, TokenSplit
 from dataset.tokenizer import encode, train_characters
 
 ALPHABET = "abc 中文\n🙂"
@@ -40,8 +40,10 @@ def expected(tokenizer, texts):
     return [[tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id] for text in texts]
 
 
-def build(path, tokenizer, **options):
-    return TokenCache.build_or_open(path, tokenizer, path.parent / "cache", DocumentOptions(**options))
+def build(path, tokenizer, **flags):
+    """(train, validation, meta)"""
+    streams, meta = DocumentTokeniser(PretrainData(data=path, **flags), tokenizer).streams(path.parent / "cache")
+    return streams["train"], streams["validation"], meta
 
 
 def split_of(lengths):
@@ -115,8 +117,6 @@ def test_rows_that_do_not_exist_are_refused():
     for index in (-1, 3):
         with pytest.raises(IndexError, match="3 rows"):
             rows.batch(np.array([index]))
-    with pytest.raises(ValueError, match="seq_len is 0"):
-        PackedRows(split_of([5]), 0, True, PAD)
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -143,32 +143,28 @@ def test_the_streams_are_the_encoded_documents_of_the_two_sides_of_the_split(
     path = write_texts(tmp_path_factory.mktemp("data") / "a.jsonl", texts)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenise, "CHUNK_CHARACTERS", chunk)
-        cache = build(path, tokenizer, val_fraction=fraction)
+        train, validation, meta = build(path, tokenizer, val_fraction=fraction)
     documents = [text for text in texts if text]
     held_out = [text for text in documents if is_validation(text, fraction)]
     smallest = min(map(content_hash, documents), default=0)
     if fraction and not held_out and len({text.strip() for text in documents}) > 1:
         held_out = [text for text in documents if content_hash(text) == smallest]
     trained = [text for text in documents if text not in held_out]
-    assert documents_of(cache.train) == expected(tokenizer, trained)
-    assert documents_of(cache.validation) == expected(tokenizer, held_out)
-    assert (cache.meta["rows"], cache.meta["empty_rows"]) == (len(texts), len(texts) - len(documents))
-    for split, mine in ((cache.train, trained), (cache.validation, held_out)):
-        name = "train" if split is cache.train else "validation"
-        assert cache.meta[name] == {
-            "documents": len(mine),
-            "tokens": len(split.tokens),
-            "characters": sum(map(len, mine)),
-            "bytes": sum(len(text.encode()) for text in mine),
-        }
+    assert (meta["rows"], meta["empty_rows"]) == (len(texts), len(texts) - len(documents))
+    for name, split, mine in (("train", train, trained), ("validation", validation, held_out)):
+        assert documents_of(split) == expected(tokenizer, mine)
+        assert meta[f"{name}_documents"] == len(mine)
+        assert meta[f"{name}_tokens"] == len(split.tokens)
+        assert meta[f"{name}_characters"] == sum(map(len, mine))
+        assert meta[f"{name}_bytes"] == sum(len(text.encode()) for text in mine)
 
 
 def test_the_separator_is_tokenised_but_does_not_move_the_split(tmp_path, tokenizer):
     numbers = [str(i) for i in range(60)]
     path = write_texts(tmp_path / "a.jsonl", numbers)
-    cache = build(path, tokenizer, separator="|", val_fraction=0.3)
+    _, validation, _ = build(path, tokenizer, jsonl_sep="|", val_fraction=0.3)
     held_out = [text + "|" for text in numbers if is_validation(text, 0.3)]
-    assert documents_of(cache.validation) == expected(tokenizer, held_out)
+    assert documents_of(validation) == expected(tokenizer, held_out)
 
 
 def test_compressed_and_plain_corpora_make_equal_caches(tmp_path, tokenizer):
@@ -176,20 +172,17 @@ def test_compressed_and_plain_corpora_make_equal_caches(tmp_path, tokenizer):
     plain, packed = (
         build(write_texts(tmp_path / name, numbers), tokenizer, val_fraction=0.3) for name in ("a.jsonl", "a.jsonl.gz")
     )
-    assert plain.meta == packed.meta
-    assert plain.meta["data_sha256"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
-    for split in ("train", "validation"):
-        assert documents_of(getattr(plain, split)) == documents_of(getattr(packed, split))
+    assert plain[2] == packed[2]
+    assert plain[2]["data_sha256"] == hashlib.sha256((tmp_path / "a.jsonl").read_bytes()).hexdigest()
+    assert [*map(documents_of, plain[:2])] == [*map(documents_of, packed[:2])]
 
 
 def test_a_text_file_is_tokenised_whole(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text("".join(f"document {i}\n" * 30 + "\n" for i in range(40)), encoding="utf-8", newline="")
-    cache = build(path, tokenizer, val_fraction=0.2)
-    assert sorted(documents_of(cache.train) + documents_of(cache.validation)) == sorted(
-        expected(tokenizer, read_documents(path))
-    )
-    assert cache.meta["train"]["bytes"] + cache.meta["validation"]["bytes"] == path.stat().st_size
+    train, validation, meta = build(path, tokenizer, val_fraction=0.2)
+    assert sorted(documents_of(train) + documents_of(validation)) == sorted(expected(tokenizer, read_documents(path)))
+    assert meta["train_bytes"] + meta["validation_bytes"] == path.stat().st_size
 
 
 def test_another_file_tokenizer_or_option_is_another_cache(tmp_path, tokenizer):
@@ -197,8 +190,8 @@ def test_another_file_tokenizer_or_option_is_another_cache(tmp_path, tokenizer):
     build(path, tokenizer)
     state = path.stat()
     others = [
-        lambda: build(path, tokenizer, field="other"),
-        lambda: build(path, tokenizer, separator="|"),
+        lambda: build(path, tokenizer, jsonl_field="other"),
+        lambda: build(path, tokenizer, jsonl_sep="|"),
         lambda: build(path, tokenizer, val_fraction=0.5),
         lambda: build(path, train_characters(["abc"])),
         lambda: os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1)) or build(path, tokenizer),
@@ -212,9 +205,9 @@ def test_another_file_tokenizer_or_option_is_another_cache(tmp_path, tokenizer):
 def test_large_vocabularies_are_stored_in_four_bytes(tmp_path):
     ideographs = "".join(map(chr, range(0x20000, 0x20000 + 65_536)))
     tokenizer = train_characters([ideographs])
-    cache = build(write_texts(tmp_path / "a.jsonl", [ideographs[-1], ideographs[0]]), tokenizer, val_fraction=0)
-    assert cache.train.tokens.dtype == np.uint32
-    assert documents_of(cache.train) == expected(tokenizer, [ideographs[-1], ideographs[0]])
+    train, *_ = build(write_texts(tmp_path / "a.jsonl", [ideographs[-1], ideographs[0]]), tokenizer, val_fraction=0)
+    assert train.tokens.dtype == np.uint32
+    assert documents_of(train) == expected(tokenizer, [ideographs[-1], ideographs[0]])
 
 
 def test_a_character_the_tokenizer_lacks_is_refused_with_the_file(tmp_path, tokenizer):

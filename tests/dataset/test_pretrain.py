@@ -1,8 +1,7 @@
 """A pretraining corpus as the stages see it: flags, rows of both parts, and what is said about them."""
 
 import json
-import typing
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -69,10 +68,6 @@ def test_meta_and_description_agree_with_the_rows(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"max_seq_len": 1}, "--max-seq-len 1"),
-        ({"val_fraction": -0.1}, "--val-fraction -0.1"),
-        ({"val_fraction": 1.0}, "--val-fraction 1.0"),
-        ({"val_fraction": float("nan")}, "--val-fraction nan"),
         ({"jsonl_field": ""}, "--jsonl-field"),
         ({"data": Path("a.csv")}, "unknown file type"),
         ({"data": Path("a.txt.gz"), "jsonl_sep": "x"}, "--jsonl-sep 'x'"),
@@ -105,15 +100,6 @@ def test_escapes_in_the_separator_are_read(tmp_path, tokenizer, typed, meant):
     if typed == "\n":
         dataset = dataset_of(tmp_path, tokenizer, jsonl_sep=r"\n", val_fraction=0.0)
         assert real_tokens(dataset.train)[-2:] == [*encode(tokenizer, "\n"), tokenizer.eos_token_id]
-
-
-def test_every_field_is_a_flag_with_a_help_text():
-    hints = typing.get_type_hints(PretrainData, include_extras=True)
-    for field in fields(PretrainData):
-        help_text, *aliases = hints[field.name].__metadata__
-        assert isinstance(help_text, str)
-        assert all(alias.startswith("--") for alias in aliases)
-    assert "--seq-len" in hints["max_seq_len"].__metadata__
 
 
 def test_without_the_document_mask_rows_differ_in_their_document_ids_alone(tmp_path, tokenizer):

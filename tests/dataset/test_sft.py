@@ -316,7 +316,7 @@ def test_a_stream_draws_its_fill_anew_and_says_what_it_cut_and_left_out(dataset)
 
 
 def test_a_stream_that_is_cut_short_is_refused_before_training(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("dataset.streaming.CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr("dataset.sft.CHUNK_CHARACTERS", 1)
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(
         gzip.compress("".join(json.dumps({"prompt": f"q{i}", "response": "a"}) + "\n" for i in range(2000)).encode())[
@@ -337,10 +337,9 @@ def test_a_tokenizer_that_pads_with_eos_is_refused(dataset, tokenizer):
         tokenizer.pad_token = pad
 
 
-def test_a_stream_and_its_length_need_each_other():
-    for flags in ({"streaming": True}, {"steps_per_epoch": 3}):
-        with pytest.raises(ValueError, match="need each other"):
-            SFTData(**flags)
+def test_a_stream_needs_its_length():
+    with pytest.raises(ValueError, match="--streaming needs --steps-per-epoch"):
+        SFTData(streaming=True)
 
 
 # -- bad rows ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from matplotlib import image
 
 from dataset.jsonl import read_documents
-from dataset.packing import DocumentOptions, PackedRows, TokenCache
+from dataset.pretrain import DocumentTokeniser, PackedRows, PretrainData
 from dataset.tokenizer import encode
 from model.checkpoint import load_model
 from scripts.engine.experiments import runs as experiment_runs
@@ -130,12 +130,16 @@ def test_a_second_stage_does_not_see_the_rows_of_the_first_again_in_their_order(
     assert seen["initialisation_260_0_1"][:8] == seen["initialisation_260_0.5_1"]  # either's diffusion stage
 
 
+def train_stream(path, tokenizer, folder):
+    streams, _ = DocumentTokeniser(PretrainData(data=path, val_fraction=0.3), tokenizer).streams(folder)
+    return streams["train"]
+
+
 def test_every_repetition_sees_each_document_of_the_small_corpus_exactly_that_often(finished, tokenizer, tmp_path):
     _, _, seen = finished
-    options = DocumentOptions(val_fraction=0.3)
-    cache = TokenCache.build_or_open(OUT / "runs" / "small.jsonl", tokenizer, tmp_path, options)
-    rows = PackedRows(cache.train, LENGTH, True, 0)  # between them they hold every token of every document once
-    assert len(rows) == 8 and len(cache.train.tokens) > 7 * LENGTH
+    train = train_stream(OUT / "runs" / "small.jsonl", tokenizer, tmp_path)
+    rows = PackedRows(train, LENGTH, True, 0)  # between them they hold every token of every document once
+    assert len(rows) == 8 and len(train.tokens) > 7 * LENGTH
     for kind in ("ar", "diffusion"):
         for count in (1, 3):
             for seed in (1, 2):
@@ -146,8 +150,7 @@ def test_documents_measured_on_are_neither_learnt_nor_selected_by(finished, toke
     runs = OUT / "runs"
     measured, small = (set(read_documents(runs / name)) for name in ("heldout.jsonl", "small.jsonl"))
     assert measured and not measured & small
-    cache = TokenCache.build_or_open(Path("corpus.jsonl"), tokenizer, tmp_path, DocumentOptions(val_fraction=0.3))
-    stream = tokenizer.decode(cache.train.tokens.tolist())
+    stream = tokenizer.decode(train_stream(Path("corpus.jsonl"), tokenizer, tmp_path).tokens.tolist())
     assert not [text for text in measured if text in stream]
 
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.packing import PackedRows
+from dataset.pretrain import PackedRows
 from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.files import read_log
 from scripts.engine.training import loader

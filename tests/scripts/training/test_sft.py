@@ -175,7 +175,7 @@ def test_a_stage_minimises_the_mean_over_rows_on_rows_of_its_kind(name, sft_argv
 
 
 def test_a_bad_row_late_in_a_stream_loses_nothing_and_can_be_corrected(sft_argv, command, workspace, monkeypatch):
-    monkeypatch.setattr("dataset.streaming.CHUNK_CHARACTERS", 3000)  # read ahead
+    monkeypatch.setattr("dataset.sft.CHUNK_CHARACTERS", 3000)  # read ahead
     good = "".join(f'{{"prompt": "q{i}", "response": "a{i}"}}\n' for i in range(500)) + " " * (1 << 20) + "\n"
     late = workspace / "late.jsonl"
     late.write_text(good + '{"prompt": "q"}\n')
