@@ -13,21 +13,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset import preferences, replies, tokenise
+from dataset import preferences, replies
 from dataset.bad_rows import BadRow, BadRows
 from dataset.cache import unchanged
 from dataset.conversations import Conversations
-from dataset.formats import ROLES, is_conversation, is_pair, read_conversations, read_pairs
+from dataset.formats import ROLES, Messages, is_conversation, is_pair, read_conversations, read_pairs
 from dataset.jsonl import chunked, content_hash, language_of, numbered_documents, read_rows, text_format
 from dataset.spelling import control_names, spelling_check
-from dataset.tokenizer import (
-    PreTrainedTokenizerFast,
-    encode_batch,
-    encode_conversations,
-    fingerprint,
-    render_chat,
-    token_dtype,
-)
+from dataset.tokenise import CHUNK_CHARACTERS, Pass, template_size
+from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, fingerprint, render_chat
 
 FIRST_ROWS = 100  # by which the kind of rows is decided
 MAX_REASONS = 1000  # counted separately
@@ -99,7 +93,7 @@ class Survey:
         self.hashes, self.numbers = array("Q"), array("I")
         self.counts: Counter[str] = Counter()
         read = {"text": self._documents, "chat": self._chats, "pairs": self._pairs}[kind]
-        with unchanged(path), tokenise.Pass(path, "reading") as self.observe:
+        with unchanged(path), Pass(path, "reading") as self.observe:
             for row in read():
                 self._count(row)
         self.result = self._result(kind)
@@ -126,7 +120,7 @@ class Survey:
 
     def _documents(self) -> Iterator[Row]:
         documents = numbered_documents(self.path, self.field, self.bad, self.check, self.observe)
-        for chunk in chunked(documents, lambda numbered: len(numbered[1]), tokenise.CHUNK_CHARACTERS):
+        for chunk in chunked(documents, lambda numbered: len(numbered[1]), CHUNK_CHARACTERS):
             texts = [(number, text) for number, text in chunk if text]
             self.empty += len(chunk) - len(texts)
             encoded = encode_batch(self.tokenizer, [text for _, text in texts])
@@ -138,9 +132,9 @@ class Survey:
     def _chats(self) -> Iterator[Row]:
         around = self._tokens_around_content()
         rows = read_conversations(self.path, self.observe, self.bad, self.check)
-        for chunk in chunked(rows, lambda row: _chat_size(row[1]), tokenise.CHUNK_CHARACTERS):
+        for chunk in chunked(rows, _chat_size, CHUNK_CHARACTERS):
             encoded = encode_conversations(self.tokenizer, [messages for _, messages in chunk])
-            chats = Conversations.of(encoded, [0] * len(chunk), token_dtype(self.tokenizer))
+            chats = Conversations.of(encoded, [0] * len(chunk))
             for name, all_replies in (("ar", True), ("diffusion", False)):
                 layout = replies.RowLayout(all_replies, self.max_seq_len, pad_id=0, eos_id=0)
                 whole = replies.ReplyRows.of(chats, layout).whole_items()
@@ -157,7 +151,7 @@ class Survey:
     def _pairs(self) -> Iterator[Row]:
         around = self._tokens_around_content()
         rows = read_pairs(self.path, self.observe, self.bad, self.check)
-        for chunk in chunked(rows, lambda row: tokenise.template_size(row[1].contents), tokenise.CHUNK_CHARACTERS):
+        for chunk in chunked(rows, lambda row: template_size(row[1].contents), CHUNK_CHARACTERS):
             pairs = preferences.Pairs.of(self.tokenizer, [pair for _, pair in chunk])
             every = np.arange(len(pairs))
             items = preferences.items_of(pairs, every, self.max_seq_len)
@@ -235,5 +229,5 @@ class Survey:
         return len(copies), list(zip(numbers[first].tolist(), numbers[originals].tolist(), strict=True))
 
 
-def _chat_size(messages: list[dict[str, str]]) -> int:
-    return tokenise.template_size(message["content"] for message in messages)
+def _chat_size(numbered: tuple[int, Messages]) -> int:
+    return template_size(message["content"] for message in numbered[1])

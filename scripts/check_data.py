@@ -10,13 +10,12 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dataset.formats import ROLES
 from dataset.jsonl import open_text, text_format
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
@@ -96,19 +95,42 @@ def main(argv: list[str] | None = None) -> None:
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
+COUNTS = {  # names of the counts of a survey, in words
+    "tokens": "tokens, BOS and EOS included",
+    "longer": "documents longer than a row: they continue in the next, nothing is cut",
+    "blank_rows": "documents of blanks alone",
+    "several_replies": "conversations of several replies",
+    "empty_replies": "empty replies, left out",
+    "equal_replies": "pairs of equal replies, left out",
+    "longer_chosen": "pairs whose chosen reply is the longer one",
+    "spelling_rows": "rows that spell control tokens, which are text (in documents: except with --control-tokens)",
+    "barred_rows": "rows that spell mask or padding (documents: bad with --control-tokens)",
+}
+
 
 def page(result: dict[str, Any]) -> list[str]:
     """Lines for people on the result of a Survey."""
-    unpacked = f", {result['unpacked_bytes']:,} unpacked" if result["unpacked_bytes"] != result["bytes"] else ""
-    facts = [
-        ("file", f"{result['bytes']:,} bytes{unpacked}; SHA-256 {result['data_sha256'][:16]}..."),
-        ("rows", rows(result)),
-        ("copies", copies(result)),
-        *languages(result),
-        *DETAILS[result["kind"]](result),
-        ("control tokens", control_tokens(result)),
+    rows = (
+        f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty, {result['bad_rows']:,} bad"
+    )
+    copies = "".join(f"; row {copy} repeats row {original}" for copy, original in result["first_copies"])
+    lines = [
+        f"{result['file']}: {KINDS[result['kind']].words}",
+        f"  file            {result['bytes']:,} bytes, {result['unpacked_bytes']:,} unpacked; {result['lines']} lines",
+        f"  SHA-256         {result['data_sha256'][:16]}...",
+        f"  rows            {rows}",
+        f"  copies          {result['copies']:,}{copies}",
     ]
-    lines = [f"{result['file']}: {KINDS[result['kind']].words}", *(f"  {name:15} {text}" for name, text in facts)]
+    for name, counts in result["languages"].items():
+        compression = f"{counts['characters'] / max(counts['text_tokens'], 1):.2f} characters per token"
+        percentage = share(counts["rows"], result["used_rows"])
+        lines.append(f"  language {name:6} {counts['rows']:,} rows ({percentage}), {compression}")
+    lines += [f"  shortened       {text}" for text in shortened(result)]
+    single = {name: count for name, count in result["counts"].items() if not name.startswith(SHORTENED)}
+    lines += [f"  {count:14,}  {COUNTS.get(name, name)}" for name, count in single.items()]
+    if result["control_tokens"]:
+        names = ", ".join(f"{name} in {count:,}" for name, count in result["control_tokens"].items())
+        lines.append(f"  control tokens  first in row {', '.join(map(str, result['first_spelling_rows']))}: {names}")
     if result["used_rows"]:
         lines += ["", *histogram(result)]
     if result["bad_rows"]:
@@ -120,81 +142,19 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else "none"
 
 
-def rows(result: dict[str, Any]) -> str:
-    bad = f"{result['bad_rows']:,} bad"
-    if text_format(Path(result["file"])) == ".txt":
-        return f"{result['lines']:,} lines, cut into {result['used_rows']:,} documents; {bad}"
-    blank = result["lines"] - result["rows"]
-    counts = f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty, {bad}"
-    return counts + (f"; blank lines: {blank:,}" if blank else "")
+SHORTENED = ("ar ", "diffusion ", "pairs ")  # what the counts of shortened rows begin with
 
 
-def copies(result: dict[str, Any]) -> str:
-    examples = ", ".join(f"row {copy} repeats row {original}" for copy, original in result["first_copies"])
-    rest = ", ..." if result["copies"] > len(result["first_copies"]) else ""
-    return f"{result['copies']:,}: {examples}{rest}" if examples else "none"
-
-
-def languages(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, counts in result["languages"].items():
-        compression = f"{counts['characters'] / max(counts['text_tokens'], 1):.2f} characters per token"
-        percentage = share(counts["rows"], result["used_rows"])
-        yield f"language {name}", f"{counts['rows']:,} rows ({percentage}), {compression}"
-
-
-def control_tokens(result: dict[str, Any]) -> str:
-    if not result["control_tokens"]:
-        return "spelled in no row"
-    names = ", ".join(f"{name} in {count:,}" for name, count in list(result["control_tokens"].items())[:5])
-    first = ", ".join(map(str, result["first_spelling_rows"]))
-    counts = result["counts"]
-    text = f"spelled in {counts['spelling_rows']:,} rows, first in row {first}: {names}; text to training"
-    if result["kind"] == "text":
-        text += ", except with --control-tokens"
-        if counts["barred_rows"]:
-            text += f", where rows that spell mask or padding are bad ({counts['barred_rows']:,})"
-    return text
-
-
-def _of_text(result: dict[str, Any]) -> list[tuple[str, str]]:
+def shortened(result: dict[str, Any]) -> Iterator[str]:
+    """Lines on what each way of training shortens."""
     counts = Counter(result["counts"])
-    longer = share(counts["longer"], result["used_rows"])
-    limit = f"{result['max_seq_len']} tokens: they continue in the next row, nothing is cut"
-    return [
-        ("tokens", f"{counts['tokens']:,}, BOS and EOS included"),
-        ("longer", f"{longer} of documents than {limit}"),
-    ]
-
-
-def _of_chat(result: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = Counter(result["counts"])
-    several = f"{counts['several_replies']:,} conversations have several"
-    return [
-        ("messages", ", ".join(f"{counts[f'{role} messages']:,} of {role}" for role in ROLES)),
-        ("replies", f"{several}; {counts['empty_replies']:,} replies are empty and left out"),
-        ("shortened, AR", shortened(result, "ar")),
-        ("shortened, dLM", shortened(result, "diffusion")),
-    ]
-
-
-def _of_pairs(result: dict[str, Any]) -> list[tuple[str, str]]:
-    counts = Counter(result["counts"])
-    longer = share(counts["longer_chosen"], result["used_rows"])
-    return [
-        ("replies", f"{counts['equal_replies']:,} pairs are equal and left out; {longer} chosen are the longer"),
-        ("shortened", shortened(result, "pairs")),
-    ]
-
-
-DETAILS = {"text": _of_text, "chat": _of_chat, "pairs": _of_pairs}
-
-
-def shortened(result: dict[str, Any], name: str) -> str:
-    names = ("rows", "tokens", "lost", "shortened", "cut_prompts", "cut_replies")
-    rows, tokens, lost, cut, prompts, replies = (result["counts"].get(f"{name} {count}", 0) for count in names)
-    limit = f"{cut:,} of {rows:,} rows ({share(cut, rows)}) to {result['max_seq_len']} tokens"
-    losses = f"{share(lost, tokens)} of tokens lost: {prompts:,} beginnings of prompts, {replies:,} ends of replies"
-    return f"{limit}, {losses}"
+    for name in SHORTENED:
+        rows, tokens = counts[f"{name}rows"], counts[f"{name}tokens"]
+        if rows:
+            cut = f"{counts[f'{name}shortened']:,} of {rows:,} rows ({share(counts[f'{name}shortened'], rows)})"
+            losses = f"{counts[f'{name}cut_prompts']:,} beginnings of prompts, {counts[f'{name}cut_replies']:,} ends"
+            lost = f"{share(counts[f'{name}lost'], tokens)} of tokens lost: {losses} of replies"
+            yield f"{name}{cut} to {result['max_seq_len']} tokens, {lost}"
 
 
 def histogram(result: dict[str, Any]) -> list[str]:
@@ -203,28 +163,22 @@ def histogram(result: dict[str, Any]) -> list[str]:
     for length, count in result["lengths"].items():
         tokens[int(length).bit_length()] += count
     characters = Counter({int(size): count for size, count in result["characters_by_bit_length"].items()})
-    highest = max(*tokens.values(), *characters.values())
-    lines = [f"  {'length':>15}  {'rows by tokens':{BAR + 10}}rows by characters"]
+    lines = [f"  {'length':>19}  by characters  rows by tokens"]
     for size in range(min(*tokens, *characters), max(*tokens, *characters) + 1):
         span = f"{2 ** (size - 1):,} to {2**size - 1:,}" if size else "0"
-        bars = [f"{part[size]:9,} {'#' * -(-part[size] * (BAR - 2) // highest)}" for part in (tokens, characters)]
-        lines.append(f"  {span:>15}  {bars[0]:{BAR + 10}}{bars[1]}".rstrip())
-    longest = result["longest"]
-    return [*lines, f"  tokens: {quantiles(result)}, longest {longest['tokens']:,} (row {longest['row']:,})"]
-
-
-def quantiles(result: dict[str, Any]) -> str:
+        bar = "#" * -(-tokens[size] * BAR // max(tokens.values()))
+        lines.append(f"  {span:>19}  {characters[size]:13,}  {tokens[size]:14,} {bar}".rstrip())
     lengths, rows_up_to = [*result["lengths"]], np.cumsum([*result["lengths"].values()])
-    parts = {0.5: "half of the rows", 0.9: "90 %", 0.99: "99 %"}
-    limits = {part: lengths[np.searchsorted(rows_up_to, part * rows_up_to[-1])] for part in parts}
-    return ", ".join(f"{words} have up to {int(limits[part]):,}" for part, words in parts.items())
+    half, most = (int(lengths[np.searchsorted(rows_up_to, part * rows_up_to[-1])]) for part in (0.5, 0.99))
+    longest = result["longest"]
+    limits = f"half of the rows have up to {half:,}, 99 % have up to {most:,}"
+    return [*lines, f"  tokens: {limits}, longest {longest['tokens']:,} (row {longest['row']:,})"]
 
 
 def bad_rows(result: dict[str, Any]) -> list[str]:
     reasons = [f"  {count:8,}  {reason}" for reason, count in result["bad_by_reason"].items()]
-    first = result["first_bad"]
-    heading = f"the first {len(first)}:" if len(first) < result["bad_rows"] else "one by one:"
-    return [f"bad rows: {result['bad_rows']:,}", *reasons, heading, *(f"  {row}" for row in first)]
+    first = [f"  {row}" for row in result["first_bad"]]
+    return [f"bad rows: {result['bad_rows']:,}", *reasons, f"the first {len(first)}:", *first]
 
 
 # -- what to do --------------------------------------------------------------------------------------------------------
@@ -252,12 +206,8 @@ def training_commands(data: Any, result: dict[str, Any]) -> list[str]:
     """The commands that train on the file."""
     if not has_content(result):
         return []
-    flags = {
-        field.name: getattr(data, field.name)
-        for field in fields(data)
-        if field.name in ("data", "jsonl_field", "tokenizer_dir", "max_seq_len")
-        if getattr(data, field.name) != field.default
-    }
+    defaults = vars(type(data)())
+    flags = {name: value for name, value in vars(data).items() if value != defaults[name]}
     if result["bad_rows"]:
         flags["on_bad_row"] = "skip"
     typed = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in flags.items())
