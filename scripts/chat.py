@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from model.canvas import Canvas
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
@@ -30,7 +31,7 @@ from scripts.engine.decoding.generation import (
 from scripts.engine.decoding.trace import RECORD, Trace, Vocabulary
 from scripts.engine.decoding.trace_files import SUFFIXES, check_trace_path, write_trace
 from scripts.engine.decoding.trace_terminal import LiveView, on_screen
-from scripts.engine.decoding.watching import Typing, Watch
+from scripts.engine.decoding.watching import Typing
 from scripts.engine.files import require_output
 from scripts.engine.flags import in_effect, settings_of, spelling
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances

@@ -16,7 +16,8 @@ from typing import Annotated
 
 from dataset.bad_rows import BadRows, OnBadRow
 from dataset.tokenizer import PreTrainedTokenizerFast
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.answers import (
     answer_all,

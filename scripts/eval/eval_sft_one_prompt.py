@@ -14,7 +14,8 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,

@@ -20,7 +20,8 @@ import sys
 from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.cli import TypedFlags, parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import facts_of_models

@@ -8,8 +8,9 @@ import torch
 
 from model.attention import block_causal_mask
 from model.block_diffusion import denoising_inputs
-from model.decode import Canvas, DenoisingConfig, decode
-from model.denoiser import Denoiser
+from model.canvas import Canvas
+from model.decode import decode
+from model.denoiser import Denoiser, DenoisingConfig
 from model.denoiser_cache import BlockCache, Span
 from model.kv_cache import KVCache
 from model.remasking import transfer_schedule

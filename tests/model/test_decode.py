@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.decode import Canvas, SamplingConfig, decode
+from model.canvas import Canvas
+from model.decode import SamplingConfig, decode
 from model.remasking import POLICIES
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.decode import Canvas, DenoisingConfig, decode
-from model.denoiser import Denoiser
+from model.canvas import Canvas
+from model.decode import decode
+from model.denoiser import Denoiser, DenoisingConfig
 from model.remasking import POLICIES
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
 

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from model.attention import causal_attention
 from model.block_diffusion import denoising_inputs
-from model.decode import Canvas, DenoisingConfig, SamplingConfig, decode
+from model.canvas import Canvas
+from model.decode import SamplingConfig, decode
+from model.denoiser import DenoisingConfig
 from model.likelihood import row_nats
 from model.remasking import POLICIES
 from tests.model.canvases import EOS, MASK, PAD

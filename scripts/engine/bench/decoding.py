@@ -19,9 +19,11 @@ import torch
 from dataset.corpus.bundled import bundled_file
 from dataset.jsonl import content_hash
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode_chat, load_tokenizer
+from model.canvas import Canvas, Decoded
 from model.config import ModelConfig
-from model.decode import Canvas, Decoded, DenoisingConfig, SamplingConfig
+from model.decode import SamplingConfig
 from model.decode import decode as fill
+from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES, transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns

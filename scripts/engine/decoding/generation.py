@@ -14,8 +14,9 @@ import torch
 
 from dataset.tokenizer import decode
 from model.canvas import Canvas, Decoded, DecodingStep
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig, decoder_of
+from model.decode import ContinuationConfig, SamplingConfig, decoder_of
 from model.decode import decode as fill
+from model.denoiser import DenoisingConfig
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 

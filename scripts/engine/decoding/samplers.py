@@ -4,7 +4,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from model.decode import DenoisingConfig
+from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 
 ADAPTIVE = ("threshold", "factor")  # take as many steps as they need

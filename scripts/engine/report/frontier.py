@@ -7,7 +7,8 @@ from typing import Annotated, Any, NamedTuple
 
 from tqdm import tqdm
 
-from model.decode import DenoisingConfig, SamplingConfig
+from model.decode import SamplingConfig
+from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
 from scripts.engine.decoding.generation import warm_up

@@ -23,7 +23,8 @@ from dataset.jsonl import (
 )
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.decoding.answers import Answer, answer_all
 from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices

@@ -8,7 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from model.config import ModelConfig
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from model.likelihood import ENUMERATED
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.files import write_bytes

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dataset.tokenizer import fingerprint
+from model.canvas import Canvas
 from model.checkpoint import save_checkpoint
-from model.decode import Canvas, decode
+from model.decode import decode
 from model.remasking import POLICIES
 from scripts.engine.bench import decoding as benchmark
 from scripts.engine.bench.decoding import NAIVE, NAIVE_STEPS, UNCAPPED, DecodingBenchmarkConfig, measure_decoding, naive

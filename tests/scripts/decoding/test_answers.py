@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dataset.jsonl import content_hash
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.decoding import answers
 from scripts.engine.decoding.answers import (
     Answer,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from dataset.tokenizer import decode, encode, encode_chat
 from model.canvas import Decoded, DecodingStep
 from model.config import ModelConfig
-from model.decode import DenoisingConfig, SamplingConfig
+from model.decode import SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts import chat
 from scripts.engine.decoding import generation
 from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.decode import DenoisingConfig, SamplingConfig
+from model.decode import SamplingConfig
+from model.denoiser import DenoisingConfig
 from scripts.engine.loaded import load_for_use
 from scripts.engine.report import page
 from scripts.engine.report.results import rows_of, summary_of

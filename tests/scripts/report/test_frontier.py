@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.decode import ContinuationConfig, DenoisingConfig, SamplingConfig
+from model.decode import ContinuationConfig, SamplingConfig
+from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 from scripts.engine.decoding.generation import generate
 from scripts.engine.prompts import Prompt, PromptConfig
