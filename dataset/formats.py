@@ -73,7 +73,7 @@ FORMATS = {
 
 
 def is_conversation(row: Row) -> bool:
-    """Whether a row has the fields of a conversation."""
+    """Return whether a row has the fields of a conversation."""
     return any(row.keys() >= set(row_format.fields) for row_format in FORMATS.values())
 
 
@@ -169,7 +169,7 @@ PAIR_FIELDS = "chosen + rejected as two conversations, or as replies to prompt o
 
 
 def is_pair(row: Row) -> bool:
-    """Whether a row has the fields of a pair of replies."""
+    """Return whether a row has the fields of a pair of replies."""
     return {"chosen", "rejected"} <= row.keys()
 
 

@@ -46,7 +46,7 @@ def content_hash(content: str) -> int:
 
 
 def is_validation(content: str, fraction: float) -> bool:
-    """Whether a row belongs to the validation part: content_hash(content) < fraction * 2**64.
+    """Return whether a row belongs to the validation part: content_hash(content) < fraction * 2**64.
 
     All stages share this rule. It depends on the content alone, so a text is on the same side in every file and order,
     and a larger fraction only adds to the validation part. Nothing is held out with 0, everything with 1.
@@ -250,7 +250,7 @@ PARSER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _is_deep(row: Any) -> bool:
-    """Whether arrays and objects are nested more than MAX_NESTING deep."""
+    """Return whether arrays and objects are nested more than MAX_NESTING deep."""
     level = [row]  # arrays and objects of one depth
     for _ in range(MAX_NESTING):
         items = [item for holder in level for item in (holder.values() if isinstance(holder, dict) else holder)]

@@ -36,7 +36,7 @@ def spelling_check(tokenizer: PreTrainedTokenizerFast, control: bool = False) ->
 
 
 def check_blanks(text: str) -> None:
-    """ValueError for a text with a run of blank characters that is too long to be cut."""
+    """Raise ValueError for a text with a run of blank characters that is too long to be cut."""
     if len(text) > MAX_BLANKS and any(len(run) > MAX_BLANKS for run in re.findall(r"\s+", text)):
         raise ValueError(f"the text has more than {MAX_BLANKS:,} blank characters in a row; correct or delete that row")
 

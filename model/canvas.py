@@ -18,7 +18,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where decoding starts: rows of given tokens and of [MASK]s to be filled, each row padded to the right."""
+    """The start of a decoding: rows of given tokens and of [MASK]s to be filled, each row padded to the right."""
 
     ids: Tensor  # (B, L) int64: given tokens, [MASK] where open, padding
     open: Tensor  # (B, L) bool: to be filled
@@ -68,7 +68,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class DecodingStep:
-    """What one step wrote. Its tensors are its own copies, on the CPU."""
+    """The tokens that one step wrote. Its tensors are its own copies, on the CPU."""
 
     ids: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
     written: Tensor  # (B, L) bool, written in this step
@@ -211,7 +211,7 @@ class Decoder:
 
     @property
     def finished(self) -> bool:
-        """Whether every row is."""
+        """True if every row is finished."""
         return not self.state.active_rows
 
     def step(self) -> DecodingStep:

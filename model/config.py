@@ -77,7 +77,7 @@ class ModelConfig:
 
     @property
     def autoregressive(self) -> bool:
-        """Whether a token is predicted at the one before it; else it is at its own place, by diffusion."""
+        """True if a token is predicted at the one before it; else it is at its own place, by diffusion."""
         return self.attention == "causal"
 
     @property
@@ -85,7 +85,7 @@ class ModelConfig:
         return self.hidden_size // self.num_attention_heads
 
     def require_length(self, length: int, what: str = "the sequence") -> None:
-        """ValueError if `length` tokens are more than the model accepts."""
+        """Raise ValueError if `length` tokens are more than the model accepts."""
         if length > self.max_position_embeddings:
             raise ValueError(
                 f"{what} is {length} tokens long, the model accepts at most {self.max_position_embeddings} "

@@ -72,7 +72,7 @@ class AutoregressiveDecoder(Decoder):
     """
 
     def __init__(self, model: Transformer, canvas: Canvas, config: SamplingConfig, seeds: Sequence[int]):
-        """ValueError for a checkpoint of diffusion, or unless each row's open positions are its last ones."""
+        """Raise ValueError for a checkpoint of diffusion, or unless each row's open positions are its last ones."""
         if not model.config.autoregressive:
             raise ValueError("this checkpoint was trained by diffusion; sampling needs an autoregressive one")
         super().__init__(model, canvas, seeds)

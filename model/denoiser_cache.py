@@ -83,8 +83,8 @@ def flat_places(blocks: list[Block], first: Sequence[int], width: int) -> Tensor
 
 
 def visibility(columns: Tensor, stops: list[int], block_size: int) -> Tensor | None:
-    """What queries at `columns` (R or 1, W) see of the keys 0 to max(stops) - 1: those of their row before stops[r],
-    and with a block_size those of blocks up to their own. Bool (R or 1, 1, W or 1, keys), None = everything.
+    """Return what queries at `columns` (R or 1, W) see of the keys 0 to max(stops) - 1: those of their row before
+    stops[r], and with a block_size those of blocks up to their own. Bool (R or 1, 1, W or 1, keys), None = everything.
 
     Padding sees no less than the row's first block, so that no query is blind.
     """
@@ -119,7 +119,7 @@ class NoCache:
 
 
 class Span(NamedTuple):
-    """What a row feeds in a pass: columns first to last - 1, which see those before `stop`."""
+    """The columns that a row feeds in a pass: first to last - 1, which see those before `stop`."""
 
     first: int
     last: int

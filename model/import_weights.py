@@ -28,7 +28,7 @@ IN_CONFIG_JSON = ("num_attention_heads", "num_key_value_heads", "rope_theta", "r
 
 @dataclass(frozen=True)
 class StartingWeights:
-    """What a stage starts from, read from a file once."""
+    """The weights that a stage starts from, read from a file once."""
 
     path: Path
     config: ModelConfig  # as the file and the flags say; the objective settles the rest

@@ -183,7 +183,7 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
 
     @property
     def eps_has_effect(self) -> bool:
-        """Whether the band of mask rates, if it is that of `iid_t`, ends at eps or at 1 - eps."""
+        """True if the band of mask rates, if it is that of `iid_t`, ends at eps or at 1 - eps."""
         low, high = rate_range(self)
         return self.mask_schedule != "iid_t" or low == self.iid_mask_eps or high == 1 - self.iid_mask_eps
 

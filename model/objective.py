@@ -41,7 +41,7 @@ class RowLoss:
 
 @dataclass(frozen=True)
 class BatchView:
-    """What an objective does with a batch, for people to look at."""
+    """The use that an objective makes of a batch, for people to look at."""
 
     scored: Tensor  # (B, L) bool, tokens that the loss asks for or, if `masked` has any, may ask for
     masked: Tensor  # (B, L) bool, tokens that the network sees as [MASK]
@@ -72,7 +72,7 @@ class Objective:
 
     @property
     def keeps_logits(self) -> bool:
-        """Whether the loss keeps all logits in float32 for its gradient, and does not go through them in chunks."""
+        """True if the loss keeps all logits in float32 for its gradient, and does not go through them in chunks."""
         return False
 
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:

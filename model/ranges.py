@@ -59,7 +59,7 @@ def _number(text: str) -> float:
 
 
 def is_range(rule: Any) -> bool:
-    """Whether an extra of an annotation is a range, rather than another name of the flag or what the flag needs."""
+    """Return whether an extra of an annotation is a range, not another name of the flag or a need."""
     return isinstance(rule, str) and not rule.startswith(("--", "with ", "without "))
 
 
@@ -78,7 +78,7 @@ def _checks(group: type) -> list[tuple[str, str, str, Range | tuple[Any, ...]]]:
 
 
 def check_ranges(group: type, values: Mapping[str, Any]) -> None:
-    """ValueError if one of `values`, fields of the dataclass `group` by name, is out of its range or no choice."""
+    """Raise ValueError if one of `values`, fields of the dataclass `group` by name, is out of range or no choice."""
     for name, shown, words, allowed in _checks(group):
         value = values.get(name)
         if name in values and not (allowed.holds(value) if isinstance(allowed, Range) else value in allowed):

@@ -53,7 +53,7 @@ def sample_tokens(
 
 
 def noise_width(vocab_size: int, top_k: int) -> int:
-    """How many random numbers a token is drawn with."""
+    """Return the number of random numbers that a token is drawn with."""
     return min(top_k or vocab_size, vocab_size)
 
 

@@ -195,7 +195,7 @@ def fault_of(result: dict[str, Any]) -> str:
 
 
 def has_content(result: dict[str, Any]) -> bool:
-    """Whether the rows that can be used hold anything to learn from."""
+    """Return whether the rows that can be used hold anything to learn from."""
     counts = Counter(result["counts"])
     if result["kind"] == "chat":
         return counts["replies"] > counts["empty_replies"]

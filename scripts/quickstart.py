@@ -271,7 +271,7 @@ def clear(stages: Sequence[Stage], folder: Path) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """ValueError if the file is not a record of a quickstart."""
+    """Raise ValueError if the file is not a record of a quickstart."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         seconds = record["done"].values()
@@ -288,7 +288,7 @@ def run_file(stage: Stage, folder: Path) -> Path:
 
 
 def recipe(config: Quickstart, runtime: RuntimeConfig) -> dict[str, Any]:
-    """What the results depend on."""
+    """Return what the results depend on."""
     stages = repr([(stage.module, stage.flags, stage.steps) for stage in config.stages])
     return asdict(runtime) | {
         "scale": config.scale,

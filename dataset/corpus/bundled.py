@@ -81,7 +81,7 @@ def numbers_in(text: str) -> list[int]:
 
 
 def tells_held_out_sum(text: str) -> bool:
-    """Whether three numbers in succession are those of a held-out sum, in any order."""
+    """Return whether three numbers in succession are those of a held-out sum, in any order."""
     numbers = numbers_in(text)
     for triple in zip(numbers, numbers[1:], numbers[2:], strict=False):
         a, b, c = sorted(triple)
@@ -262,7 +262,7 @@ def _answers() -> dict[tuple[str, ...], dict[str, None]]:
 
 
 def _family(fact: Fact) -> tuple[str, ...]:
-    """What the wrong answers to a question are drawn from."""
+    """Return the key of the facts that the wrong answers to a question are drawn from."""
     if fact.kind in ("next", "previous"):
         return fact.kind, fact.lang, fact.fields["unit"]
     one_way = fact.kind == "capital" and fact.key in {other.key for other in one_way_capitals()}

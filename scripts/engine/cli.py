@@ -29,7 +29,7 @@ class TypedFlags(frozenset[str]):
         return typed
 
     def refuse_idle(self, *configs: Any) -> None:
-        """ValueError for a typed flag of `configs` that has no effect beside the values of other flags.
+        """Raise ValueError for a typed flag of `configs` that has no effect beside the values of other flags.
 
         Several of the configs may be of one group, such as those of samplers that are tried one after the other: a flag
         has an effect if it has one in any of them.
@@ -40,7 +40,7 @@ class TypedFlags(frozenset[str]):
                 raise ValueError(unmet[0].refusal(name))
 
     def refuse_without(self, facts: Mapping[str, bool]) -> None:
-        """ValueError for a typed flag that has no effect because one of these facts holds or does not hold."""
+        """Raise ValueError for a typed flag that has no effect because one of these facts holds or does not hold."""
         for name in sorted(self):
             for need in self.needs[name]:
                 if need.fact in facts and facts[need.fact] != need.positive:

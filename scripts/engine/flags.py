@@ -49,7 +49,7 @@ class Need:
 
     @property
     def rest(self) -> str:
-        """What stands behind "with" or "without"."""
+        """The text after "with" or "without"."""
         return self.text.partition(" ")[2]
 
     @property
@@ -188,7 +188,7 @@ def _shown(default: Any) -> str:
 
 
 def _elements(member: Any) -> Callable[[str], tuple]:
-    """What reads a list of `member`, with commas."""
+    """Return a parser of comma lists of `member`."""
     options = _conversion(member)
     choices = options.get("choices")
 
@@ -210,7 +210,7 @@ def _elements(member: Any) -> Callable[[str], tuple]:
 
 
 def _conversion(kind: Any) -> dict[str, Any]:
-    """What argparse is told about a type."""
+    """Return argparse's keyword arguments for a type."""
     kinds = [member for member in get_args(kind) if member is not type(None)]
     if type(None) in get_args(kind):
         kind = kinds[0]

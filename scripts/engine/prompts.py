@@ -67,7 +67,7 @@ class Blanks:
 
 @dataclass(frozen=True)
 class PromptConfig:
-    """How a prompt is put to the model."""
+    """Prompts."""
 
     chat_wrap: Annotated[
         bool | None, "put it into the chat template (none: if the checkpoint was trained on conversations)"
@@ -83,7 +83,7 @@ class PromptConfig:
 
 @dataclass(frozen=True)
 class TypedPromptConfig(PromptConfig):
-    """How a prompt is put to the model."""
+    """Prompts that are typed."""
 
     control_tokens: Annotated[
         bool,

@@ -96,7 +96,7 @@ def difference_interval(
 
 
 def is_correct(reply: str, answer: str) -> bool:
-    """Whether the reply holds the answer as words or numbers of its own, in upper or lower case."""
+    """Return whether the reply holds the answer as words or numbers of its own, in upper or lower case."""
     pattern = r"(?<![a-z0-9])" + re.escape(answer.lower()) + r"(?![a-z0-9])"
     return re.search(pattern, reply.lower(), re.ASCII) is not None
 

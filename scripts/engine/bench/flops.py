@@ -29,7 +29,7 @@ ROUNDS, WARM_UP = 7, 2
 
 
 def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
-    """Of one forward and backward pass over a batch as `prepare` of NextToken or MaskedDiffusion made it."""
+    """Count the operations of a forward and backward pass over a batch that an objective has prepared."""
     keys, scored = visible_keys(prepared), prepared["positions"]
     num_positions, num_scored = int((keys > 0).sum()), len(scored)
     length, width, inner_layers = prepared["input_ids"].shape[1], config.hidden_size, config.num_hidden_layers - 1

@@ -101,7 +101,7 @@ class Trace:
         self.append(TraceStep(int(step.num_forward_passes), writes))
 
     def append(self, step: TraceStep) -> None:
-        """ValueError if a write lies outside the row, or the forward passes decrease."""
+        """Raise ValueError if a write lies outside the row, or the forward passes decrease."""
         for position, token, confidence in step.writes:
             if not (0 <= position < len(self._ids) and 0 <= confidence <= 1):
                 raise ValueError(f"a write of confidence {confidence} at position {position} of {len(self._ids)}")

@@ -95,7 +95,7 @@ def read_reports(paths: Sequence[Path]) -> dict[str, Report]:
 
 
 def origin(reports: Mapping[str, Report]) -> list[Record]:
-    """Where the numbers come from, for the result's file."""
+    """Return the source of the numbers, for the result's file."""
     return [
         {"path": path, "sha256": sha256_of(Path(path)), **{name: report[name] for name in SOURCES}}
         for path, report in reports.items()

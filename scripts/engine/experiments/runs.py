@@ -91,7 +91,7 @@ class Recipe:
         return tokens // per_step
 
     def flags(self, steps: int) -> list[str]:
-        """Those of a training with so many steps."""
+        """Return the flags of a training of so many steps."""
         names = "hidden_size", "num_hidden_layers", "num_attention_heads", "max_seq_len", "batch_size", "learning_rate"
         given = [part for name in names for part in ("--" + name.replace("_", "-"), str(getattr(self, name)))]
         warmup = str(min(self.warmup_steps, steps // 10))
@@ -101,7 +101,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Training:
-    """What is to be trained."""
+    """A training to run."""
 
     name: str  # of the run
     kind: str  # of model: "ar" or "diffusion"
@@ -290,7 +290,7 @@ class Lab:
         return chosen
 
     def _beginning(self, text: str, room: int) -> str | None:
-        """As much of a document as fits `room` tokens with BOS and EOS and is still a training document, or None."""
+        """Return the part of a document that fits `room` tokens with BOS and EOS, or None if it is no training document."""
         if self._size(text) <= room:
             return text
         ids = encode(self.tokenizer, text)

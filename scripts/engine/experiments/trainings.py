@@ -185,7 +185,7 @@ def repetition(lab: Lab, config: RepetitionConfig, seeds: Sequence[int]) -> Reco
 
 
 class Comparison(NamedTuple):
-    """How the runs of an experiment are compared."""
+    """The comparison of an experiment's runs."""
 
     by: tuple[str, ...]  # fields that identify a cell; within a cell only the seed differs
     values: tuple[str, ...]  # measured

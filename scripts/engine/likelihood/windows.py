@@ -76,7 +76,7 @@ class DataEvalConfig:
 
     @property
     def max_windows(self) -> float:
-        """As many as fill the batches; infinity: all."""
+        """The number of windows that fill the batches; infinity: all."""
         return math.inf if self.eval_max_batches is None else self.eval_max_batches * self.eval_batch_size
 
 

@@ -25,7 +25,7 @@ class Exercise(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """Whether there is a question, and an answer to compare with."""
+        """True if there is a question, and an answer to compare with."""
         return all(text is None or bool(text.strip()) for text in (self.text, self.reference, self.wanted))
 
     @property
@@ -82,7 +82,7 @@ def whole_couplets(exercises: list[Exercise], kept: list[Exercise]) -> list[Exer
 
 
 def key_of(content: str) -> str:
-    """What items are sorted by."""
+    """Return the key that items are sorted by."""
     return f"{content_hash(content):016x}"
 
 

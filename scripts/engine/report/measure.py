@@ -112,7 +112,7 @@ class MeasureConfig:
 
     @property
     def bad_rows(self) -> BadRows:
-        """For one file."""
+        """Return the collector of bad rows of one file."""
         return BadRows(self.on_bad_row)
 
     def scoring(self, source: "Source") -> DataEvalConfig:
@@ -144,7 +144,7 @@ class Setup:
 
     @property
     def wraps(self) -> set[bool]:
-        """Whether questions are put into the chat template; both values if the models differ."""
+        """{True} if questions are put into the chat template, {False} if not, both if the models differ."""
         return {self.prompting.wraps(loaded) for loaded in self.models.values()}
 
     def sampler(self, name: str) -> SamplingConfig | DenoisingConfig:
@@ -162,7 +162,7 @@ def bundled_sources() -> list[Source]:
 
 
 def sources_of(paths: Sequence[Path], config: MeasureConfig) -> list[Source]:
-    """ValueError for a file of no known format."""
+    """Raise ValueError for a file of no known format."""
     names = [path.name for path in paths]
     found = []
     for path in paths:
@@ -194,7 +194,7 @@ def require_readable(sources: list[Source], config: MeasureConfig, tokenizer: Pr
 
 
 def measure(setup: Setup, source: Source) -> Section:
-    """What report.json holds of a file: its items, sorted by their keys, and in `results` each model's values."""
+    """Return a file's part of report.json: its items, sorted by their keys, and in `results` each model's values."""
     bad = setup.config.bad_rows
     section = {
         "name": source.name,
@@ -321,7 +321,7 @@ def answers_of(
 
 
 def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
-    """What report.json holds of answers."""
+    """Return what report.json holds of answers."""
     return [
         {name: getattr(answer, name) for name in WRITTEN} | {"ids": encode(setup.tokenizer, answer.text)}
         for answer in answers
@@ -329,7 +329,7 @@ def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
 
 
 def _fits(setup: Setup, question: str) -> bool:
-    """Whether prompt and answer fit the context, in the template and as plain text if models differ in that."""
+    """Return whether prompt and answer fit the context, in the template and as plain text if models differ in that."""
     room = setup.config.max_seq_len - setup.continuation.max_new_tokens
     prompts = [setup.prompting.prompt(question, loaded) for loaded in setup.models.values()]
     return all(len(prompt.encode(setup.tokenizer)) <= room for prompt in prompts)

@@ -48,7 +48,7 @@ def columns_of(metric: Metric, items: Iterable[Item], results: Iterable[Result])
 
 
 def is_right(item: Item, text: str) -> bool:
-    """Whether an answer holds the wanted one.
+    """Return whether an answer holds the wanted one.
 
     If a worked answer ends with a number, that must be the last number written: sums on the way to it hold many a
     number by chance.
@@ -170,5 +170,5 @@ METRICS = {  # format of rows -> metrics; the first is the quality that a fronti
 
 
 def quality_of(form: str) -> Metric:
-    """What the frontier of a file of this format shows."""
+    """Return the metric that the frontier of a file of this format shows."""
     return METRICS[form][0]

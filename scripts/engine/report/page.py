@@ -111,7 +111,7 @@ def _value(metric: Metric, estimate: Estimate, bound: bool = False) -> str:
 
 
 def _difference(metric: Metric, estimate: Estimate | None, count: int) -> str:
-    """With its interval; bold if that excludes 0 and rests on enough rows."""
+    """Write a difference with its interval; bold if that excludes 0 and rests on enough rows."""
     if estimate is None:
         return "-"
     value, low, high = estimate.value, estimate.low, estimate.high
@@ -178,7 +178,7 @@ def _masks(report: Report) -> str:
 
 
 def _samplings(report: Report) -> dict[str, str]:
-    """How answers were sampled: by kind, or by model if those of a kind differ."""
+    """Describe how answers were sampled: by kind, or by model if those of a kind differ."""
     kinds: dict[str, dict[str, str]] = {}
     for model in report["models"]:
         kinds.setdefault(model["kind"], {})[model["name"]] = sampling_of(report, model)
@@ -191,7 +191,7 @@ def _samplings(report: Report) -> dict[str, str]:
 
 
 def sampling_of(report: Report, model: dict[str, Any]) -> str:
-    """What the answers of a model were drawn with."""
+    """Describe how the answers of a model were drawn."""
     length, config = _config(report, ContinuationConfig).max_new_tokens, _sampler(report, model)
     if isinstance(config, SamplingConfig):
         return "; ".join(["one token after the other", *_draw(config), f"at most {length} new tokens"])
@@ -233,7 +233,7 @@ def _cap(settings: dict[str, Any]) -> str:
 
 
 def _draw(config: SamplingConfig | DenoisingConfig) -> list[str]:
-    """How a token is drawn from its distribution."""
+    """Describe how a token is drawn from its distribution."""
     draw = config.draw
     words = f"temperature {draw.temperature:g}" if draw.temperature else "the likeliest token (temperature 0)"
     if draw.temperature:
@@ -357,7 +357,7 @@ def _frontier(report: Report, metric: Metric, points: list[Point]) -> list[str]:
 
 
 def _caches(report: Report) -> str:
-    """What the diffusion models of the frontier keep between their steps."""
+    """Name the caches of the frontier's diffusion models."""
     shown = {point["model"] for point in report["frontier"]["points"]}
     models = [model for model in report["models"] if model["kind"] == DIFFUSION and model["name"] in shown]
     kept = {_attention(model): CACHES[_sampler(report, model).gen_cache] for model in models}

@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 def is_bound(model: dict[str, Any]) -> bool:
-    """Whether a model's likelihoods are upper bounds; with blocks of one token they are exact."""
+    """Return whether a model's likelihoods are upper bounds; with blocks of one token they are exact."""
     return model["kind"] == DIFFUSION and model["block_size"] != 1
 
 

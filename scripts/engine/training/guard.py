@@ -67,7 +67,7 @@ class StopSignals:
 
 
 class Health:
-    """Which steps were skipped, and which losses were logged of late; `state` is what a checkpoint keeps of it."""
+    """The skipped steps and the last logged losses; `state` is what a checkpoint keeps of it."""
 
     def __init__(self, state: dict[str, Any] | None = None):
         state = state or {"skipped": 0, "in_a_row": 0, "recent": []}

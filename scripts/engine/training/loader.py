@@ -15,7 +15,7 @@ LAST_ITEM = 5.0  # seconds that a thread is given to end
 
 
 class Rows(Protocol):
-    """What a stage trains on: rows that can be fetched by number as a batch of (B, L) tensors on the host."""
+    """Rows of a stage, which can be fetched by number as a batch of (B, L) tensors on the host."""
 
     seq_len: int  # the widest row
     real_token_share: float  # of all positions, those that are not padding
