@@ -20,7 +20,7 @@ from model.decode import ContinuationConfig, SamplingConfig
 from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 from scripts.engine.cli import parse_args, run
-from scripts.engine.decoding.generation import (
+from scripts.engine.decoding.generation import Watch, (
     Generation,
     Sampler,
     first_seed,

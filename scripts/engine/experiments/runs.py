@@ -290,7 +290,7 @@ class Lab:
         return chosen
 
     def _beginning(self, text: str, room: int) -> str | None:
-        """Return the part of a document that fits `room` tokens with BOS and EOS, or None if it is no training document."""
+        """Return the part of a document that fits `room` tokens with BOS and EOS; None if no training document is."""
         if self._size(text) <= room:
             return text
         ids = encode(self.tokenizer, text)
