@@ -20,9 +20,10 @@ from model.decode import ContinuationConfig, SamplingConfig
 from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES
 from scripts.engine.cli import parse_args, run
-from scripts.engine.decoding.generation import Watch, (
+from scripts.engine.decoding.generation import (
     Generation,
     Sampler,
+    Watch,
     first_seed,
     generate,
     infill,
