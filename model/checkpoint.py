@@ -7,6 +7,7 @@ changed without being noticed.
 """
 
 import hashlib
+import json
 import os
 import pickle
 import zipfile
@@ -23,7 +24,7 @@ from model.config import ModelConfig
 from model.files import is_out_of_memory, replacing
 from model.transformer import Transformer
 
-FORMAT, VERSION = "nano-llada", 3  # 2 added block_size to the config, 3 the seal
+FORMAT, VERSION = "nano-llada", 4  # 2 added block_size to the config, 3 the seal, 4 head_dim and rope_variant
 SEAL = b"sha256:"
 SEAL_BYTES = len(SEAL) + 64
 
@@ -88,6 +89,62 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
         ) from None
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of the weights in a folder; raise ValueError if there are none, or if a shard is missing."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{folder} holds neither model.safetensors nor model.safetensors.index.json; give a folder that "
+            "transformers' save_pretrained wrote, or a checkpoint file"
+        )
+    shards = sorted(set(_weight_map(index).values()))
+    missing = [name for name in shards if Path(name).name != name or not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} names {missing[0]}, which is not beside it; copy all {len(shards)} shards")
+    return [folder / name for name in shards]
+
+
+def read_folder(folder: Path) -> Any:
+    """Return the tensors of all files of weights in a folder by name; raise ValueError if one is missing."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json, which says how its weights compute; copy it there, or give a "
+            "checkpoint file"
+        )
+    files = weight_files(folder)
+    if len(files) == 1 and files[0].name in ("model.safetensors", "pytorch_model.bin"):
+        return read_archive(files[0])
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        weights |= read_archive(file)  # a shard is a safetensors file, which holds nothing but tensors
+    index = folder / "model.safetensors.index.json"
+    missing = _weight_map(index).keys() - weights.keys()
+    if missing:
+        raise ValueError(f"{index} names {min(missing)}, which no shard holds; copy the folder again")
+    return weights
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    table = read_object(index).get("weight_map")
+    if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+        raise ValueError(f"{index} holds no weight_map from tensors to files; copy it again")
+    return table
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file; raise ValueError if there is none."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); copy it again") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, expected an object; copy it again")
+    return value
+
+
 def _read_torch(file: BinaryIO, device: torch.device | str) -> Any:
     sealed, sha256 = _digests(file)
     # torch does not compare the checksums that every zip archive has.
@@ -140,9 +197,7 @@ def require_checkpoint(payload: Any, path: Path) -> Payload:
             f"{path} is not a nano-llada checkpoint; "
             "weights of MiniMind or Hugging Face are read by --init-from-minimind"
         )
-    if payload.get("version") == 1 and isinstance(payload.get("config"), dict):
-        payload["config"] = {"block_size": 0} | payload["config"]
-    elif payload.get("version") not in (2, VERSION):
+    if payload.get("version") not in range(1, VERSION + 1):
         raise ValueError(
             f"{path} has checkpoint version {payload.get('version')}, this code reads versions 1 to {VERSION}; "
             "update the code, or train anew"
@@ -150,6 +205,7 @@ def require_checkpoint(payload: Any, path: Path) -> Payload:
     missing = {"config", "weights", "tokenizer", "stage"} - payload.keys()
     if missing:
         raise ValueError(f"{path} is incomplete: {', '.join(sorted(missing))} is missing")
+    payload["config"] = _complete(payload["config"], payload["version"])
     faults = _config_faults(payload["config"]) or weight_faults(payload["weights"])
     average = payload.get("average")
     if average is not None and (not isinstance(average, dict) or weight_faults(average.get("shadow"))):
@@ -159,6 +215,17 @@ def require_checkpoint(payload: Any, path: Path) -> Payload:
     for name, value in _from_stage(payload["stage"]).items():
         payload.setdefault(name, value)
     return payload
+
+
+def _complete(config: Any, version: int) -> Any:
+    """Return the settings of a model with those that files of this version did not have yet."""
+    if not isinstance(config, dict) or version == VERSION:
+        return config
+    width, heads = (config.get(name) for name in ("hidden_size", "num_attention_heads"))
+    added = {"rope_variant": "yarn"} | ({"block_size": 0} if version == 1 else {})
+    if type(width) is int and type(heads) is int and heads:
+        added["head_dim"] = width // heads
+    return added | config
 
 
 def _from_stage(stage: str) -> dict[str, Any]:

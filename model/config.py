@@ -49,6 +49,10 @@ class ModelConfig:
     # YaRN, arXiv:2309.00071; the context of the original weights and how far it is stretched.
     rope_original_length: int = 2048
     rope_factor: float = 16.0
+    # How inference_rope_scaling stretches: "yarn" only contexts beyond the original one, and with YaRN's factor on
+    # attention; "minimind", for weights from there, at every length and without that factor.
+    rope_variant: Literal["yarn", "minimind"] = "yarn"
+    head_dim: int | None = None  # none: hidden_size / num_attention_heads; imported weights may have another
 
     def __post_init__(self):
         if self.num_key_value_heads is None:
@@ -58,12 +62,14 @@ class ModelConfig:
         check_ranges(ModelConfig, vars(self))
         if self.vocab_size < 1:
             raise ValueError(f"vocab_size must be at least 1, not {self.vocab_size}")
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"--hidden-size {self.hidden_size} is not a multiple of "
-                f"--num-attention-heads {self.num_attention_heads}"
-            )
-        if self.head_dim % 2:
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"--hidden-size {self.hidden_size} is not a multiple of "
+                    f"--num-attention-heads {self.num_attention_heads}"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
                 f"--hidden-size / --num-attention-heads is {self.head_dim}; rotary positions need an even number"
             )
@@ -79,10 +85,6 @@ class ModelConfig:
     def autoregressive(self) -> bool:
         """True if a token is predicted at the one before it; else it is at its own place, by diffusion."""
         return self.attention == "causal"
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
     def require_length(self, length: int, what: str = "the sequence") -> None:
         """Raise ValueError if `length` tokens are more than the model accepts."""

@@ -23,7 +23,7 @@ def inverse_frequencies(config: ModelConfig) -> Tensor:
 
 def yarn_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """Return inverse frequencies (D / 2,) stretched by `rope_factor` (YaRN, section 3.2), and the factor on cos and sin
-    (3.4)."""
+    (3.4), which MiniMind leaves out."""
     plain = inverse_frequencies(config)
 
     def dimension(turns: float) -> float:
@@ -34,12 +34,15 @@ def yarn_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
             / (2 * math.log(config.rope_theta))
         )
 
-    # 1. The ramp: 0 up to `low`, whose frequencies are kept, 1 from `high` on, whose frequencies are divided.
+    # 1. The ramp: 0 up to `low`, whose frequencies are kept, 1 from `high` on, whose frequencies are divided. MiniMind
+    #    ends it at the last pair.
+    minimind = config.rope_variant == "minimind"
     low = max(math.floor(dimension(BETA_FAST)), 0)
-    high = min(math.ceil(dimension(BETA_SLOW)), config.head_dim - 1)
+    high = min(math.ceil(dimension(BETA_SLOW)), config.head_dim // 2 - 1 if minimind else config.head_dim - 1)
     ramp = ((torch.arange(config.head_dim // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)).clamp(0, 1)
     # 2. Both, mixed by the ramp; the factor makes up for the lower entropy of attention over more keys.
-    return plain / config.rope_factor * ramp + plain * (1 - ramp), 0.1 * math.log(config.rope_factor) + 1.0
+    scale = 1.0 if minimind else 0.1 * math.log(config.rope_factor) + 1.0
+    return plain / config.rope_factor * ramp + plain * (1 - ramp), scale
 
 
 def rotary_tables(position_ids: Tensor, frequencies: Tensor, scale: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -36,11 +36,13 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        q_size, kv_size = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
@@ -193,7 +195,10 @@ class Transformer(nn.Module):
         return self.lm_head(x) if head else x
 
     def _rotary(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the rotary tables of these positions, stretched if the context is longer than the original one."""
-        if self.config.inference_rope_scaling and self.context_length > self.config.rope_original_length:
+        """Return the rotary tables of these positions, stretched if the context is longer than the original one: that
+        of the command, or in MiniMind the longest that the model accepts."""
+        config = self.config
+        context = config.max_position_embeddings if config.rope_variant == "minimind" else self.context_length
+        if config.inference_rope_scaling and context > config.rope_original_length:
             return rotary_tables(position_ids, self.yarn_frequencies, self.yarn_scale)
         return rotary_tables(position_ids, self.frequencies)

@@ -172,6 +172,13 @@ def pretrain_argv(tiny_flags):
 
 
 @pytest.fixture
+def shapeless_argv(pretrain_argv):
+    """Arguments of scripts.train.train_pretrain without a flag of the shape, for one step that changes nothing."""
+    at = pretrain_argv.index("--hidden-size")
+    return [*pretrain_argv[:at], *pretrain_argv[at + 8 :], "--lr", "1e-30", "--weight-decay", "0", "--max-iters", "1"]
+
+
+@pytest.fixture
 def diffusion_argv(tiny_flags):
     """Arguments of scripts.train.diffusion."""
     return [*tiny_flags, *DIFFUSION]

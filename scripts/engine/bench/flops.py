@@ -33,15 +33,16 @@ def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     keys, scored = visible_keys(prepared), prepared["positions"]
     num_positions, num_scored = int((keys > 0).sum()), len(scored)
     length, width, inner_layers = prepared["input_ids"].shape[1], config.hidden_size, config.num_hidden_layers - 1
+    queries = config.num_attention_heads * config.head_dim
     # Weights that every position meets in a layer, and those that the last layer applies at scored ones only.
     keys_and_values = 2 * width * config.num_key_value_heads * config.head_dim
-    queries_output_mlp = 2 * width**2 + 3 * width * config.intermediate_size
+    queries_output_mlp = 2 * width * queries + 3 * width * config.intermediate_size
     weights = num_positions * (inner_layers + 1) * keys_and_values
     weights += (inner_layers * num_positions + num_scored) * queries_output_mlp
     weights += num_scored * width * config.vocab_size  # the head
     # Each pair of a query and a key: a product of queries and keys, and one of probabilities and values.
     pairs = inner_layers * int(keys.sum()) + int(keys[scored // length, scored % length].sum())
-    return FORWARD_AND_BACKWARD * (2 * weights + 4 * width * pairs)
+    return FORWARD_AND_BACKWARD * (2 * weights + 4 * queries * pairs)
 
 
 def visible_keys(prepared: dict[str, Any]) -> Tensor:

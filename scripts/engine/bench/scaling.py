@@ -80,6 +80,7 @@ def shape_of(millions: float, like: ModelConfig) -> ModelConfig:
             num_attention_heads=width // HEAD_DIM,
             num_key_value_heads=None,
             intermediate_size=None,
+            head_dim=None,
         )
         for width in range(HEAD_DIM, WIDEST + 1, HEAD_DIM)
     ]

@@ -5,12 +5,12 @@ import shlex
 from dataclasses import replace
 
 from dataset.preferences import PreferenceData, PreferenceDataset
-from dataset.tokenizer import fingerprint, load_tokenizer, token_ids
-from model.import_weights import StartingWeights, starting_weights
+from dataset.tokenizer import load_tokenizer
+from model.import_weights import StartingWeights
 from model.preference import Preference
 from model.transformer import Transformer
 from scripts.engine.training.config import StageConfigs
-from scripts.engine.training.stage import Stage
+from scripts.engine.training.stage import Stage, read_start
 
 AUTOREGRESSIVE = "autoregressive", "scripts.train.train_dpo_minimind"
 DIFFUSION = "a diffusion model", "scripts.train.train_dpo_diffusion"
@@ -31,8 +31,7 @@ def tune(name: str, configs: StageConfigs, objective: Preference, data: Preferen
     path = objective.reference_from or configs.run.load_from
     if configs.run.writes(path):
         raise ValueError(f"{path}, the reference, is a file that the run itself writes; choose another --run-name")
-    shape = replace(configs.shape, **token_ids(tokenizer))
-    start = starting_weights(path, shape, configs.given, fingerprint(tokenizer))
+    start = read_start(path, configs, tokenizer)
     reference = reference_model(start, configs, objective.autoregressive, data.max_seq_len)
     objective = replace(objective, reference=reference, reference_from=path)
     start = start if path == configs.run.load_from else None  # a file is read once

@@ -4,10 +4,12 @@ import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from dataset.entries import require_same_entries
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, token_ids
 from model.checkpoint import load_checkpoint
 from model.config import ModelConfig
@@ -101,7 +103,7 @@ class Stage:
         if self.state:
             config = ModelConfig(**self.state["config"])
         elif path:
-            start = self.start or starting_weights(path, config, configs.given, fingerprint(self.tokenizer))
+            start = self.start or read_start(path, configs, self.tokenizer)
             config = start.config
             if self.objective.autoregressive and not config.autoregressive:
                 raise ValueError(
@@ -246,12 +248,43 @@ class Stage:
                 f"device {configs.runtime.describe()}{', compiled' if configs.trainer.compile else ''}",
                 f"model {self.model.num_parameters() / 1e6:.1f}M parameters: width {config.hidden_size}, "
                 f"{config.num_hidden_layers} layers, "
-                f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}",
+                f"{config.num_attention_heads} heads, vocabulary {config.vocab_size}{_stretching(config)}",
                 f"data {dataset.describe()}",
                 f"{total_steps:,} steps of {per_step} rows: {tokens / 1e6:.1f}M tokens, "
                 f"{total_steps * per_step / len(rows):.2f} passes",
             ]
         )
+
+
+def read_start(path: Path, configs: StageConfigs, tokenizer: PreTrainedTokenizerFast) -> StartingWeights:
+    """Return the weights in `path`, a file or a folder of Hugging Face's.
+
+    Raises ValueError if they do not fit the flags or the tokenizer. Checkpoints of ours name their tokenizer. Foreign
+    weights do not, so that it must be typed; a tokenizer.json beside them must have its entries.
+    """
+    shape = replace(configs.shape, **token_ids(tokenizer))
+    start = starting_weights(path, shape, configs.given, fingerprint(tokenizer))
+    if start.foreign:
+        folder = path if path.is_dir() else path.parent
+        file = folder / "tokenizer.json"
+        if "tokenizer_dir" not in configs.given:
+            place = folder if file.is_file() else "DIR"
+            raise ValueError(
+                f"{path} does not say which tokenizer its weights were trained with; "
+                f"give its directory: --tokenizer-dir {place}"
+            )
+        if file.is_file():
+            require_same_entries(tokenizer, file)
+    return start
+
+
+def _stretching(config: ModelConfig) -> str:
+    """Return what --inference-rope-scaling does to rotary positions, if it is on."""
+    if not config.inference_rope_scaling:
+        return ""
+    lengths = f"in contexts of more than {config.rope_original_length} tokens"
+    lengths = "at every length, as MiniMind does" if config.rope_variant == "minimind" else lengths
+    return f", rotary positions stretched {config.rope_factor:g}-fold {lengths}"
 
 
 def require_start(configs: StageConfigs, example: str) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from model.checkpoint import SEAL_BYTES, load_checkpoint, load_model, read_archive
 from model.config import ModelConfig
-from model.import_weights import import_foreign
+from model.import_weights import starting_weights
 from scripts.train import train_pretrain
 
 
@@ -61,7 +61,7 @@ def test_what_is_no_checkpoint_is_refused_by_every_reader_and_never_executed(kin
     _, path = saved()
     trap = tmp_path / "sprung"
     path.write_bytes(KINDS[kind](path.read_bytes(), {"format": "nano-llada", "config": Trap(trap)}))
-    for read in (load_checkpoint, load_model, lambda p: import_foreign(p, ModelConfig())):
+    for read in (load_checkpoint, load_model, lambda p: starting_weights(p, ModelConfig(), frozenset(), "any")):
         with pytest.raises(ValueError, match=re.escape(str(path))):
             read(path)
     assert not trap.exists()

@@ -1,23 +1,19 @@
 """model/checkpoint.py: what is written comes back exactly, what does not fit is named, and reading runs no code."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from dataset.tokenizer import load_tokenizer, token_ids
-from model import import_weights as foreign_weights
 from model.checkpoint import (
     load_checkpoint,
     load_model,
     save_checkpoint,
     write_archive,
 )
-from model.config import ModelConfig
-from model.import_weights import import_foreign, starting_weights
-from model.transformer import Transformer
+from model.config import ADJUSTABLE
+from model.import_weights import starting_weights
 from scripts.eval import eval_minimind, likelihood
 from scripts.train import diffusion, train_pretrain
 
@@ -206,39 +202,6 @@ def test_a_full_disk_during_training_is_one_sentence(command, pretrain_argv, mon
     assert result.code == 2 and "No space left" in result.err and not Path("weights/ar.pt").exists()
 
 
-# -- foreign weights ---------------------------------------------------------------------------------------------------
-
-
-def test_weights_that_transformers_wrote_give_the_logits_that_transformers_gives(tokenizer_dir, workspace):
-    """Llama's own file, model.safetensors; heads, rotary base and the norms' epsilon come from the flags."""
-    ids = token_ids(load_tokenizer(tokenizer_dir))
-    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    torch.manual_seed(0)
-    theirs = LlamaForCausalLM(
-        LlamaConfig(
-            **shape,
-            vocab_size=ids["vocab_size"],
-            num_key_value_heads=2,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-            rms_norm_eps=1e-3,
-        )
-    ).eval()
-    theirs.save_pretrained("llama")
-    path = Path("llama/model.safetensors")
-    config = ModelConfig(**shape, **ids, num_key_value_heads=2, rope_theta=500.0, rms_norm_eps=1e-3)
-    given = frozenset({"hidden_size", "num_hidden_layers", "intermediate_size"})
-    start = starting_weights(path, config, given, "any")  # config.json beside it tells the heads
-    ours = start.model(start.config).eval()
-    tokens = torch.randint(ids["vocab_size"], (2, 20))
-    torch.testing.assert_close(ours(tokens, is_causal=True), theirs(tokens).logits, rtol=1e-4, atol=1e-5)
-    told = "--num-attention-heads 4 --rope-theta 500.0 --rms-norm-eps 0.001$"
-    with pytest.raises(ValueError, match=f"config.json.* give {told}"):
-        starting_weights(path, replace(config, num_attention_heads=2, rope_theta=1e4, rms_norm_eps=1e-5), given, "any")
-    path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ValueError, match="llama/model.safetensors is damaged"):
-        starting_weights(path, config, given, "any")
-
-
 @pytest.mark.parametrize(
     "spoil, words",
     [
@@ -253,11 +216,10 @@ def test_what_is_no_number_to_compute_with_is_no_weight(spoil, words, saved):
     edit(path, lambda p: p["weights"].update({"norm.weight": spoil(p["weights"]["norm.weight"])}))
     with pytest.raises(ValueError, match=f"norm.weight .*{words}"):
         load_model(path)
-    names = minimind_names(model)
-    names["model.norm.weight"] = spoil(names["model.norm.weight"])
-    torch.save(names, path)
+    weights = model.state_dict()
+    torch.save(weights | {"norm.weight": spoil(weights["norm.weight"])}, path)
     with pytest.raises(ValueError, match=f"norm.weight .*{words}"):
-        import_foreign(path, model.config)
+        starting_weights(path, model.config, frozenset({"num_attention_heads"}), "any")
 
 
 def test_a_run_goes_on_where_its_name_leads(saved, tmp_path):
@@ -280,122 +242,6 @@ def test_where_memory_ends_in_reading_no_file_is_called_damaged(saved, monkeypat
     monkeypatch.setattr(torch, "load", fail)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         load_checkpoint(path)
-
-
-def minimind_names(model: Transformer, prefix: str = "model.", tied: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict as MiniMind writes it: half precision, the rotary tables among the weights."""
-    weights = {prefix + name: tensor.half() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    weights |= {"model.freqs_cos": torch.zeros(8, 4), "model.freqs_sin": torch.zeros(8, 4)}
-    return weights if tied else weights | {"lm_head.weight": model.lm_head.weight.detach().half()}
-
-
-@pytest.fixture
-def foreign(tokenizer, workspace):
-    """foreign(**changes) -> (model whose weights are exact in half precision, its config) with the test's tokenizer."""
-    from dataset.tokenizer import token_ids
-
-    def build(**changes):
-        config = ModelConfig(
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=64,
-            **token_ids(tokenizer) | changes,
-        )
-        torch.manual_seed(8)
-        model = Transformer(config)
-        model.load_state_dict({n: t.half().float() for n, t in model.state_dict().items()})
-        return model, config
-
-    return build
-
-
-def started_from(command, argv) -> dict[str, torch.Tensor]:
-    """The weights that a run begins with: those after one step of next to no length."""
-    result = command(train_pretrain, [*argv, "--lr", "1e-30", "--weight-decay", "0", "--max-iters", "1"])
-    assert result.code == 0, result.err
-    return load_checkpoint(Path("weights/ar.pt"))["weights"]
-
-
-@pytest.mark.parametrize("prefix", ["model.", "", "module.model.", "_orig_mod.model."])
-@pytest.mark.parametrize("tied", [False, True])
-def test_minimind_weights_are_imported_tensor_by_tensor(prefix, tied, foreign, command, pretrain_argv):
-    model, _ = foreign(tie_embeddings=tied)
-    torch.save(minimind_names(model, prefix, tied), "theirs.pth")
-    weights = started_from(command, [*pretrain_argv, "--init-from-minimind", "theirs.pth"])
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(weights[name], tensor), name
-    config = load_checkpoint(Path("weights/ar.pt"))["config"]
-    assert config["num_attention_heads"] == 4 and config["attention"] == "causal"
-
-
-def test_heads_come_from_the_flags_since_no_shape_tells_them(foreign, command, pretrain_argv):
-    model, _ = foreign()
-    torch.save(minimind_names(model), "theirs.pth")
-    started_from(command, [*pretrain_argv, "--init-from-minimind", "theirs.pth", "--num-attention-heads", "2"])
-    assert load_checkpoint(Path("weights/ar.pt"))["config"]["num_attention_heads"] == 2
-
-
-def test_foreign_weights_without_typed_heads_are_refused(foreign, refused, pretrain_argv):
-    """The default would compute something else from the same tensors, and nothing would tell."""
-    model, _ = foreign()
-    torch.save(minimind_names(model), "theirs.pth")
-    at = pretrain_argv.index("--num-attention-heads")
-    argv = [*pretrain_argv[:at], *pretrain_argv[at + 2 :], "--init-from-minimind", "theirs.pth"]
-    refused(train_pretrain, argv, "theirs.pth", "--num-attention-heads")
-
-
-def test_a_vocabulary_without_the_mask_token_gets_the_mean_row_at_its_end(foreign, tmp_path):
-    """As with MiniMind's own tokenizer directory when the mask token has to be added."""
-    model, config = foreign()
-    grown = replace(config, vocab_size=config.vocab_size + 1, mask_token_id=config.vocab_size)
-    torch.save(minimind_names(model), tmp_path / "theirs.pth")
-    imported = import_foreign(tmp_path / "theirs.pth", grown)
-    for ours, theirs in ((imported.embed_tokens, model.embed_tokens), (imported.lm_head, model.lm_head)):
-        assert torch.equal(ours.weight[:-1], theirs.weight)
-        torch.testing.assert_close(ours.weight[-1], theirs.weight.mean(dim=0))
-
-
-def test_a_vocabulary_that_lacks_another_row_is_refused(foreign, tmp_path):
-    """A mask token inside the vocabulary means that the missing row is some other token's."""
-    model, config = foreign()
-    torch.save(minimind_names(model), tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match="embed_tokens.weight.*--tokenizer-dir"):
-        import_foreign(tmp_path / "theirs.pth", replace(config, vocab_size=config.vocab_size + 1))
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        (["--num-hidden-layers", "3"], ["2 layers", "--num-hidden-layers says 3"]),
-        (["--hidden-size", "64"], ["shape", "--hidden-size"]),
-        (["--intermediate-size", "128"], ["shape", "--intermediate-size"]),
-        (["--num-key-value-heads", "2"], ["shape", "--num-key-value-heads"]),
-        (["--qk-norm"], ["--qk-norm"]),
-        (["--tie-embeddings"], ["--tie-embeddings"]),
-    ],
-)
-def test_foreign_weights_of_another_shape_name_the_flag(flags, words, foreign, refused, pretrain_argv):
-    model, _ = foreign()
-    torch.save(minimind_names(model), "theirs.pth")
-    refused(train_pretrain, [*pretrain_argv, "--init-from-minimind", "theirs.pth", *flags], "theirs.pth", *words)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"a": torch.zeros(2)},
-        {"model": {"embed_tokens.weight": torch.zeros(2, 2)}},
-        [1, 2],
-        {1: torch.zeros(2), "model.embed_tokens.weight": torch.zeros(380, 32)},
-        {"model.embed_tokens.weight": torch.zeros(380, 32), "epoch": 3},
-        {"model.embed_tokens.weight": "text"},
-        {"model_state_dict": 3},
-    ],
-)
-def test_a_foreign_dict_is_refused(content, refused, pretrain_argv, workspace):
-    torch.save(content, "theirs.pth")
-    refused(train_pretrain, [*pretrain_argv, "--init-from-minimind", "theirs.pth"], "theirs.pth")
 
 
 def test_our_own_checkpoint_brings_its_shape_and_typed_flags_that_contradict_it_are_named(
@@ -467,4 +313,4 @@ def test_loading_a_start_leaves_dropout_and_rope_scaling_to_the_flags(command, p
 def test_the_config_in_the_file_is_the_whole_config(saved):
     model, path = saved()
     assert load_checkpoint(path)["config"] == asdict(model.config)
-    assert set(foreign_weights.ADJUSTABLE) <= asdict(model.config).keys()
+    assert set(ADJUSTABLE) <= asdict(model.config).keys()
