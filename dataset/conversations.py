@@ -9,8 +9,9 @@ import numpy as np
 
 from dataset.bad_rows import BadRows
 from dataset.cache import ArrayFiles
-from dataset.formats import Messages, read_conversations
 from dataset.jsonl import Observer, content_hash
+from dataset.rows.formats import read_conversations
+from dataset.rows.messages import Messages, is_learnt
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser, template_size
 from dataset.tokenizer import ChatIds, encode_conversations, fingerprint, render_chat, token_dtype
@@ -44,7 +45,7 @@ class Conversations:
 class ConversationTokeniser(FileTokeniser):
     """The conversations of a file."""
 
-    unit, version = "conversations", 4
+    unit, version = "conversations", 5
     num_replies = 0  # read so far, empty ones included
 
     def dtypes(self) -> dict[str, Any]:
@@ -85,8 +86,8 @@ class ConversationTokeniser(FileTokeniser):
 
 
 def count_replies(rows: list[Messages]) -> int:
-    """Number of replies, empty ones included."""
-    return sum(message["role"] == "assistant" for messages in rows for message in messages)
+    """Number of replies that are to be learnt, empty ones included."""
+    return sum(is_learnt(message) for messages in rows for message in messages)
 
 
 def conversation_hash(messages: Messages) -> int:

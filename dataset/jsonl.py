@@ -217,10 +217,18 @@ def _is_blank(line: bytes, number: int) -> bool:
 
 def _parsed(line: bytes, number: int) -> dict[str, Any]:
     """Parse one line as a JSON object; ValueError if it is anything else."""
-    text = _decoded(line, number).rstrip("\r\n")
+    row = parsed_json(_decoded(line, number).rstrip("\r\n"))
+    if not isinstance(row, dict):
+        expected = 'expected an object such as {"text": "..."}'
+        raise ValueError(f"{expected}, found {JSON_TYPES[type(row)]}; correct or delete that row")
+    return row
+
+
+def parsed_json(text: str) -> Any:
+    """The value that a text spells in JSON; ValueError if there is none that can be used."""
     try:
-        row = PARSER.decode(text)
-        if text.count("[") + text.count("{") > MAX_NESTING and _is_deep(row):
+        value = PARSER.decode(text)
+        if text.count("[") + text.count("{") > MAX_NESTING and _is_deep(value):
             raise RecursionError
     except json.JSONDecodeError as error:
         reason = f"not valid JSON at column {error.pos + 1} ({error.msg})"
@@ -230,12 +238,9 @@ def _parsed(line: bytes, number: int) -> dict[str, Any]:
     except ValueError as error:  # a key twice, or an integer of more than 4300 digits
         reason = str(error).partition("; use sys.")[0]  # advice to programmers
         raise ValueError(f"not readable JSON: {reason}; correct or delete that row") from None
-    if not isinstance(row, dict):
-        expected = 'expected an object such as {"text": "..."}'
-        raise ValueError(f"{expected}, found {JSON_TYPES[type(row)]}; correct or delete that row")
     if SURROGATE_ESCAPE.search(text):
-        _refuse_lone_surrogates(row)
-    return row
+        _refuse_lone_surrogates(value)
+    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

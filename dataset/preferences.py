@@ -18,10 +18,10 @@ from torch import Tensor
 from dataset.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.cache import ArrayFiles, stretches
 from dataset.corpus.bundled import bundled_file
-from dataset.formats import Pair, read_pairs
 from dataset.jsonl import Observer, content_hash, text_format
 from dataset.order import LengthOrder, RowOrder
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
+from dataset.rows.pair_formats import Pair, read_pairs
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser, template_size
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_conversations, render_chat, token_dtype
@@ -33,8 +33,8 @@ class PreferenceData:
 
     data: Annotated[
         Path | None,
-        "pairs of replies: JSONL, may be .gz; rows of chosen and rejected, as conversations or as replies to prompt or "
-        "messages (none: the bundled ones)",
+        "pairs of replies: JSONL, may be .gz; rows in one of the formats of dataset/rows/pair_formats.py "
+        "(none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[
@@ -100,7 +100,7 @@ class Pairs:
 class PairTokeniser(FileTokeniser):
     """The pairs of a file."""
 
-    unit, version = "pairs", 4
+    unit, version = "pairs", 5
 
     def dtypes(self) -> dict[str, Any]:
         hashes = {"prompts": np.uint64, "hashes": np.uint64}
@@ -148,6 +148,11 @@ def equal_replies(pairs: Pairs, chosen: np.ndarray, items: PairItems) -> np.ndar
     return (first == other) & (pairs.common[chosen] >= first)
 
 
+def empty_replies(items: PairItems) -> np.ndarray:
+    """(B,) bool: which of the pairs have a reply that is its EOS alone."""
+    return (items.replies == 1).any(axis=0)
+
+
 @dataclass(frozen=True)
 class PairLayout:
     """Settings of the rows made of pairs.
@@ -176,17 +181,19 @@ class PairRows:
         cls, pairs: Pairs, layout: PairLayout, keep: Callable[[np.ndarray], np.ndarray], by_length: bool = False
     ) -> tuple["PairRows", dict[str, int]]:
         """Rows of the pairs whose prompts' hashes pass keep(hashes), and how many were shortened or left out."""
-        parts, counts = [np.empty(0, dtype=np.int64)], np.zeros(4, dtype=np.int64)
+        parts, counts = [np.empty(0, dtype=np.int64)], np.zeros(5, dtype=np.int64)
         for stretch in stretches(len(pairs)):
             stretch = stretch[keep(pairs.prompts[stretch])]
             items = items_of(pairs, stretch, layout.seq_len)
-            equal = equal_replies(pairs, stretch, items)
-            parts.append(stretch[~equal])
-            counts += [items.rows.cut_prompts, items.rows.cut_bodies, items.rows.num_shortened, equal.sum()]
+            empty = empty_replies(items)
+            equal = equal_replies(pairs, stretch, items) & ~empty
+            parts.append(stretch[~empty & ~equal])
+            rows = items.rows
+            counts += [rows.cut_prompts, rows.cut_bodies, rows.num_shortened, equal.sum(), empty.sum()]
         chosen = np.concatenate(parts)
         if by_length:
             chosen = chosen[np.argsort(items_of(pairs, chosen, layout.seq_len).rows.lengths, kind="stable")]
-        names = "cut_prompts", "cut_replies", "shortened", "equal_replies"
+        names = "cut_prompts", "cut_replies", "shortened", "equal_replies", "empty_replies"
         return cls(pairs, chosen, layout), dict(zip(names, counts.tolist(), strict=True))
 
     def __len__(self) -> int:
@@ -258,6 +265,7 @@ class PreferenceDataset:
         self.validation, others = PairRows.of(pairs, layout, lambda prompts: np.isin(prompts, held_out), by_length=True)
         self.meta |= counts | {
             "equal_replies": counts["equal_replies"] + others["equal_replies"],
+            "empty_replies": counts["empty_replies"] + others["empty_replies"],
             "train_rows": len(self.train),
             "validation_rows": len(self.validation),
             "real_token_share": self.train.real_token_share,
@@ -266,15 +274,16 @@ class PreferenceDataset:
             num_held_out = sum(int(np.isin(pairs.prompts[part], held_out).sum()) for part in stretches(len(pairs)))
             raise ValueError(
                 f"{self.source} has nothing to train on: of {self.meta['pairs']:,} pairs, {num_held_out:,} are "
-                f"held out by --val-fraction {config.val_fraction}, and of the others both replies are the same in the "
-                f"first {config.max_seq_len} tokens"
+                f"held out by --val-fraction {config.val_fraction}, and of the others one reply is empty, or "
+                f"both replies are the same in the first {config.max_seq_len} tokens"
             )
 
     def describe(self) -> str:
         """Lines for people."""
         meta, train = self.meta, self.train
         bundled = "" if self.config.data else "no --data, so the bundled pairs are used: "
-        left_out = f" ({meta['equal_replies']:,} of equal replies left out)" if meta["equal_replies"] else ""
+        counts = {name: meta[f"{name}_replies"] for name in ("equal", "empty")}
+        left_out = "".join(f" ({count:,} of {name} replies left out)" for name, count in counts.items() if count)
         lines = (
             f"{bundled}{self.source}: {meta['pairs']:,} pairs{left_out}\n"
             f"train {len(train):,} pairs of {train.real_token_share * train.seq_len:.0f} tokens on average; "

@@ -13,10 +13,10 @@ from torch import Tensor
 from dataset.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.conversations import Conversations, ConversationTokeniser, conversation_hash, count_replies
 from dataset.corpus.bundled import bundled_file
-from dataset.formats import Messages
 from dataset.jsonl import chunked, held_out_threshold, read_lines, text_format
 from dataset.order import STEPS_PER_WINDOW, LengthOrder
 from dataset.replies import ReplyRows, RowLayout
+from dataset.rows.messages import Messages
 from dataset.tokenise import CHUNK_CHARACTERS
 from dataset.tokenizer import ChatIds, PreTrainedTokenizerFast, encode_conversations
 
@@ -32,8 +32,7 @@ class SFTData:
 
     data: Annotated[
         Path | None,
-        "conversations: JSONL, may be .gz; rows of conversations, messages, instruction or prompt "
-        "(none: the bundled ones)",
+        "conversations: JSONL, may be .gz; formats in dataset/rows/formats.py (none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len", "at least 16"] = 512

@@ -7,7 +7,6 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +16,14 @@ from dataset import preferences, replies
 from dataset.bad_rows import BadRow, BadRows
 from dataset.cache import unchanged
 from dataset.conversations import Conversations
-from dataset.formats import ROLES, Messages, is_conversation, is_pair, read_conversations, read_pairs
-from dataset.jsonl import chunked, content_hash, language_of, numbered_documents, read_rows, text_format
+from dataset.jsonl import chunked, content_hash, language_of, numbered_documents
+from dataset.rows.formats import read_conversations
+from dataset.rows.messages import ROLES, Messages, is_learnt
+from dataset.rows.pair_formats import read_pairs
 from dataset.spelling import control_names, spelling_check
 from dataset.tokenise import CHUNK_CHARACTERS, Pass, template_size
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, fingerprint, render_chat
 
-FIRST_ROWS = 100  # by which the kind of rows is decided
 MAX_REASONS = 1000  # counted separately
 MAX_EXAMPLES = 5  # of copies, and of rows that spell control tokens
 
@@ -45,21 +45,6 @@ class AllBadRows(BadRows):
 
     def refuse_all(self, path: Path) -> None:
         pass
-
-
-def kind_of_rows(path: Path, field: str) -> str:
-    """The kind of most of the first rows: "pairs", "chat" or, by default, "text"."""
-    if text_format(path) == ".txt":
-        return "text"
-    kinds: Counter[str] = Counter()
-    for _, row in islice(read_rows(path, bad=AllBadRows()), FIRST_ROWS):
-        if is_pair(row):
-            kinds["pairs"] += 1
-        elif is_conversation(row):
-            kinds["chat"] += 1
-        elif field in row:
-            kinds["text"] += 1
-    return max(kinds, key=kinds.get, default="text")
 
 
 class Row(NamedTuple):
@@ -141,10 +126,12 @@ class Survey:
                 self._count_shortened(name, whole.lengths, replies.shortened(whole, self.max_seq_len))
             for (number, messages), chat in zip(chunk, encoded, strict=True):
                 roles, contents = zip(*((message["role"], message["content"]) for message in messages), strict=True)
-                num_replies = roles.count("assistant")
+                replies_learnt = [message["content"] for message in messages if is_learnt(message)]
+                num_replies = len(replies_learnt)
                 self.counts.update(f"{role} messages" for role in roles)
                 self.counts.update(replies=num_replies, several_replies=num_replies > 1)
-                self.counts["empty_replies"] += [*zip(roles, contents, strict=True)].count(("assistant", ""))
+                self.counts["empty_replies"] += replies_learnt.count("")
+                self.counts["only_shown"] += roles.count("assistant") - num_replies
                 content_tokens = len(chat.ids) - sum(around[role] for role in roles)
                 yield Row(number, list(contents), render_chat(messages, False), len(chat.ids), content_tokens)
 
@@ -158,8 +145,10 @@ class Survey:
             prompts, chosen, rejected = np.diff(pairs.starts).reshape(-1, 3).T
             lengths = prompts + np.maximum(chosen, rejected)
             self._count_shortened("pairs", lengths, items.rows)
-            equal = preferences.equal_replies(pairs, every, items)
-            self.counts.update(equal_replies=int(equal.sum()), longer_chosen=int((chosen > rejected).sum()))
+            empty = preferences.empty_replies(items)
+            equal = preferences.equal_replies(pairs, every, items) & ~empty
+            self.counts.update(empty_replies=int(empty.sum()), equal_replies=int(equal.sum()))
+            self.counts.update(longer_chosen=int((chosen > rejected).sum()))
             tokens = prompts + chosen + rejected
             for (number, pair), length, count in zip(chunk, lengths.tolist(), tokens.tolist(), strict=True):
                 template = sum(around[message["role"]] for message in pair.prompt) + around["two replies"]

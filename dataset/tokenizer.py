@@ -19,7 +19,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from dataset.formats import ROLES, checked_messages
+from dataset.rows.messages import ROLES, Messages, checked_messages, is_learnt
 
 MASK_TOKEN = "<|mask|>"
 SPECIAL_TOKENS = (
@@ -140,7 +140,7 @@ def decode(tokenizer: PreTrainedTokenizerFast, ids: Iterable[int], skip_special:
     return tokenizer.backend_tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
 
-def render_chat(messages: Sequence[dict[str, str]], add_generation_prompt: bool) -> str:
+def render_chat(messages: Messages, add_generation_prompt: bool) -> str:
     """A conversation as text, to be shown; to get ids use `encode_chat`. Raises ValueError as that does."""
     turns = [f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in checked_messages(messages)]
     return "".join(turns) + ("<|im_start|>assistant\n" if add_generation_prompt else "")
@@ -148,7 +148,7 @@ def render_chat(messages: Sequence[dict[str, str]], add_generation_prompt: bool)
 
 def encode_chat(
     tokenizer: PreTrainedTokenizerFast,
-    messages: Sequence[dict[str, str]],
+    messages: Messages,
     add_generation_prompt: bool,
     control: bool = False,
 ) -> list[int]:
@@ -167,11 +167,11 @@ class ChatIds(NamedTuple):
     """A conversation as `encode_chat` writes it."""
 
     ids: list[int]
-    replies: list[tuple[int, int]]  # of each assistant turn: where its content begins, one past its EOS
+    replies: list[tuple[int, int]]  # of each that is learnt: where its content begins, one past its EOS
 
 
 def encode_conversations(
-    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[dict[str, str]]], control: bool = False
+    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Messages], control: bool = False
 ) -> list[ChatIds]:
     """`encode_chat` of many conversations at once, with the places of their replies. Raises ValueError as that does."""
     checked = [checked_messages(messages) for messages in conversations]
@@ -182,13 +182,14 @@ def encode_conversations(
     headers = dict(zip(ROLES, encode_batch(tokenizer, [f"{role}\n" for role in ROLES]), strict=True))
     bos, eos, newline = tokenizer.bos_token_id, tokenizer.eos_token_id, encode(tokenizer, "\n")
     encoded = []
-    for pairs in checked:
+    for conversation in conversations:
         ids, replies = [], []
-        for role, _ in pairs:
+        for message in conversation:
+            role = message["role"]
             ids += [bos, *headers[role]]
             begin = len(ids)
             ids += [*next(written_ids if role == "assistant" else given_ids), eos]
-            if role == "assistant":
+            if is_learnt(message):
                 replies.append((begin, len(ids)))
             ids += newline
         encoded.append(ChatIds(ids, replies))

@@ -19,8 +19,9 @@ import numpy as np
 from dataset.jsonl import open_text, text_format
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
+from dataset.rows.kinds import kinds_of_rows
 from dataset.sft import SFTData
-from dataset.survey import Survey, kind_of_rows
+from dataset.survey import AllBadRows, Survey
 from dataset.tokenizer import load_tokenizer
 from model.ranges import check_ranges
 from scripts.engine.cli import parse_args, run
@@ -68,9 +69,10 @@ def main(argv: list[str] | None = None) -> None:
     config, given = parse_args(__doc__, CheckConfig, argv=argv)
     open_text(config.file).close()  # a missing file gets its message here
     require_output(config.json, "--json", config.file, config.tokenizer_dir)
-    kind = config.kind
+    kind, others = config.kind, []
     if kind == "auto":
-        kind = "text" if "jsonl_field" in given else kind_of_rows(config.file, config.jsonl_field)
+        typed = "jsonl_field" in given
+        kind, *others = ["text"] if typed else kinds_of_rows(config.file, config.jsonl_field, AllBadRows())
     elif kind != "text" and text_format(config.file) == ".txt":
         raise ValueError(f"--kind {kind}: {config.file} is plain text; expected .jsonl")
     in_fields = kind == "text" and text_format(config.file) == ".jsonl"
@@ -85,12 +87,17 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(data.tokenizer_dir)
     result = Survey(config.file, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)
-    print("\n".join(page(result)), end="\n\n")
+    print("\n".join([*page(result), *other_kinds(kind, others)]), end="\n\n")
     print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))
     if config.json is not None:
         write_json(config.json, result)
     if fault:
         sys.exit(1)
+
+
+def other_kinds(kind: str, others: list[str]) -> list[str]:
+    """Lines on what else the rows could be read as."""
+    return [f"  read as         {KINDS[kind].words}; --kind {name} reads {KINDS[name].words}" for name in others]
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -100,7 +107,8 @@ COUNTS = {  # names of the counts of a survey, in words
     "longer": "documents longer than a row: they continue in the next, nothing is cut",
     "blank_rows": "documents of blanks alone",
     "several_replies": "conversations of several replies",
-    "empty_replies": "empty replies, left out",
+    "empty_replies": "empty replies, left out (of pairs: either reply)",
+    "only_shown": "replies marked as not to be learnt",
     "equal_replies": "pairs of equal replies, left out",
     "longer_chosen": "pairs whose chosen reply is the longer one",
     "spelling_rows": "rows that spell control tokens, which are text (in documents: except with --control-tokens)",
@@ -199,7 +207,7 @@ def has_content(result: dict[str, Any]) -> bool:
     counts = Counter(result["counts"])
     if result["kind"] == "chat":
         return counts["replies"] > counts["empty_replies"]
-    return result["used_rows"] > counts["equal_replies"] + counts["blank_rows"]
+    return result["used_rows"] > counts["equal_replies"] + counts["empty_replies"] + counts["blank_rows"]
 
 
 def training_commands(data: Any, result: dict[str, Any]) -> list[str]:

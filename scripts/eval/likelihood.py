@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dataset.bad_rows import BadRows
-from dataset.formats import is_conversation
 from dataset.jsonl import read_rows, text_format
+from dataset.rows.kinds import kinds_of
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.choices import evaluate_choices
@@ -96,11 +96,12 @@ def format_of(data: DataEvalConfig, eval_format: str) -> str:
     if eval_format != "auto":
         return eval_format
     _, first = next(read_rows(data.eval_data, bad=BadRows(data.on_bad_row)))
-    if data.jsonl_field in first:
-        return "text"
-    if {"question", "choices"} <= first.keys():
+    kinds = [kind for kind in kinds_of(first, data.jsonl_field) if kind != "pairs"]
+    if "text" not in kinds and {"question", "choices"} <= first.keys():
         return "choices"
-    return "chat" if is_conversation(first) else "text"
+    if kinds == ["chat", "text"]:
+        print(f"{data.eval_data}: --eval-format text reads the field {data.jsonl_field} instead", file=sys.stderr)
+    return kinds[0] if kinds else "text"
 
 
 Report = tuple[list[str], dict[str, Any]]  # lines, and the record for the result file

@@ -71,10 +71,13 @@ ROWS = {
     "a role twice": ("chat", b'{"messages": [{"role": "user", "role": "assistant", "content": "b"}]}'),
     "empty conversation": ("chat", b'{"messages": []}'),
     "no reply": ("chat", b'{"messages": [{"role": "user", "content": "a"}]}'),
-    "unknown role": ("chat", b'{"messages": [{"role": "gpt", "content": "a"}]}'),
+    "unknown role": ("chat", b'{"messages": [{"role": "robot", "content": "a"}]}'),
     "a role that is a list": ("chat", b'{"messages": [{"role": ["user"], "content": "a"}]}'),
     "empty pair": ("pairs", b'{"chosen": [], "rejected": []}'),
-    "unknown role in a pair": ("pairs", b'{"prompt": "a", "chosen": {"role": "bot", "content": "b"}, "rejected": "c"}'),
+    "unknown role in a pair": (
+        "pairs",
+        b'{"prompt": "a", "chosen": {"role": "r", "content": "b"}, "rejected": "c"}',
+    ),
     "a chosen twice": ("pairs", b'{"prompt": "a", "chosen": "b", "chosen": "b", "rejected": "c"}'),
 }
 

@@ -6,9 +6,9 @@ import pytest
 from dataset.corpus import bundled
 from dataset.corpus.facts import HELD_OUT_SUMS, facts, one_way_capitals
 from dataset.corpus.tables import CAPITALS_ONE_WAY
-from dataset.formats import messages_of
 from dataset.jsonl import language_of
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.rows.formats import messages_of
 from dataset.sft import SFTData, SFTDataset
 from dataset.tokenizer import encode, train_bpe
 from scripts.engine.statistics import is_correct

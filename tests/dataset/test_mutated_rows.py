@@ -1,7 +1,8 @@
 """Rows that were damaged at random: each is taken byte for byte, or reported with its number; never neither.
 
-What is right is said by an oracle that shares no code with the readers. MUTATED_ROWS=10000 in the environment, or
-more, makes the search longer than the suite has time for: so many rows of each format.
+What is right is said by an oracle that shares no code with the readers. It knows the plain formats; of a row with other
+fields it knows that no text may be lost (tests/dataset/test_formats.py has the other formats).
+MUTATED_ROWS=10000 in the environment, or more, makes the search longer than the suite has time for.
 """
 
 import copy
@@ -20,10 +21,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from dataset.bad_rows import BadRow, BadRows
-from dataset.formats import read_conversations, read_pairs
 from dataset.jsonl import read_documents
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.rows.formats import read_conversations
+from dataset.rows.pair_formats import read_pairs
 from dataset.sft import SFTData, SFTDataset
 from dataset.survey import Survey
 from dataset.tokenizer import decode
@@ -31,6 +33,7 @@ from dataset.tokenizer import decode
 pytestmark = pytest.mark.slow
 ROWS = int(os.environ.get("MUTATED_ROWS", 10_000))  # of each format
 ROWS_IN_A_FILE, SOUND_ROWS = 500, 80
+ROLES = "system", "user", "assistant"
 BOM = b"\xef\xbb\xbf"
 
 # -- valid rows --------------------------------------------------------------------------------------------------------
@@ -282,16 +285,73 @@ def as_pair(row: dict) -> tuple[list[tuple[str, str]], str, str]:
     return prompt, replies[0][1], replies[1][1]
 
 
-def judged(data: bytes, use: Callable[[dict], Any]) -> tuple[list[tuple[int, bytes, Any]], list[int]]:
-    """(number, line, content) of the good rows, and the numbers of the bad ones."""
+TEXTS = "instruction", "input", "output", "response"
+PLAIN = [{"conversations"}, {"messages"}, {"instruction", "output"}, {"instruction", "input", "output"}]
+PLAIN += [{"prompt", "response"}, {"chosen", "rejected"}, {"prompt", "chosen", "rejected"}]
+PLAIN += [{"messages", "chosen", "rejected"}]
+
+
+def is_plain(row: dict) -> bool:
+    """Return whether a row has the fields of one format alone, and messages of the plain form where it may have any."""
+    items = [item for value in row.values() for item in (value if isinstance(value, list) else [value])]
+    messages = [item for item in items if isinstance(item, dict)]
+    replies = {"chosen", "rejected"} if len(row) == 2 else set()
+    structured = {field for field, value in row.items() if isinstance(value, list)}
+    structured |= {field for field, value in row.items() if isinstance(value, dict) and field in ("prompt", *TEXTS)}
+    return (
+        row.keys() in PLAIN
+        and None not in row.values()
+        and structured <= {"conversations", "messages"} | replies
+        and all(item.keys() == {"role", "content"} and item["role"] in ROLES for item in messages)
+    )
+
+
+def values(value: Any) -> Iterator[str]:
+    """The strings of a value, without the keys of its objects and what they name an id."""
+    if isinstance(value, dict):
+        value = [item for key, item in value.items() if key != "id"]
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from values(item)
+
+
+def check_nothing_lost(row: dict, contents: list[str]) -> None:
+    """Every text of the row is in its contents, and they hold nothing else."""
+    texts = [*values({key: value for key, value in row.items() if key != "text"})]
+    for text in texts:
+        is_label = re.fullmatch(r"[\w.:/@+#=-]{0,64}", text, re.ASCII)
+        assert not text.strip() or is_label or any(text in content for content in contents), (text, row)
+    joined = {f"{one}\n{other}" for one in texts for other in texts} if "instruction" in row else set()
+    assert {*contents} <= {*texts} | joined, row
+
+
+def judged(data: bytes, kind: str, accepted: dict[int, Any]) -> tuple[list[tuple[int, bytes, Any]], list[int]]:
+    """(number, line, content) of the good rows, and the numbers of the bad ones, as far as they are what they must be.
+
+    accepted: what a reader made of the rows that it took.
+    """
+    use = KINDS[kind][0]
     good, bad = [], []
     for number, line in enumerate(data.split(b"\n"), start=1):
         line = line.removeprefix(BOM) if number == 1 else line
-        if line.strip():
-            try:
-                good.append((number, line, use(parsed(line))))
-            except Bad:
-                bad.append(number)
+        if not line.strip():
+            continue
+        try:
+            row = parsed(line)
+        except Bad:
+            bad.append(number)
+            continue
+        try:
+            content = use(row)
+        except Bad:
+            content = None
+        if kind != "text" and not is_plain(row):
+            content = accepted.get(number)
+            if content is not None:
+                check_nothing_lost(row, [text for text in values(content) if text not in ROLES])
+        (bad.append(number) if content is None else good.append((number, line, content)))
     return good, bad
 
 
@@ -360,17 +420,19 @@ KINDS = {  # oracle, reader, its content in the oracle's words, cache, what that
 
 def check_file(path: Path, data: bytes, kind: str, tokenizer) -> tuple[int, int]:
     """Rows, and how many of them are bad."""
-    use, read, told, cached, spell = KINDS[kind]
+    _, read, told, cached, spell = KINDS[kind]
     path.write_bytes(gzip.compress(data, 1) if path.suffix == ".gz" else data)
-    good, bad = judged(data, use)
+    skipped = BadRows("skip")
+    accepted = list(read(path, skipped))
+    numbered = {} if kind == "text" else {content[0]: told(content) for content in accepted}
+    good, bad = judged(data, kind, numbered)
     contents = [content for *_, content in good]
+    assert [told(content) for content in accepted] == contents
 
     if bad:
         with pytest.raises(BadRow) as refused:
             list(read(path, BadRows()))
         assert refused.value.number == bad[0] and "\n" not in str(refused.value)
-    skipped = BadRows("skip")
-    assert [told(content) for content in read(path, skipped)] == contents
     assert skipped.count == len(bad) and [int(re.findall(r"\d+", row)[0]) for row in skipped.first] == bad[:5]
 
     clean = path.with_name("clean.jsonl")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.formats import pair_of
 from dataset.jsonl import is_validation
 from dataset.preferences import PreferenceData, PreferenceDataset
+from dataset.rows.pair_formats import pair_of
 from dataset.tokenizer import load_tokenizer, render_chat
 from tests.dataset.test_sft import shown
 
@@ -174,10 +174,11 @@ BAD = {
     "mixed": ({"chosen": [ASKED, GOOD], "rejected": "3"}, 'field "rejected" is a string'),
     "empty": ({"chosen": [], "rejected": []}, "chosen: a conversation needs at least one message"),
     "reply": ({"prompt": "a", "chosen": 3, "rejected": "c"}, 'field "chosen" is a number'),
-    "prompt": ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, 'field "prompt" is an array, expected a string'),
+    "prompt": ({"prompt": 3, "chosen": "b", "rejected": "c"}, 'field "prompt" is a number, expected a string'),
+    "prompt of strings": ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "prompt: message 1 needs the keys"),
     "messages": ({"messages": "a", "chosen": "b", "rejected": "c"}, 'field "messages" is a string'),
     "answered": ({"messages": [ASKED, GOOD], "chosen": "b", "rejected": "c"}, "ends before the assistant's reply"),
-    "role": ({"messages": [{"role": "gpt", "content": ""}], "chosen": "b", "rejected": "c"}, "'gpt'"),
+    "role": ({"messages": [{"role": "robot", "content": ""}], "chosen": "b", "rejected": "c"}, "'robot'"),
 }
 
 

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.conversations import Conversations
-from dataset.formats import FORMATS, messages_of
 from dataset.jsonl import is_validation
 from dataset.replies import items_of, shortened
+from dataset.rows.formats import messages_of
 from dataset.sft import DiffusionSFTData, SFTData, SFTDataset
 from dataset.tokenizer import ChatIds, decode, encode_chat, encode_conversations, load_tokenizer, render_chat
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = "<|im_start|>user\n1+1?<|im_end|>\n<|im_start|>assistant\n2 。<|im_end|>"
-# One row of each format, all the same conversation.
+# Rows of some formats, all the same conversation; tests/dataset/test_formats.py has all of them.
 ROWS = {
     "conversations": {"conversations": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2 。"}]},
     "messages": {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2 。"}]},
@@ -78,7 +78,7 @@ def shown(tokenizer, batch, row=0) -> str:
     return "".join(pieces)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("all_replies", [True, False])
 def test_every_format_gives_the_golden_string(name, all_replies, dataset, tokenizer):
     flags = {} if all_replies else {"eos_fill": 0}
@@ -350,12 +350,13 @@ BAD = {
     "no list": ({"conversations": "a"}, "expected an array of messages"),
     "no message": ({"messages": []}, "at least one message"),
     "no reply": ({"messages": [{"role": "user", "content": "a"}]}, "no assistant message"),
-    "role": ({"messages": [{"role": "gpt", "content": "a"}]}, "'gpt'"),
+    "role": ({"messages": [{"role": "robot", "content": "a"}]}, "'robot'"),
     "content": ({"messages": [{"role": "assistant", "content": 3}]}, "expected a string"),
-    "output": ({"instruction": "a", "output": None}, 'field "output" is null, expected a string'),
-    "instruction": ({"instruction": None, "output": "a"}, 'field "instruction" is null, expected a string'),
+    "output": ({"instruction": "a", "output": None}, "fields present: instruction"),
+    "instruction": ({"instruction": None, "output": "a"}, "fields present: output"),
     "input": ({"instruction": "a", "input": 0, "output": "b"}, 'field "input" is a number, expected a string'),
-    "prompt": ({"prompt": ["a"], "response": "b"}, "expected a string"),
+    "prompt": ({"prompt": 3, "response": "b"}, "expected a string"),
+    "prompt of strings": ({"prompt": ["a"], "response": "b"}, "prompt: message 1 needs the keys"),
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset import formats
+from dataset.rows import formats
 from model import forward_process, masked_diffusion, remasking
 from scripts import quickstart
 from scripts.engine.cli import run

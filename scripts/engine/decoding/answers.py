@@ -10,8 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.bad_rows import BadRows
-from dataset.formats import Messages, read_conversations
 from dataset.jsonl import content_hash, language_of
+from dataset.rows.formats import read_conversations
+from dataset.rows.messages import Messages, is_learnt
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
 from model.decode import ContinuationConfig
@@ -84,7 +85,7 @@ def questions_of(
     rows = 0
     for _, messages in read_conversations(path, None, bad, spelling_check(tokenizer)):
         rows += 1
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        last = max(i for i, message in enumerate(messages) if is_learnt(message))
         prompt, reference = messages[:last], messages[last]["content"]
         if not prompt or not reference.strip():
             continue

@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 from dataset.bad_rows import BadRows, OnBadRow, skipped_line
-from dataset.formats import read_conversations
 from dataset.jsonl import (
     Check,
     content_hash,
@@ -21,6 +20,8 @@ from dataset.jsonl import (
     read_documents,
     text_format,
 )
+from dataset.rows.formats import read_conversations
+from dataset.rows.messages import is_learnt
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, render_chat
 from scripts.engine.loaded import Loaded
@@ -229,7 +230,7 @@ def reply_windows(
     for messages, (ids, spans) in _encoded(chats, lambda some: encode_conversations(tokenizer, some)):
         if len(windows) >= config.max_windows:
             break
-        replies = [message["content"] for message in messages if message["role"] == "assistant"]
+        replies = [message["content"] for message in messages if is_learnt(message)]
         scored = []
         for reply, (begin, end) in zip(replies, spans, strict=True):
             if not reply or end > max_length:

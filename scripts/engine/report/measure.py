@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from dataset.bad_rows import BadRows, OnBadRow
 from dataset.corpus.bundled import bundled_file
-from dataset.formats import FORMATS as CONVERSATIONS
-from dataset.formats import read_conversations
 from dataset.jsonl import (
     read_as,
     read_documents,
     read_rows,
     text_format,
 )
+from dataset.rows.formats import FORMATS as CONVERSATIONS
+from dataset.rows.formats import read_conversations
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, SamplingConfig
@@ -177,9 +177,12 @@ def form_of(path: Path, bad: BadRows | None = None) -> str:
     if text_format(path) == ".txt":
         return "text"
     number, first = next(read_rows(path, bad=bad))
-    for name, form in FORMS.items():
-        if any(first.keys() >= set(fields) for fields in form.fields):
-            return name
+    fitting = [name for name, form in FORMS.items() if any(first.keys() >= set(fields) for fields in form.fields)]
+    if fitting[:1] == ["text"] and len(fitting) > 1:
+        fitting.remove("text")  # as in training and in the data doctor
+        print(f'{path}: read as {fitting[0]}; the field "text" is not', file=sys.stderr)
+    if fitting:
+        return fitting[0]
     known = "; ".join(" or ".join(" + ".join(fields) for fields in form.fields) for form in FORMS.values())
     raise ValueError(
         f"{path}, row {number}: fields {', '.join(first) or 'none'} are of no known format; expected {known}"

@@ -154,7 +154,7 @@ def test_a_reply_that_is_empty_or_replies_to_nothing_is_no_reference(tmp_path, t
     [
         ({"text": "x"}, "row 2: expected the fields of a conversation"),
         ({"messages": [{"role": "user", "content": "x"}]}, "row 2: the conversation has no assistant message"),
-        ({"messages": exchange("x", 3)}, "row 2: content of message 2 is int"),
+        ({"messages": exchange("x", 3)}, "row 2: content of message 2 is a number"),
         ({"messages": exchange("x", "\u2603")}, "row 2: character '\u2603'"),
     ],
 )

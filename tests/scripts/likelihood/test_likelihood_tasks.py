@@ -226,8 +226,9 @@ def test_the_command_takes_the_format_from_the_first_row(kind, argv, chats, file
 
 def test_the_format_asked_for_is_taken(argv, file, command, refused):
     rows = file([{"text": "the cat", "prompt": "the cat", "response": "sees"}])
-    assert "rows of text" in command(likelihood, argv("causal", rows)).err
-    assert "rows of chat" in command(likelihood, argv("causal", rows, "--eval-format", "chat")).err
+    err = command(likelihood, argv("causal", rows)).err
+    assert "rows of chat" in err and "--eval-format text reads the field text instead" in err
+    assert "rows of text" in command(likelihood, argv("causal", rows, "--eval-format", "text")).err
     refused(likelihood, argv("causal", rows, "--eval-format", "choices"), 'row 1: field "question" is missing')
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dataset.corpus.bundled import choices, questions
-from dataset.formats import read_conversations
 from dataset.jsonl import is_validation
+from dataset.rows.formats import read_conversations
 from dataset.tokenizer import encode, encode_chat, render_chat
 from model.decode import ContinuationConfig
 from scripts.engine.decoding.generation import generate
