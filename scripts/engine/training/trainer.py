@@ -123,7 +123,7 @@ class Trainer:
             # The last step is saved by `fit`, once it has been validated.
             if not self.finished and (self.step % run.save_interval == 0 or self.step % run.eval_interval == 0):
                 self.save()
-            self.signals.check()
+            self._stop_if_asked()
 
     # -- a step --------------------------------------------------------------------------------------------------
 
@@ -317,6 +317,9 @@ class Trainer:
         """Save after an error that the other processes know nothing of: they would wait in vain."""
         if self.world.size == 1:
             self._save_if_new()
+
+    def _stop_if_asked(self) -> None:
+        self.signals.check()
 
     def _stop(self, number: int) -> None:
         """Save, say how to continue, and end the run."""
