@@ -224,4 +224,4 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
         lambda: torch.rand(3),
     )
     assert remasking.choose("right_to_left", step).tolist() == [[False, False, True]]
-    assert [turn["content"] for turn in formats.messages_of({"question": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
+    assert [turn["content"] for turn in formats.messages_of({"riddle": "2 + 2?", "answer": "4"})] == ["2 + 2?", "4"]
