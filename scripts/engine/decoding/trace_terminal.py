@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.rule import Rule
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +20,7 @@ from scripts.engine.decoding.trace import REPLACEMENT, Cell, Token, Trace
 SHADES = (230, 229, 193, 157, 122, 117)
 INK, EDIT = "color(16)", "color(160)"
 BLANK, NEWLINE = "\u00b7", "\u21b5"
+GAP = 3  # columns between texts side by side
 SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}  # of special tokens
 
 
@@ -135,9 +136,11 @@ def _printable(character: str) -> str:
 
 def side_by_side(titles: Sequence[str], texts: Sequence[str], columns: int) -> list[str]:
     """Lines that show every text in a column of its own below its title, all of them `columns` wide at most."""
-    table = Table(box=SIMPLE_HEAD, expand=True, show_edge=False, pad_edge=False)
-    for title in titles:
-        table.add_column(Text(on_screen(title)), ratio=1, overflow="fold")
+    table = Table.grid(padding=(0, GAP, 0, 0), expand=True, pad_edge=False)
+    for _ in titles:
+        table.add_column(ratio=1, overflow="fold")
+    table.add_row(*(Text(on_screen(title)) for title in titles))
+    table.add_row(*(Rule(style="") for _ in titles))
     table.add_row(*(Text(on_screen(text)) for text in texts))
     console = Console(file=io.StringIO(), width=columns, markup=False, highlight=False)
     console.print(table)
