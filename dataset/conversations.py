@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dataset.bad_rows import BadRows
 from dataset.cache import ArrayFiles
-from dataset.jsonl import Observer, content_hash
+from dataset.content import content_hash
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import Observer
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import Messages, is_learnt
 from dataset.spelling import spelling_check

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.cache import ArrayFiles, stretches
+from dataset.content import content_hash
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import Observer, content_hash, text_format
 from dataset.order import LengthOrder, RowOrder
+from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.reading.files import Observer, text_format
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
 from dataset.rows.pair_formats import Pair, read_pairs
 from dataset.spelling import spelling_check

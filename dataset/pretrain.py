@@ -17,11 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dataset.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.cache import ArrayFiles, stretches
+from dataset.content import content_hash, held_out_threshold
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import Observer, content_hash, held_out_threshold, read_documents, text_format
 from dataset.order import RowOrder
+from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.reading.documents import read_documents
+from dataset.reading.files import Observer, text_format
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype

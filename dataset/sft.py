@@ -10,11 +10,13 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from dataset.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.content import held_out_threshold
 from dataset.conversations import Conversations, ConversationTokeniser, conversation_hash, count_replies
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import chunked, held_out_threshold, read_lines, text_format
 from dataset.order import STEPS_PER_WINDOW, LengthOrder
+from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.reading.files import read_lines, text_format
+from dataset.reading.rows import chunked
 from dataset.replies import ReplyRows, RowLayout
 from dataset.rows.messages import Messages
 from dataset.tokenise import CHUNK_CHARACTERS

@@ -4,7 +4,7 @@ import re
 
 from tokenizers import models
 
-from dataset.jsonl import Check
+from dataset.reading.rows import Check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 
 MAX_BLANKS = 5_000_000  # in a row; the regular expression that cuts text gives up, by a panic, at ten million

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset import preferences, replies
-from dataset.bad_rows import BadRow, BadRows
 from dataset.cache import unchanged
+from dataset.content import content_hash, language_of
 from dataset.conversations import Conversations
-from dataset.jsonl import chunked, content_hash, language_of, numbered_documents
+from dataset.reading.bad_rows import BadRow, BadRows
+from dataset.reading.documents import numbered_documents
+from dataset.reading.rows import chunked
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import ROLES, Messages, is_learnt
 from dataset.rows.pair_formats import read_pairs

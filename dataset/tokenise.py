@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import numpy as np
 from tqdm import tqdm
 
-from dataset.bad_rows import BadRows
 from dataset.cache import ArrayFiles, cached_directory, map_array, source_key, unchanged
-from dataset.jsonl import Observer, chunked, is_gzip_name, open_text
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import Observer, is_gzip_name, open_text
+from dataset.reading.rows import chunked
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint
 
 CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
@@ -64,7 +65,8 @@ class FileTokeniser(ABC):
         self.path, self.tokenizer, self.on_bad_row = Path(path), tokenizer, on_bad_row
 
     def open(self, cache_dir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """(memory-mapped arrays, what is known of the file). ValueError, FileNotFoundError: see dataset/jsonl.py."""
+        """(memory-mapped arrays, what is known of the file). ValueError, FileNotFoundError: see
+        dataset/reading/files.py."""
         open_text(self.path).close()  # a missing file is refused before a cache directory is made
         options = self.unit, self.version, fingerprint(self.tokenizer), self.on_bad_row, *self.options
         folder = cached_directory(Path(cache_dir), source_key(self.path, *options), self._build)

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 
-from dataset.jsonl import open_text, text_format
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
+from dataset.reading.files import open_text, text_format
 from dataset.rows.kinds import kinds_of_rows
 from dataset.sft import SFTData
 from dataset.survey import AllBadRows, Survey

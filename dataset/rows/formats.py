@@ -11,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import JSON_TYPES, Check, Observer, read_as
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import Observer
+from dataset.reading.parse import JSON_TYPES
+from dataset.reading.rows import Check, read_as
 from dataset.rows.messages import (
     MARKS,
     REASONING_FIELDS,

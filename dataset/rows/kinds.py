@@ -4,8 +4,9 @@ from collections import Counter
 from itertools import islice
 from pathlib import Path
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import read_rows, text_format
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import text_format
+from dataset.reading.rows import read_rows
 from dataset.rows.formats import is_conversation
 from dataset.rows.messages import Row
 from dataset.rows.pair_formats import is_pair

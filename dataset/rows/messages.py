@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
-from dataset.jsonl import JSON_TYPES, parsed_json
+from dataset.reading.parse import JSON_TYPES, parsed_json
 
 Row = dict[str, Any]
 Message = dict[str, Any]

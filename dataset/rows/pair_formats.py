@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import JSON_TYPES, Check, Observer, read_as
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import Observer
+from dataset.reading.parse import JSON_TYPES
+from dataset.reading.rows import Check, read_as
 from dataset.rows.formats import CONTEXT_FIELDS, PROMPTS, TEXT_FIELDS, format_of, messages_in, prompt_of, with_context
 from dataset.rows.messages import Message, Messages, Row, is_learnt, require_used, without_null
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from dataset.jsonl import read_lines
+from dataset.reading.files import read_lines
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
 from model.transformer import Transformer

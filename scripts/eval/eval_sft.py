@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from dataset.bad_rows import BadRows, OnBadRow
+from dataset.reading.bad_rows import BadRows, OnBadRow
 from dataset.tokenizer import PreTrainedTokenizerFast
 from model.decode import ContinuationConfig, SamplingConfig
 from model.denoiser import DenoisingConfig

@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import read_rows, text_format
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.files import text_format
+from dataset.reading.rows import read_rows
 from dataset.rows.kinds import kinds_of
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json

@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import read_documents
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.documents import read_documents
 from dataset.spelling import check_blanks
 from dataset.tokenizer import (
     MASK_TOKEN,

@@ -15,15 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from dataset.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.content import language_of
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import (
-    language_of,
-    open_text,
-    read_documents,
-    read_lines,
-    text_format,
-)
+from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.reading.documents import read_documents
+from dataset.reading.files import open_text, read_lines, text_format
 from dataset.spelling import check_blanks
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run

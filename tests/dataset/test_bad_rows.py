@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dataset.bad_rows import BadRow, BadRows
-from dataset.jsonl import read_documents
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.reading.bad_rows import BadRow, BadRows
+from dataset.reading.documents import read_documents
 from dataset.sft import SFTData, SFTDataset
 from dataset.survey import Survey
 from dataset.tokenizer import decode, train_characters

@@ -3,10 +3,10 @@ import re
 
 import pytest
 
+from dataset.content import language_of
 from dataset.corpus import bundled
 from dataset.corpus.facts import HELD_OUT_SUMS, facts, one_way_capitals
 from dataset.corpus.tables import CAPITALS_ONE_WAY
-from dataset.jsonl import language_of
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.rows.formats import messages_of
 from dataset.sft import SFTData, SFTDataset

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from dataset import cache, conversations, preferences, pretrain, tokenise
 from dataset.cache import ArrayFiles, cached_directory, map_array
-from dataset.jsonl import chunked, content_hash
+from dataset.content import content_hash
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.reading.rows import chunked
 from dataset.rows.pair_formats import pair_of
 from dataset.sft import DiffusionSFTData, SFTDataset
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset.bad_rows import BadRows
 from dataset.preferences import PreferenceData, PreferenceDataset
+from dataset.reading.bad_rows import BadRows
 from dataset.rows.formats import FORMATS, TEXT_FIELDS, messages_of, read_conversations
 from dataset.rows.kinds import kinds_of
 from dataset.rows.messages import METADATA

@@ -20,10 +20,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dataset.bad_rows import BadRow, BadRows
-from dataset.jsonl import read_documents
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.reading.bad_rows import BadRow, BadRows
+from dataset.reading.documents import read_documents
 from dataset.rows.formats import read_conversations
 from dataset.rows.pair_formats import read_pairs
 from dataset.sft import SFTData, SFTDataset

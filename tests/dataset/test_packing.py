@@ -12,8 +12,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dataset import tokenise
-from dataset.jsonl import content_hash, is_validation, read_documents
+from dataset.content import content_hash, is_validation
 from dataset.pretrain import DocumentTokeniser, PackedRows, PretrainData, TokenSplit
+from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode, train_characters
 
 ALPHABET = "abc 中文\n🙂"

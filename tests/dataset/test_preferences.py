@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.jsonl import is_validation
+from dataset.content import is_validation
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.rows.pair_formats import pair_of
 from dataset.tokenizer import load_tokenizer, render_chat

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dataset.jsonl import is_validation
+from dataset.content import is_validation
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import encode, train_characters
 

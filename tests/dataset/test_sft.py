@@ -11,8 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dataset.content import is_validation
 from dataset.conversations import Conversations
-from dataset.jsonl import is_validation
 from dataset.replies import items_of, shortened
 from dataset.rows.formats import messages_of
 from dataset.sft import DiffusionSFTData, SFTData, SFTDataset

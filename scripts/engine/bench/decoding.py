@@ -16,8 +16,8 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 
+from dataset.content import content_hash
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import content_hash
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode_chat, load_tokenizer
 from model.canvas import Canvas, Decoded
 from model.config import ModelConfig

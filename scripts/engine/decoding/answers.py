@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import content_hash, language_of
+from dataset.content import content_hash, language_of
+from dataset.reading.bad_rows import BadRows
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import Messages, is_learnt
 from dataset.spelling import spelling_check

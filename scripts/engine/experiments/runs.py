@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from dataset.content import content_hash, is_validation
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import content_hash, is_validation, read_documents, text_format
+from dataset.reading.documents import read_documents
+from dataset.reading.files import text_format
 from dataset.tokenizer import decode, encode, load_tokenizer
 from model.config import ModelConfig
 from scripts.engine.files import or_none, read_log, sha256_of, write_json, write_text

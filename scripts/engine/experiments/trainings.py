@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Annotated, Any, NamedTuple
 
-from dataset.jsonl import read_documents
+from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode
 from model.decode import ContinuationConfig
 from model.denoiser import DenoisingConfig

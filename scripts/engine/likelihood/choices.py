@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import JSON_TYPES, Check, language_of, read_as
+from dataset.content import language_of
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.parse import JSON_TYPES
+from dataset.reading.rows import Check, read_as
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast
 from scripts.engine.likelihood.documents import by_language, kind_of, window_nats

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from dataset.bad_rows import BadRows
+from dataset.reading.bad_rows import BadRows
 from model.likelihood import draws_masks, masked_nats, row_nats
 from model.transformer import Transformer
 from scripts.engine.files import or_none

@@ -11,15 +11,11 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import torch
 from tqdm import tqdm
 
-from dataset.bad_rows import BadRows, OnBadRow, skipped_line
-from dataset.jsonl import (
-    Check,
-    content_hash,
-    is_validation,
-    language_of,
-    read_documents,
-    text_format,
-)
+from dataset.content import content_hash, is_validation, language_of
+from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
+from dataset.reading.documents import read_documents
+from dataset.reading.files import text_format
+from dataset.reading.rows import Check
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import is_learnt
 from dataset.spelling import spelling_check

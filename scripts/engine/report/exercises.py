@@ -5,8 +5,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import JSON_TYPES, Check, content_hash, language_of, read_as
+from dataset.content import content_hash, language_of
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.parse import JSON_TYPES
+from dataset.reading.rows import Check, read_as
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 
 LABELS = ("split", "kind", "direction", "seen_in_pretrain")  # fields by which rows may be grouped

@@ -11,14 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from dataset.bad_rows import BadRows, OnBadRow
 from dataset.corpus.bundled import bundled_file
-from dataset.jsonl import (
-    read_as,
-    read_documents,
-    read_rows,
-    text_format,
-)
+from dataset.reading.bad_rows import BadRows, OnBadRow
+from dataset.reading.documents import read_documents
+from dataset.reading.files import text_format
+from dataset.reading.rows import read_as, read_rows
 from dataset.rows.formats import FORMATS as CONVERSATIONS
 from dataset.rows.formats import read_conversations
 from dataset.spelling import spelling_check

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.jsonl import content_hash
+from dataset.content import content_hash
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
 from model.decode import ContinuationConfig, SamplingConfig
 from model.denoiser import DenoisingConfig

@@ -15,8 +15,8 @@ import pytest
 import torch
 from matplotlib import image
 
-from dataset.jsonl import read_documents
 from dataset.pretrain import DocumentTokeniser, PackedRows, PretrainData
+from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode
 from model.checkpoint import load_model
 from scripts.engine.experiments import runs as experiment_runs

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dataset.jsonl import language_of
+from dataset.content import language_of
 from dataset.tokenizer import encode, encode_chat
 from model.checkpoint import load_checkpoint, write_archive
 from scripts.engine.likelihood.documents import (

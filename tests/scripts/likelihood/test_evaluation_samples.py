@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.jsonl import content_hash, is_validation
+from dataset.content import content_hash, is_validation
 from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.tokenizer import encode
 from scripts.engine.likelihood.windows import DataEvalConfig, chosen_texts, windows_of

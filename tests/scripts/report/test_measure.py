@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset.content import is_validation
 from dataset.corpus.bundled import choices, questions
-from dataset.jsonl import is_validation
 from dataset.rows.formats import read_conversations
 from dataset.tokenizer import encode, encode_chat, render_chat
 from model.decode import ContinuationConfig

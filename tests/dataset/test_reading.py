@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dataset.bad_rows import BadRows
-from dataset.jsonl import is_validation, read_documents, read_rows
+from dataset.content import is_validation
+from dataset.reading.bad_rows import BadRows
+from dataset.reading.documents import read_documents
+from dataset.reading.rows import read_rows
 
 ROWS = [{"text": "one"}, {"text": "二, 三"}, {"text": "four\nlines", "n": 4}]
 
