@@ -5,7 +5,7 @@ open or padding; an open one is masked until it is written, once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,14 +23,28 @@ class Canvas:
     ids: Tensor  # (B, L) int64: given tokens, [MASK] where open, padding
     open: Tensor  # (B, L) bool: to be filled
     lengths: Tensor  # (B,) int64: tokens of the row without padding
+    surplus: tuple[int, ...]  # of each row: open positions at its end that complete a block and belong to no text
     may_end: bool = True  # whether EOS may be written: not if the text goes on after its blanks
 
     @classmethod
     def continuing(
-        cls, prompts: list[list[int]], num_new: int, config: ModelConfig, device: torch.device | str = "cpu"
+        cls,
+        prompts: list[list[int]],
+        num_new: int,
+        config: ModelConfig,
+        device: torch.device | str = "cpu",
+        context: int | None = None,
     ) -> "Canvas":
-        """Each prompt followed by `num_new` open positions; ValueError if that is more than the model accepts."""
-        return cls.from_rows([[*prompt, *[None] * num_new] for prompt in prompts], config, device, may_end=True)
+        """Each prompt followed by `num_new` open positions; ValueError if that is more than the model accepts.
+
+        A model of blocks was trained on whole ones, so for it a row goes on to the end of its last block, within
+        `context` (None: as long as the model accepts). The text is cut again: see `surplus`.
+        """
+        context, size = context or config.max_position_embeddings, max(config.block_size, 1)
+        ends = [len(prompt) + num_new for prompt in prompts]
+        surplus = tuple(max(0, min(-end % size, context - end)) for end in ends)
+        rows = [[*prompt, *[None] * (num_new + more)] for prompt, more in zip(prompts, surplus, strict=True)]
+        return replace(cls.from_rows(rows, config, device, may_end=True), surplus=surplus)
 
     @classmethod
     def infilling(
@@ -57,13 +71,19 @@ class Canvas:
         for i, row in enumerate(rows):
             ids[i, : len(row)] = torch.tensor([config.mask_token_id if token is None else token for token in row])
             is_open[i, : len(row)] = torch.tensor([token is None for token in row])
-        return cls(ids.to(device), is_open.to(device), torch.tensor(lengths, device=device), may_end)
+        lengths, surplus = torch.tensor(lengths, device=device), (0,) * len(rows)
+        return cls(ids.to(device), is_open.to(device), lengths, surplus, may_end)
 
     @property
     def given(self) -> Tensor:
         """(B, L) bool: neither open nor padding."""
         columns = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (columns < self.lengths[:, None]) & ~self.open
+
+    def text(self, row: int) -> tuple[Tensor, Tensor]:
+        """Ids and `open` of a row, both (L_row,), without padding and surplus."""
+        length = int(self.lengths[row]) - self.surplus[row]
+        return self.ids[row, :length], self.open[row, :length]
 
 
 @dataclass(frozen=True)
@@ -82,9 +102,9 @@ class DecodingStep:
 class Decoded:
     """A filled canvas."""
 
-    ids: Tensor  # (B, L) final, on the CPU; what a row left open after its EOS is EOS
-    new: list[list[int]]  # per row the filled tokens, in order, up to and including the first EOS
-    ended: list[bool]  # EOS was produced
+    ids: Tensor  # (B, L) final, on the CPU; what a row left open after its text is EOS
+    new: list[list[int]]  # per row the filled tokens, in order, up to and including the first EOS, without surplus
+    ended: list[bool]  # EOS is among them
     num_forward_passes: int  # network calls of the whole batch
     row_passes: list[int]  # per row, calls made while it was active: what it would have cost alone
 
@@ -92,8 +112,8 @@ class Decoded:
 class CanvasState:
     """A canvas while it is being filled, with one random generator and one count of passes per row.
 
-    A row is active until all of it is written, or an EOS and everything open to the left of it: what would follow
-    belongs to no text. Each row draws from a generator of its own, so no row's text depends on its neighbours.
+    A row is active until all of its text is written, or an EOS and everything open to the left of it: what would
+    follow belongs to no text. Each row draws from a generator of its own, so no row's text depends on its neighbours.
 
     The tokens are kept on the CPU, whatever computes the logits: reading them from a GPU would synchronise several
     times per step. What is asked of single rows is kept in lists, because a small network's step leaves time for few
@@ -103,14 +123,15 @@ class CanvasState:
     def __init__(self, canvas: Canvas, config: ModelConfig, seeds: Sequence[int]):
         if len(seeds) != len(canvas.ids):
             raise ValueError(f"{len(canvas.ids)} rows need as many seeds, not {len(seeds)}")
-        self.device, self.seeds = canvas.ids.device, list(seeds)
+        self.device, self.seeds, self.surplus = canvas.ids.device, list(seeds), canvas.surplus
         self.eos_token_id, self.mask_token_id = config.eos_token_id, config.mask_token_id
         self.open = canvas.open.cpu()
         self.ids = canvas.ids.cpu().clone(memory_format=torch.contiguous_format)
         # Per row: the columns open at first, and those of them that are still masked, both ascending.
         self.open_columns = [[column for column, is_open in enumerate(row) if is_open] for row in self.open.tolist()]
         self.masked_columns = [list(columns) for columns in self.open_columns]
-        self.end = [self.ids.shape[1]] * len(seeds)  # the column of the leftmost EOS written
+        # The column of each text's last token: of the leftmost EOS written, at first of the last token that is wanted.
+        self.end = [length - more - 1 for length, more in zip(canvas.lengths.tolist(), canvas.surplus, strict=True)]
         self.active_rows = [row for row, masked in enumerate(self.masked_columns) if masked]
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
 
@@ -190,8 +211,8 @@ class CanvasState:
             raise ValueError(f"{len(self.active_rows)} rows are unfinished")
         ids = self.ids.masked_fill(self.masked, self.eos_token_id)
         new, ended = [], []
-        for row, columns in zip(ids.tolist(), self.open_columns, strict=True):
-            tokens = [row[column] for column in columns]
+        for row, columns, more in zip(ids.tolist(), self.open_columns, self.surplus, strict=True):
+            tokens = [row[column] for column in columns[: len(columns) - more]]
             ended.append(self.eos_token_id in tokens)
             new.append(tokens[: tokens.index(self.eos_token_id) + 1] if ended[-1] else tokens)
         return Decoded(ids, new, ended, self.num_forward_passes, list(self.row_passes))

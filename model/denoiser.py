@@ -39,7 +39,8 @@ class DenoisingConfig:
 
     gen_steps: Annotated[
         int,
-        "denoising steps for the whole continuation, at least one per block, at most one per token; "
+        "denoising steps for the whole continuation, in blocks to the end of the last one; at least one per block, at "
+        "most one per token; "
         "threshold, factor: those over which the cap grows; hybrid: the most",
         "at least 1",
     ] = 64

@@ -134,7 +134,7 @@ class Chat:
 
         def observe(canvas: Canvas) -> Watch:
             info = {"title": f"reply {self.replies + 1}", "prompt": text, **in_effect(self.sampler), "gen_seed": seed}
-            traces.append(Trace(Vocabulary(self.loaded.tokenizer), canvas.ids[0], canvas.open[0], info))
+            traces.append(Trace(Vocabulary(self.loaded.tokenizer), *canvas.text(0), info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
         write = infill if isinstance(request, Blanks) else generate

@@ -5,6 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from model.attention import block_causal_mask
 from model.block_diffusion import denoising_inputs
@@ -61,14 +63,18 @@ def side_by_side(leader, follower):
 
 @torch.no_grad()
 def by_hand(model, prompt, new, steps):
-    """One row, greedy, low confidence: a block sees itself and the clean ones before it. The canvas after each step."""
+    """One row, greedy, low confidence: a block sees itself and the clean ones before it. The canvas after each step; it
+    consists of whole blocks, and the last one is left as soon as the text in it is written."""
     size, end = model.config.block_size, len(prompt) + new
-    canvas, states = prompt + [MASK] * new, []
+    room = -(-end // size) * size - len(prompt)
+    canvas, states = prompt + [MASK] * room, []
     for low in range(len(prompt) // size * size, end, size):
-        high = min(low + size, end)
+        high = low + size
         count, first = sum(t == MASK for t in canvas[low:high]), max(low - len(prompt), 0)
-        share = min(count, max(1, steps * (first + count) // new - steps * first // new))
+        share = min(count, max(1, steps * (first + count) // room - steps * first // room))
         for j in range(share):
+            if MASK not in canvas[:end]:
+                break
             seen = torch.tensor([canvas[:high]])
             logits = model(seen, attn_mask=block_causal_mask(high, size))[0].clone()
             logits[:, [MASK, EOS]] = -math.inf  # it knows no end
@@ -155,6 +161,40 @@ def test_given_tokens_in_later_blocks_are_not_seen_and_those_in_the_same_block_a
     assert not torch.allclose(plain[0], first[0])
 
 
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.integers(1, 6),
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    new=st.integers(1, 14),
+    name=st.sampled_from(list(CONFIGS)),
+    bias=st.sampled_from([0.0, 3.0]),
+)
+def test_a_shorter_text_is_the_beginning_of_a_longer_one(size, lengths, new, name, bias, ending_model):
+    """Whatever the last block is cut to, it is decoded as the whole one that training has shown: of the canvas up to
+    the end of the batch's blocks, the first `new` tokens, and an end only if it stands among them."""
+    torch.manual_seed(size)
+    model = ending_model(bias, attention="block", block_size=size).double()
+    prompts = [[1, *range(4, 3 + length)] for length in lengths]
+    for i, prompt in enumerate(prompts):
+        whole = new + -(len(prompt) + new) % size
+        short, long = (decode(model, continuing(model, [prompt], n), CONFIGS[name], [i]) for n in (new, whole))
+        cut = long.new[0][:new]
+        assert short.new == [cut] and short.ended == [EOS in cut]
+        assert short.row_passes <= long.row_passes
+    together = decode(model, continuing(model, prompts, new), CONFIGS[name], range(len(prompts)))
+    assert together.new[-1] == cut and together.ended[-1] == (EOS in cut)
+
+
+def test_a_canvas_ends_with_a_block_or_with_the_context(block_model):
+    config = block_model().config
+    canvas = Canvas.continuing([[1], [1, 5, 6], [1] * 10], 5, config, context=17)
+    assert canvas.lengths.tolist() == [8, 8, 16] and canvas.surplus == (2, 0, 1)
+    assert Canvas.continuing([[1] * 10], 7, config, context=17).surplus == (0,)
+    assert Canvas.continuing([[1] * 10], 5, config, context=15).surplus == (0,)
+    ids, is_open = canvas.text(0)
+    assert ids.tolist() == [1, *[MASK] * 5] and is_open.tolist() == [False, *[True] * 5]
+
+
 # -- the exact cache ---------------------------------------------------------------------------------------------------
 
 
@@ -216,11 +256,10 @@ def test_a_pass_feeds_the_active_block_and_once_each_block_before_it(fused, bloc
     model = block_model()
     calls = spied(model, monkeypatch)
     config = replace(GREEDY, gen_fuse_commit=fused, gen_eos="never", gen_steps=100)
-    decoded = decode(model, continuing(model, [[1] + [9] * 9], NEW), config, [0])
+    decoded = decode(model, continuing(model, [[1] + [9] * 9], 14), config, [0])
     first = [8 + 4] if fused else [8, 4]  # the prompt's two blocks; its tail of two stands in the third
     block = [4 + 4, *[4] * 3] if fused else [4, *[4] * 4]
-    last = [4 + 1] if fused else [4, 1]  # 10 + 11 tokens: one is left for the last block
-    assert [ids.shape[1] for ids in calls] == [*first, 4, *block, *block, *last]
+    assert [ids.shape[1] for ids in calls] == [*first, 4, *block, *block, *block]
     assert decoded.num_forward_passes == len(calls)
 
 

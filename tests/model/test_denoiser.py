@@ -24,6 +24,7 @@ class Conditionals:
         attention="full",
         autoregressive=False,
         block_size=0,
+        max_position_embeddings=64,
         inference_rope_scaling=False,
         eos_token_id=EOS,
         mask_token_id=MASK,

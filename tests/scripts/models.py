@@ -52,10 +52,9 @@ def ready(
 
 
 def given_tokens(canvas: Canvas, row: int = 0) -> list[int | None]:
-    """The given tokens of a row, None where it is open."""
-    length = int(canvas.lengths[row])
-    pairs = zip(canvas.ids[row, :length].tolist(), canvas.open[row, :length].tolist(), strict=True)
-    return [None if is_open else token for token, is_open in pairs]
+    """The given tokens of a row, None where its text is open."""
+    ids, is_open = canvas.text(row)
+    return [None if blank else token for token, blank in zip(ids.tolist(), is_open.tolist(), strict=True)]
 
 
 def save(path: Path | str, loaded: Loaded, stage: str = "test", **settings) -> None:

@@ -115,9 +115,11 @@ def note_on_blanks(loaded: Loaded) -> str | None:
 
 
 def canvas_of_prompts(loaded: Loaded, prompts: Sequence[Prompt], max_new_tokens: int) -> Canvas:
-    """A row per prompt, open for `max_new_tokens` after it. ValueError if a prompt is too long for that."""
+    """A row per prompt, open for `max_new_tokens` after it, and to the end of a block if the context has room for it.
+    ValueError if a prompt is too long."""
     rows = [prompt_tokens(loaded.tokenizer, prompt, max_new_tokens, loaded.max_length) for prompt in prompts]
-    return Canvas.continuing(rows, max_new_tokens, loaded.model.config, loaded.runtime.torch_device)
+    device = loaded.runtime.torch_device
+    return Canvas.continuing(rows, max_new_tokens, loaded.model.config, device, loaded.max_length)
 
 
 def first_seed(loaded: Loaded, continuation: ContinuationConfig) -> int:

@@ -42,8 +42,7 @@ class Recorder:
             return None
 
         def observe(canvas: Canvas) -> Watch:
-            length = int(canvas.lengths[0])
-            trace = Trace(self.vocabulary, canvas.ids[0, :length], canvas.open[0, :length], info)
+            trace = Trace(self.vocabulary, *canvas.text(0), info)
             self.traces.append(trace)
             if self.target != "terminal":
                 return trace.add
