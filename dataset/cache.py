@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ RECORD = "files.json"  # states and hashes of the files of a directory
 STRETCH = 2**15  # entries of a long array that are processed together
 
 
-def source_key(path: Path, *options: object) -> str:
-    """A directory name for this state of a file (path, size, modification time) and these options."""
-    identity = [str(Path(path).resolve()), *file_state(path), *options]
+def source_key(files: Iterable[Path], *options: object) -> str:
+    """A directory name for this state of files (path, size, modification time of each) and these options."""
+    states = [part for file in files for part in (str(Path(file).resolve()), *file_state(file))]
+    identity = [*states, *options]
     return hashlib.sha256(json.dumps(identity).encode("utf-8")).hexdigest()[:24]
 
 
@@ -34,12 +35,13 @@ def file_state(path: Path) -> list[int]:
 
 
 @contextmanager
-def unchanged(path: Path) -> Iterator[None]:
-    """Raise ValueError at the end if the file's size or time has changed since the beginning."""
-    before = file_state(path)
+def unchanged(files: Sequence[Path]) -> Iterator[None]:
+    """Raise ValueError at the end if the size or time of a file has changed since the beginning."""
+    before = [*map(file_state, files)]
     yield
-    if file_state(path) != before:
-        raise ValueError(f"{path} changed while it was read; run again when it is complete")
+    for file, state in zip(files, before, strict=True):
+        if file_state(file) != state:
+            raise ValueError(f"{file} changed while it was read; run again when it is complete")
 
 
 def cached_directory(cache_dir: Path, name: str, build: Callable[[Path], None]) -> Path:

@@ -44,7 +44,7 @@ class Conversations:
 
 
 class ConversationTokeniser(FileTokeniser):
-    """The conversations of a file."""
+    """The conversations of files."""
 
     unit, version = "conversations", 5
     num_replies = 0  # read so far, empty ones included
@@ -54,8 +54,9 @@ class ConversationTokeniser(FileTokeniser):
         return dtypes | {"tokens": token_dtype(self.tokenizer), "hashes": np.uint64}
 
     def read(self, observe: Observer | None, bad: BadRows) -> Iterator[Messages]:
-        for _, messages in read_conversations(self.path, observe, bad, spelling_check(self.tokenizer)):
-            yield messages
+        for file in self.files:
+            for _, messages in read_conversations(file, observe, bad, spelling_check(self.tokenizer)):
+                yield messages
 
     def size(self, row: Messages) -> int:
         return template_size(message["content"] for message in row)

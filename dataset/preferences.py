@@ -20,7 +20,7 @@ from dataset.content import content_hash
 from dataset.corpus.bundled import bundled_file
 from dataset.order import LengthOrder, RowOrder
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
-from dataset.reading.files import Observer, text_format
+from dataset.reading.files import DATA_HELP, Observer, data_files, is_plain_text
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
 from dataset.rows.pair_formats import Pair, read_pairs
 from dataset.spelling import spelling_check
@@ -34,8 +34,7 @@ class PreferenceData:
 
     data: Annotated[
         Path | None,
-        "pairs of replies: JSONL, may be .gz; rows in one of the formats of dataset/rows/pair_formats.py "
-        "(none: the bundled ones)",
+        f"pairs of replies, in the formats of dataset/rows/pair_formats.py; {DATA_HELP} (none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[
@@ -46,13 +45,13 @@ class PreferenceData:
     on_bad_row: OnBadRow = "error"
 
     def __post_init__(self) -> None:
-        if self.data is not None and text_format(self.data) != ".jsonl":
-            raise ValueError(f"--data {self.data}: expected JSONL rows, one pair each")
+        if self.data is not None and is_plain_text(data_files(self.data)[0]):
+            raise ValueError(f"--data {self.data}: expected rows, one pair each")
 
     @property
-    def source(self) -> Path:
-        """--data, or without it the bundled pairs, which are written into the cache first."""
-        return self.data or bundled_file("preferences", self.cache_dir)
+    def files(self) -> tuple[Path, ...]:
+        """Those of --data, or without it the bundled pairs, which are written into the cache first."""
+        return data_files(self.data) if self.data else (bundled_file("preferences", self.cache_dir),)
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Pairs:
 
 
 class PairTokeniser(FileTokeniser):
-    """The pairs of a file."""
+    """The pairs of files."""
 
     unit, version = "pairs", 5
 
@@ -108,8 +107,9 @@ class PairTokeniser(FileTokeniser):
         return {"tokens": token_dtype(self.tokenizer), "starts": np.int64, **hashes, "common": np.int64}
 
     def read(self, observe: Observer, bad: BadRows) -> Iterator[Pair]:
-        for _, pair in read_pairs(self.path, observe, bad, spelling_check(self.tokenizer)):
-            yield pair
+        for file in self.files:
+            for _, pair in read_pairs(file, observe, bad, spelling_check(self.tokenizer)):
+                yield pair
 
     def size(self, row: Pair) -> int:
         return template_size(row.contents)
@@ -256,8 +256,9 @@ class PreferenceDataset:
     """
 
     def __init__(self, config: PreferenceData, tokenizer: PreTrainedTokenizerFast, attention: str, block_size: int):
-        self.config, self.source = config, config.source
-        arrays, self.meta = PairTokeniser(self.source, tokenizer, config.on_bad_row).open(config.cache_dir)
+        tokeniser = PairTokeniser(config.files, tokenizer, config.on_bad_row)
+        self.config, self.source = config, tokeniser.source
+        arrays, self.meta = tokeniser.open(config.cache_dir)
         pairs = Pairs(**arrays)
         held_out = pairs.held_out(config.val_fraction)
         ids = tokenizer.pad_token_id, tokenizer.mask_token_id

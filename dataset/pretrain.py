@@ -23,7 +23,7 @@ from dataset.corpus.bundled import bundled_file
 from dataset.order import RowOrder
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
-from dataset.reading.files import Observer, text_format
+from dataset.reading.files import DATA_HELP, Observer, data_files, is_plain_text
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype
@@ -35,7 +35,7 @@ SPLITS = ("train", "validation")
 class PretrainData:
     """Where the corpus is and how it becomes rows; every field is a flag. ValueError on an impossible value."""
 
-    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
+    data: Annotated[Path | None, f"corpus, rows or plain text; {DATA_HELP} (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
     jsonl_sep: Annotated[
         str | None, r"text appended to each JSONL row; \n and \t mean line break and tab", "with character mode"
@@ -56,16 +56,16 @@ class PretrainData:
     def __post_init__(self) -> None:
         if not self.jsonl_field:
             raise ValueError('--jsonl-field "": expected the name of a field')
-        if self.data is not None and text_format(self.data) == ".txt":
+        if self.data is not None and is_plain_text(data_files(self.data)[0]):
             if self.jsonl_sep is not None:
-                raise ValueError(f"--jsonl-sep {self.jsonl_sep!r}: {self.data} has no JSONL rows; leave the flag out")
+                raise ValueError(f"--jsonl-sep {self.jsonl_sep!r}: {self.data} has no rows; leave the flag out")
             if self.jsonl_field != "text":
                 raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.data} has no fields; leave the flag out")
 
     @property
-    def source(self) -> Path:
-        """--data, or without it the bundled corpus, which is written into the cache first."""
-        return self.data or bundled_file("pretrain", self.cache_dir)
+    def files(self) -> tuple[Path, ...]:
+        """Those of --data, or without it the bundled corpus, which is written into the cache first."""
+        return data_files(self.data) if self.data else (bundled_file("pretrain", self.cache_dir),)
 
     @property
     def separator(self) -> str | None:
@@ -171,9 +171,9 @@ class DocumentTokeniser(FileTokeniser):
     unit, version = "rows", 4
 
     def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
-        super().__init__(config.source, tokenizer, config.on_bad_row)
+        super().__init__(config.files, tokenizer, config.on_bad_row)
         self.field, self.control, self.val_fraction = config.jsonl_field, config.control_tokens, config.val_fraction
-        self.separator = (config.separator or "") if text_format(self.path) == ".jsonl" else ""
+        self.separator = "" if is_plain_text(self.files[0]) else config.separator or ""
         self.options = self.field, self.separator, self.control, self.val_fraction
         self.threshold: float = self.val_fraction * 2.0**64  # hashes below it are those of validation documents
 
@@ -211,12 +211,13 @@ class DocumentTokeniser(FileTokeniser):
         def check(text: str) -> None:
             spellable(text + self.separator)
 
-        for text in read_documents(self.path, self.field, bad, check, observe=observe):
-            self.rows += 1
-            if text:
-                yield text
-            else:
-                self.empty_rows += 1
+        for file in self.files:
+            for text in read_documents(file, self.field, bad, check, observe=observe):
+                self.rows += 1
+                if text:
+                    yield text
+                else:
+                    self.empty_rows += 1
 
     def size(self, row: str) -> int:
         return len(row)
@@ -268,8 +269,9 @@ class PretrainDataset:
     """
 
     def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
-        self.config, self.source = config, config.source
-        streams, self.meta = DocumentTokeniser(config, tokenizer).streams(config.cache_dir)
+        tokeniser = DocumentTokeniser(config, tokenizer)
+        self.config, self.source = config, tokeniser.source
+        streams, self.meta = tokeniser.streams(config.cache_dir)
         layout = config.max_seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask
         self.train = PackedRows(streams["train"], *layout)
         self.validation = PackedRows(streams["validation"], *layout)

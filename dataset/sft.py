@@ -14,8 +14,8 @@ from dataset.content import held_out_threshold
 from dataset.conversations import Conversations, ConversationTokeniser, conversation_hash, count_replies
 from dataset.corpus.bundled import bundled_file
 from dataset.order import STEPS_PER_WINDOW, LengthOrder
-from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
-from dataset.reading.files import read_lines, text_format
+from dataset.reading.bad_rows import OnBadRow, skipped_line
+from dataset.reading.files import DATA_HELP, data_files, is_plain_text, read_chunks
 from dataset.reading.rows import chunked
 from dataset.replies import ReplyRows, RowLayout
 from dataset.rows.messages import Messages
@@ -34,7 +34,7 @@ class SFTData:
 
     data: Annotated[
         Path | None,
-        "conversations: JSONL, may be .gz; formats in dataset/rows/formats.py (none: the bundled ones)",
+        f"conversations, in the formats of dataset/rows/formats.py; {DATA_HELP} (none: the bundled ones)",
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "longest row, in tokens; longer ones are shortened", "--seq-len", "at least 16"] = 512
@@ -53,13 +53,13 @@ class SFTData:
     def __post_init__(self) -> None:
         if self.streaming and self.steps_per_epoch is None:
             raise ValueError("--streaming needs --steps-per-epoch: how long a stream is, is not known")
-        if self.data is not None and text_format(self.data) != ".jsonl":
-            raise ValueError(f"--data {self.data}: expected JSONL rows, one conversation each")
+        if self.data is not None and is_plain_text(data_files(self.data)[0]):
+            raise ValueError(f"--data {self.data}: expected rows, one conversation each")
 
     @property
-    def source(self) -> Path:
-        """--data, or without it the bundled conversations, which are written into the cache first."""
-        return self.data or bundled_file("sft", self.cache_dir)
+    def files(self) -> tuple[Path, ...]:
+        """Those of --data, or without it the bundled conversations, which are written into the cache first."""
+        return data_files(self.data) if self.data else (bundled_file("sft", self.cache_dir),)
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,11 @@ class SFTDataset:
         block_size: int = 0,
     ) -> None:
         _check_tokenizer(tokenizer, config.tokenizer_dir)
-        self.config, self.source = config, config.source
+        self.config = config
         ids = tokenizer.pad_token_id, tokenizer.eos_token_id
         layout = RowLayout(all_replies, config.max_seq_len, *ids, config.eos_fill, block_size)
-        tokeniser = ConversationTokeniser(self.source, tokenizer, config.on_bad_row)
+        tokeniser = ConversationTokeniser(config.files, tokenizer, config.on_bad_row)
+        self.source = tokeniser.source
         if config.streaming:
             self._open_stream(tokeniser, layout, rows_per_step)
         else:
@@ -182,11 +183,11 @@ class StreamedRows:
     def __init__(self, tokeniser: ConversationTokeniser, layout: RowLayout, rows_per_step: int, steps_per_epoch: int):
         self.tokeniser, self.layout = tokeniser, layout
         self.rows_per_window, self.num_rows = STEPS_PER_WINDOW * rows_per_step, steps_per_epoch * rows_per_step
-        self.bad = BadRows(tokeniser.on_bad_row, verbose=True)
+        self.bad = tokeniser.bad_rows(verbose=True)
         self.threshold = 0.0  # conversations with a smaller hash are held out
         self.empty_replies = 0  # so far
         self.meta: dict[str, Any] = {
-            "data_sha256": _sketch_of(tokeniser.path),
+            "data_sha256": _sketch_of(tokeniser.files[0]),
             "data_sha256_of": f"its first {SKETCH:,} bytes, unpacked",
             "streaming": True,
         }
@@ -231,7 +232,7 @@ class StreamedRows:
                     empty = False
                     yield item
             if empty:
-                raise ValueError(f"{self.tokeniser.path} has nothing to train on: no reply that is not empty is left")
+                raise ValueError(f"{self.tokeniser.source} has nothing to train on: no reply that is not empty is left")
 
     def _read(self) -> Iterator[Messages]:
         return self.tokeniser.read(None, self.bad)
@@ -281,9 +282,9 @@ def _single_items(rows: ReplyRows) -> Iterator[ChatIds]:
 def _sketch_of(path: Path) -> str:
     """SHA-256 of the beginning of a file, by which a stream is identified without reading it all."""
     digest, left = hashlib.sha256(), SKETCH
-    for _, line in read_lines(path):
-        digest.update(line[:left])
-        left -= len(line)
+    for chunk in read_chunks(path):
+        digest.update(chunk[:left])
+        left -= len(chunk)
         if left <= 0:
             break
     return digest.hexdigest()

@@ -1,12 +1,12 @@
 """What a file of training data holds, in one reading, by the functions that training reads it with.
 
-Memory is constant except for 12 bytes per row, to find copies.
+Memory is constant except for 14 bytes per row, to find copies.
 """
 
 import re
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from dataset.content import content_hash, language_of
 from dataset.conversations import Conversations
 from dataset.reading.bad_rows import BadRow, BadRows
 from dataset.reading.documents import numbered_documents
+from dataset.reading.files import describe_files
 from dataset.reading.rows import chunked
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import ROLES, Messages, is_learnt
@@ -35,8 +36,8 @@ class AllBadRows(BadRows):
 
     max_kept = 20
 
-    def __init__(self) -> None:
-        super().__init__("skip")
+    def __init__(self, several_files: bool = False) -> None:
+        super().__init__("skip", several_files=several_files)
         self.reasons: Counter[str] = Counter()
 
     def add(self, row: BadRow) -> None:
@@ -60,37 +61,39 @@ class Row(NamedTuple):
 
 
 class Survey:
-    """One reading of `path`; `result` is what it holds, in types of JSON.
+    """One reading of files; `result` is what they hold, in types of JSON.
 
-    kind: of its rows, "text", "chat" or "pairs". ValueError, FileNotFoundError: the file cannot be read to its end.
+    kind: of their rows, "text", "chat" or "pairs". ValueError, FileNotFoundError: a file cannot be read to its end.
     """
 
     def __init__(
-        self, path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, field: str = "text"
+        self, files: Sequence[Path], kind: str, tokenizer: PreTrainedTokenizerFast, max_seq_len: int, field="text"
     ):
-        self.path, self.tokenizer, self.max_seq_len, self.field = path, tokenizer, max_seq_len, field
-        self.bad, self.check, self.names = AllBadRows(), spelling_check(tokenizer), control_names(tokenizer)
+        self.files, self.tokenizer, self.max_seq_len, self.field = (*files,), tokenizer, max_seq_len, field
+        self.bad, self.names = AllBadRows(several_files=len(files) > 1), control_names(tokenizer)
+        self.check = spelling_check(tokenizer)
         self.rows = self.empty = 0
         self.lengths: Counter[int] = Counter()
         self.characters: Counter[int] = Counter()  # by bit length
-        self.longest = 0, 0  # tokens, and minus the row, so that the first of several is the largest
+        self.longest = 0, 0, 0  # tokens, and minus file and row, so that the first of several is the largest
         self.languages: dict[str, Counter[str]] = {}
         self.control_tokens: Counter[str] = Counter()  # rows that spell each
-        self.spelling_rows: list[int] = []
-        self.hashes, self.numbers = array("Q"), array("I")
+        self.spelling_rows: list[int | str] = []
+        self.hashes, self.numbers, self.file_numbers = array("Q"), array("I"), array("H")
         self.counts: Counter[str] = Counter()
         read = {"text": self._documents, "chat": self._chats, "pairs": self._pairs}[kind]
-        with unchanged(path), Pass(path, "reading") as self.observe:
-            for row in read():
-                self._count(row)
+        with unchanged(files), Pass(files, "reading") as self.observe:
+            for number, path in enumerate(files):
+                for row in read(path):
+                    self._count(number, row)
         self.result = self._result(kind)
 
-    def _count(self, row: Row) -> None:
+    def _count(self, file: int, row: Row) -> None:
         self.rows += 1
         size = sum(map(len, row.texts))
         self.lengths[row.length] += 1
         self.characters[size.bit_length()] += 1
-        self.longest = max(self.longest, (row.length, -row.number))
+        self.longest = max(self.longest, (row.length, -file, -row.number))
         language = self.languages.setdefault(language_of("\n".join(row.texts)), Counter())
         language.update(rows=1, characters=size, text_tokens=row.text_tokens)
         names = sorted({name for text in row.texts for name in self.names.findall(text)})
@@ -99,14 +102,19 @@ class Survey:
             self.counts["spelling_rows"] += 1
             self.counts["barred_rows"] += not {self.tokenizer.mask_token, self.tokenizer.pad_token}.isdisjoint(names)
             if len(self.spelling_rows) < MAX_EXAMPLES:
-                self.spelling_rows.append(row.number)
+                self.spelling_rows.append(self._place(file, row.number))
         self.hashes.append(content_hash(row.key))
         self.numbers.append(row.number)
+        self.file_numbers.append(file)
+
+    def _place(self, file: int, row: int) -> int | str:
+        """The number of a row, with the name of its file if there are several."""
+        return f"{row} of {self.files[file].name}" if len(self.files) > 1 else row
 
     # -- the kinds of rows ---------------------------------------------------------------------------------------------
 
-    def _documents(self) -> Iterator[Row]:
-        documents = numbered_documents(self.path, self.field, self.bad, self.check, self.observe)
+    def _documents(self, path: Path) -> Iterator[Row]:
+        documents = numbered_documents(path, self.field, self.bad, self.check, self.observe)
         for chunk in chunked(documents, lambda numbered: len(numbered[1]), CHUNK_CHARACTERS):
             texts = [(number, text) for number, text in chunk if text]
             self.empty += len(chunk) - len(texts)
@@ -116,9 +124,9 @@ class Survey:
                 self.counts.update(tokens=length, longer=length > self.max_seq_len, blank_rows=not text.strip())
                 yield Row(number, [text], text, length, len(ids))
 
-    def _chats(self) -> Iterator[Row]:
+    def _chats(self, path: Path) -> Iterator[Row]:
         around = self._tokens_around_content()
-        rows = read_conversations(self.path, self.observe, self.bad, self.check)
+        rows = read_conversations(path, self.observe, self.bad, self.check)
         for chunk in chunked(rows, _chat_size, CHUNK_CHARACTERS):
             encoded = encode_conversations(self.tokenizer, [messages for _, messages in chunk])
             chats = Conversations.of(encoded, [0] * len(chunk))
@@ -137,9 +145,9 @@ class Survey:
                 content_tokens = len(chat.ids) - sum(around[role] for role in roles)
                 yield Row(number, list(contents), render_chat(messages, False), len(chat.ids), content_tokens)
 
-    def _pairs(self) -> Iterator[Row]:
+    def _pairs(self, path: Path) -> Iterator[Row]:
         around = self._tokens_around_content()
-        rows = read_pairs(self.path, self.observe, self.bad, self.check)
+        rows = read_pairs(path, self.observe, self.bad, self.check)
         for chunk in chunked(rows, lambda row: template_size(row[1].contents), CHUNK_CHARACTERS):
             pairs = preferences.Pairs.of(self.tokenizer, [pair for _, pair in chunk])
             every = np.arange(len(pairs))
@@ -179,12 +187,12 @@ class Survey:
     # -- the result ----------------------------------------------------------------------------------------------------
 
     def _result(self, kind: str) -> dict[str, Any]:
-        length, minus_number = self.longest
+        length, minus_file, minus_number = self.longest
         copies, first_copies = self._copies()
         return {
-            "file": str(self.path),
+            "file": describe_files(self.files),
             "kind": kind,
-            "bytes": self.path.stat().st_size,
+            "bytes": sum(file.stat().st_size for file in self.files),
             "unpacked_bytes": self.observe.size,
             "data_sha256": self.observe.digest.hexdigest(),
             "tokenizer": fingerprint(self.tokenizer),
@@ -203,11 +211,11 @@ class Survey:
             "first_spelling_rows": self.spelling_rows,
             "lengths": {str(length): self.lengths[length] for length in sorted(self.lengths)},
             "characters_by_bit_length": {str(size): self.characters[size] for size in sorted(self.characters)},
-            "longest": {"tokens": length, "row": -minus_number},
+            "longest": {"tokens": length, "row": self._place(-minus_file, -minus_number)},
             "counts": dict(self.counts),
         }
 
-    def _copies(self) -> tuple[int, list[tuple[int, int]]]:
+    def _copies(self) -> tuple[int, list[tuple[int | str, int | str]]]:
         """The number of rows that repeat an earlier one, and (row, the row it repeats) for the first of them."""
         if not self.hashes:
             return 0, []
@@ -217,7 +225,9 @@ class Survey:
         copies = np.sort(order[1:][ascending[1:] == ascending[:-1]])
         first = copies[:MAX_EXAMPLES]
         originals = order[np.searchsorted(ascending, hashes[first])]
-        return len(copies), list(zip(numbers[first].tolist(), numbers[originals].tolist(), strict=True))
+        files = np.frombuffer(self.file_numbers, np.uint16)
+        places = [[*map(self._place, files[rows].tolist(), numbers[rows].tolist())] for rows in (first, originals)]
+        return len(copies), list(zip(*places, strict=True))
 
 
 def _chat_size(numbered: tuple[int, Messages]) -> int:

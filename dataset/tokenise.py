@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from dataset.cache import ArrayFiles, cached_directory, map_array, source_key, unchanged
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.files import Observer, is_gzip_name, open_text
+from dataset.reading.files import Observer, describe_files, is_packed, open_unpacked
 from dataset.reading.rows import chunked
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint
 
@@ -23,13 +23,13 @@ TEMPLATE_CHARACTERS = 30  # that a message has around it, about
 
 
 class Pass:
-    """Observer of one reading of a file: counts and hashes its bytes, and draws a progress bar on a terminal."""
+    """Observer of one reading of files: counts and hashes their bytes, and draws a progress bar on a terminal."""
 
-    def __init__(self, path: Path, label: str):
+    def __init__(self, files: Sequence[Path], label: str):
         self.lines = self.size = 0
         self.digest = hashlib.sha256()
-        # The text in a .gz is of unknown length, so its bar has a speed but no end. disable=None: terminals only.
-        total = None if is_gzip_name(path) else path.stat().st_size
+        # Packed text is of unknown length, so its bar has a speed but no end. disable=None: terminals only.
+        total = None if any(map(is_packed, files)) else sum(file.stat().st_size for file in files)
         self._bar = tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None, leave=False)
 
     def __enter__(self) -> "Pass":
@@ -51,31 +51,40 @@ def template_size(contents: Iterable[str]) -> int:
 
 
 class FileTokeniser(ABC):
-    """Makes arrays of the rows of one file, or opens those that an earlier run left in the cache.
+    """Makes arrays of the rows of files, or opens those that an earlier run left in the cache.
 
-    The cache is named by the file's path, size and modification time, the tokenizer, and `options`; if it is there, the
-    file is not read. A subclass says how one kind of rows is read and what is appended for a chunk of them.
+    The cache is named by path, size and modification time of each file, the tokenizer, and `options`; if it is there,
+    no file is read. A subclass says how one kind of rows is read and what is appended for a chunk of them.
     """
 
     unit: ClassVar[str]  # of rows
     version: ClassVar[int]  # counts changes of what the arrays mean
     options: tuple[Any, ...] = ()  # besides the tokenizer and on_bad_row
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerFast, on_bad_row: str):
-        self.path, self.tokenizer, self.on_bad_row = Path(path), tokenizer, on_bad_row
+    def __init__(self, files: Sequence[Path], tokenizer: PreTrainedTokenizerFast, on_bad_row: str):
+        self.files, self.tokenizer, self.on_bad_row = (*files,), tokenizer, on_bad_row
+
+    @property
+    def source(self) -> str:
+        """The files in words."""
+        return describe_files(self.files)
+
+    def bad_rows(self, verbose: bool = False) -> BadRows:
+        return BadRows(self.on_bad_row, verbose, several_files=len(self.files) > 1)
 
     def open(self, cache_dir: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """(memory-mapped arrays, what is known of the file). ValueError, FileNotFoundError: see
         dataset/reading/files.py."""
-        open_text(self.path).close()  # a missing file is refused before a cache directory is made
+        for file in self.files:
+            open_unpacked(file).close()  # a missing file is refused before a cache directory is made
         options = self.unit, self.version, fingerprint(self.tokenizer), self.on_bad_row, *self.options
-        folder = cached_directory(Path(cache_dir), source_key(self.path, *options), self._build)
+        folder = cached_directory(Path(cache_dir), source_key(self.files, *options), self._build)
         arrays = {name: map_array(folder / name, dtype) for name, dtype in self.dtypes().items()}
         return arrays, json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
     def _build(self, folder: Path) -> None:
         began = time.monotonic()
-        with unchanged(self.path), ArrayFiles(folder, self.dtypes()) as files:
+        with unchanged(self.files), ArrayFiles(folder, self.dtypes()) as files:
             meta = self.read_file(files)
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         tokens = sum(length for name, length in files.lengths.items() if name.endswith("tokens"))
@@ -84,8 +93,8 @@ class FileTokeniser(ABC):
 
     def read_file(self, files: ArrayFiles) -> dict[str, Any]:
         """Fill the arrays in one pass and return what is known of the file."""
-        bad = BadRows(self.on_bad_row)
-        with Pass(self.path, "tokenising") as observe:
+        bad = self.bad_rows()
+        with Pass(self.files, "tokenising") as observe:
             for rows in chunked(self.read(observe, bad), self.size, CHUNK_CHARACTERS):
                 self.append(files, rows)
         return {**self.counts(files, bad), **bad.meta, "data_sha256": observe.digest.hexdigest()}
@@ -96,7 +105,7 @@ class FileTokeniser(ABC):
 
     @abstractmethod
     def read(self, observe: Observer, bad: BadRows) -> Iterator[Any]:
-        """Yield the rows of the file."""
+        """Yield the rows of all files."""
 
     @abstractmethod
     def size(self, row: Any) -> int:

@@ -18,7 +18,7 @@ import numpy as np
 
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
-from dataset.reading.files import open_text, text_format
+from dataset.reading.files import DATA_HELP, data_files, is_plain_text, open_unpacked
 from dataset.rows.kinds import kinds_of_rows
 from dataset.sft import SFTData
 from dataset.survey import AllBadRows, Survey
@@ -34,7 +34,7 @@ BAR = 40  # columns
 class CheckConfig:
     """The file to check."""
 
-    file: Annotated[Path, "training data: .jsonl or .txt, either may be .gz"]
+    file: Annotated[Path, f"training data: {DATA_HELP}"]
     kind: Annotated[
         Literal["auto", "text", "chat", "pairs"],
         "what its rows are: documents, conversations or pairs of replies; auto = by the fields of the first ones",
@@ -43,7 +43,7 @@ class CheckConfig:
     max_seq_len: Annotated[
         int | None, "tokens per row in training (none: the default of its command)", "at least 2"
     ] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document", "with JSONL rows of documents"] = "text"
+    jsonl_field: Annotated[str, "field of a row that holds the document", "with rows of documents"] = "text"
     json: Annotated[Path | None, "also write the result to this file"] = None
 
 
@@ -67,16 +67,18 @@ KINDS = {
 
 def main(argv: list[str] | None = None) -> None:
     config, given = parse_args(__doc__, CheckConfig, argv=argv)
-    open_text(config.file).close()  # a missing file gets its message here
+    files = data_files(config.file)
+    for file in files:
+        open_unpacked(file).close()  # a missing file gets its message here
     require_output(config.json, "--json", config.file, config.tokenizer_dir)
     kind, others = config.kind, []
     if kind == "auto":
         typed = "jsonl_field" in given
-        kind, *others = ["text"] if typed else kinds_of_rows(config.file, config.jsonl_field, AllBadRows())
-    elif kind != "text" and text_format(config.file) == ".txt":
-        raise ValueError(f"--kind {kind}: {config.file} is plain text; expected .jsonl")
-    in_fields = kind == "text" and text_format(config.file) == ".jsonl"
-    given.refuse_without({"JSONL rows of documents": in_fields})
+        kind, *others = ["text"] if typed else kinds_of_rows(files[0], config.jsonl_field, AllBadRows())
+    elif kind != "text" and is_plain_text(files[0]):
+        raise ValueError(f"--kind {kind}: {files[0]} is plain text; expected rows")
+    in_fields = kind == "text" and not is_plain_text(files[0])
+    given.refuse_without({"rows of documents": in_fields})
     flags = {"tokenizer_dir": config.tokenizer_dir}
     if in_fields:
         flags["jsonl_field"] = config.jsonl_field
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     data = KINDS[kind].flags(data=config.file, **flags)  # which refuses what training would
     check_ranges(type(data), vars(data))
     tokenizer = load_tokenizer(data.tokenizer_dir)
-    result = Survey(config.file, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
+    result = Survey(files, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)
     print("\n".join([*page(result), *other_kinds(kind, others)]), end="\n\n")
     print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))

@@ -140,7 +140,8 @@ def test_lock_is_not_tracked():
 
 def test_direct_dependencies_are_pinned():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    direct = settings["project"]["dependencies"] + settings["dependency-groups"]["dev"]
+    groups = [settings["project"]["dependencies"], *settings["project"]["optional-dependencies"].values()]
+    direct = [line for group in (*groups, settings["dependency-groups"]["dev"]) for line in group]
     assert {canonical(re.match(r"[A-Za-z0-9._-]+", line)[0]) for line in direct} <= pins().keys()
 
 

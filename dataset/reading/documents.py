@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.reading.bad_rows import BadRow, BadRows
-from dataset.reading.files import Observer, decoded, read_lines, text_format
+from dataset.reading.files import Observer, decoded, is_plain_text, read_lines
 from dataset.reading.parse import JSON_TYPES
 from dataset.reading.rows import Check, read_as
 
@@ -23,11 +23,11 @@ def read_documents(
 ) -> Iterator[str]:
     """Yield the documents of a file, in order, in constant memory; texts that fail `check` are bad rows.
 
-    .jsonl: row[field], followed by `separator` if given. An empty text is yielded as "" (without separator), for the
+    Rows: row[field], followed by `separator` if given. An empty text is yielded as "" (without separator), for the
     caller to count and skip. .txt: whole lines of about 2,000 characters together; joined, the documents are the file's
     text. A bad row of a .txt file is a line.
     """
-    separator = separator if text_format(path) == ".jsonl" else None
+    separator = None if is_plain_text(path) else separator
     for _, text in numbered_documents(path, field, bad, check, observe):
         yield text + separator if text and separator else text
 
@@ -36,7 +36,7 @@ def numbered_documents(
     path: Path, field: str, bad: BadRows | None = None, check: Check = str, observe: Observer | None = None
 ) -> Iterator[tuple[int, str]]:
     """Yield (number of its row, or of its first line, document) as `read_documents`."""
-    if text_format(path) == ".txt":
+    if is_plain_text(path):
         return _text_documents(path, bad or BadRows(), check, observe)
 
     def document(row: dict[str, Any]) -> str:

@@ -1,44 +1,122 @@
-"""Files of data: their names, and their lines, cut at b"\n" in bytes and never through the platform's encoding.
+"""Files of data: which ones a name stands for, what they contain, and their bytes, unpacked.
 
-So one file means the same rows everywhere. Row numbers count physical lines from 1, blank ones included, as an editor
-shows them. Every fault of a file is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found,
-what to do.
+Lines are cut at b"\\n" in bytes and never through the platform's encoding, so one file means the same rows everywhere.
+Every fault of a file is a ValueError (or FileNotFoundError) of one sentence: file, row, what was found, what to do.
 """
 
+import glob
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from types import ModuleType
 
 Observer = Callable[[bytes], object]
-SUFFIXES = (".jsonl", ".txt")
-GZIP_MAGIC = b"\x1f\x8b"
+
+PLAIN_TEXT = ".txt"
+CONTAINERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", PLAIN_TEXT)
+PACKED = (".gz", ".zst")
+DATA_HELP = "a file, a folder, a pattern in quotes, or several of these with commas"
+EXPECTED = f"{', '.join(CONTAINERS)}, or {' or '.join(PACKED)} after it"
+BESIDE_DATA = re.compile(r"\..*|(?:README|LICENSE|LICENCE).*", re.IGNORECASE)  # in a folder, without being data
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BUFFER = 1 << 20  # bytes of text that are unpacked at a time
 
 
-def text_format(path: Path) -> str:
-    """The suffix ".jsonl" or ".txt" of a file, plain or ".gz"; ValueError for a directory or any other suffix."""
-    _refuse_directory(path)
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
-    if suffixes and suffixes[-1] == ".gz":
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def data_files(data: Path) -> tuple[Path, ...]:
+    """The files that `data` names, in the order in which they are read.
+
+    It is a file; a folder, which stands for all files in it, by name; a pattern such as data/*.jsonl; or several of
+    these with commas between them. ValueError for a name without a file, a file given twice or of unknown type, and for
+    plain text beside rows. A file that does not exist is named when it is opened.
+    """
+    names = [data] if data.exists() else [Path(name) for name in str(data).split(",")]
+    files = [file for name in names for file in _named(name)]
+    for file in files:
+        if [other.resolve() for other in files].count(file.resolve()) > 1:
+            raise ValueError(f"{data} names {file} twice; leave one out")
+    if len({is_plain_text(file) for file in files}) > 1:
+        raise ValueError(f"{data} names plain text (.txt) and files of rows; give one kind, such as 'folder/*.jsonl'")
+    return tuple(files)
+
+
+def _named(name: Path) -> list[Path]:
+    if name.is_dir():
+        files = sorted(file for file in name.rglob("*") if file.is_file() and not BESIDE_DATA.fullmatch(file.name))
+        if not files:
+            raise ValueError(f"{name} is a folder without data files; expected names ending in {EXPECTED}")
+        if unknown := [file for file in files if _container(file) is None]:
+            raise ValueError(
+                f"{name} holds {unknown[0].name}, which is no data file; choose files by a pattern such as "
+                f"'{name}/*{_container(next(filter(_container, files), Path('x.jsonl')))}'"
+            )
+        return files
+    if name.exists() or not glob.has_magic(str(name)):
+        return [name]
+    files = sorted(Path(file) for file in glob.glob(str(name), recursive=True))
+    if not files:
+        raise FileNotFoundError(f"no file matches {name}; check the pattern")
+    return [file for match in files for file in _named(match)]
+
+
+def _container(path: Path) -> str | None:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
-    if not suffixes or suffixes[-1] not in SUFFIXES:
-        raise ValueError(f"{path}: unknown file type; expected a name ending in .jsonl or .txt, or in .gz after it")
-    return suffixes[-1]
+        if suffixes[-1:] == [".parquet"]:
+            return None  # read from its end, so not as a stream
+    return suffixes[-1] if suffixes and suffixes[-1] in CONTAINERS else None
 
 
-def is_gzip_name(path: Path) -> bool:
-    return Path(path).suffix.lower() == ".gz"
+def container_of(path: Path) -> str:
+    """One of CONTAINERS, by the name of a file, plain or packed; ValueError for a directory or any other name."""
+    _refuse_directory(path)
+    container = _container(Path(path))
+    if container is None:
+        raise ValueError(f"{path}: unknown file type; expected a name ending in {EXPECTED}")
+    return container
 
 
-def open_text(path: Path) -> BinaryIO:
-    """Open a plain or .gz file for reading bytes; FileNotFoundError or ValueError with a remedy."""
+def is_plain_text(path: Path) -> bool:
+    """Return whether a file is text without rows; ValueError as `container_of`."""
+    return container_of(path) == PLAIN_TEXT
+
+
+def is_packed(path: Path) -> bool:
+    return Path(path).suffix.lower() in PACKED
+
+
+def describe_files(files: tuple[Path, ...]) -> str:
+    """The name of a file, or the number of several and the first and last name."""
+    return str(files[0]) if len(files) == 1 else f"{len(files)} files, {files[0]} to {files[-1].name}"
+
+
+def _refuse_directory(path: Path) -> None:
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give the data file inside it")
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def open_unpacked(path: Path) -> io.BufferedReader:
+    """Open a file, plain or packed, for reading its text as bytes; FileNotFoundError or ValueError with a remedy."""
     path = Path(path)
     _refuse_directory(path)
     try:
-        return io.BufferedReader(gzip.open(path, "rb"), 1 << 20) if is_gzip_name(path) else path.open("rb")
+        if path.suffix.lower() == ".gz":
+            return io.BufferedReader(gzip.open(path, "rb"), BUFFER)
+        if path.suffix.lower() == ".zst":
+            pyarrow = arrow(path)
+            return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), BUFFER)
+        return path.open("rb", buffering=BUFFER)
     except FileNotFoundError:
         remedy = "check the path, or download the file as README.md shows"
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
@@ -46,38 +124,124 @@ def open_text(path: Path) -> BinaryIO:
         raise ValueError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
 
 
-def _refuse_directory(path: Path) -> None:
-    if Path(path).is_dir():
-        raise ValueError(f"{path} is a directory; give the data file inside it")
+def arrow(path: Path) -> ModuleType:
+    """The package pyarrow, of the extra `parquet`, which this file needs."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        remedy = "start the command by: uv run --extra parquet python -m ..."
+        raise ValueError(f"{path} needs the package pyarrow; {remedy}") from None
+    return pyarrow
 
 
 def read_lines(path: Path, observe: Observer | None = None) -> Iterator[tuple[int, bytes]]:
-    """Yield (row number from 1, line with its line end) for every physical line, after observe(line)."""
+    """Yield (row number from 1, line with its line end) for every physical line, after observe(line).
+
+    Row numbers count blank lines, too, as an editor shows them.
+    """
     number = 0
-    with open_text(path) as file:
-        try:
-            for number, line in enumerate(file, start=1):
-                if number == 1 and line.startswith(GZIP_MAGIC):
-                    raise ValueError(
-                        f"{path} is gzip-compressed although its name does not say so; rename it to end in .gz"
-                    )
-                if observe is not None:
-                    observe(line)
-                yield number, line
-        except EOFError:
-            raise ValueError(f"{_place(path, number)}: the gzip file is cut short; download it again") from None
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise ValueError(_gzip_fault(path, number, error)) from None
-        except OSError as error:
-            raise ValueError(f"{_place(path, number)}: cannot be read on ({error.strerror})") from error
+    with open_unpacked(path) as file, _faults(path, lambda: f"row {number}" if number else ""):
+        refuse_other_encodings(path, file.peek(HEAD))
+        for number, line in enumerate(file, start=1):
+            if observe is not None:
+                observe(line)
+            yield number, line
 
 
-def _place(path: Path, number: int) -> str:
-    """Roughly where reading failed: a file is read ahead, a .gz by a megabyte of its text."""
-    return f"{path}, somewhere after row {number}" if number else str(path)
+def read_chunks(path: Path, observe: Observer | None = None) -> Iterator[bytes]:
+    """Yield the bytes of a file a megabyte at a time, each after observe(chunk)."""
+    size = 0
+    with open_unpacked(path) as file, _faults(path, lambda: f"megabyte {size // BUFFER}" if size else ""):
+        for chunk in iter(partial(file.read, BUFFER), b""):
+            size += len(chunk)
+            if observe is not None:
+                observe(chunk)
+            yield chunk
+
+
+@contextmanager
+def _faults(path: Path, place: Callable[[], str]) -> Iterator[None]:
+    """Turn errors of reading into sentences. place: what was read last, "" at the beginning."""
+    try:
+        yield
+    except (EOFError, OSError, zlib.error) as error:
+        packed = Path(path).suffix.lower().removeprefix(".") if is_packed(path) else ""
+        # A file is read ahead, a packed one by a megabyte of its text.
+        where = f"{path}, somewhere after {place()}" if place() else str(path)
+        if not packed or (isinstance(error, OSError) and error.errno):
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{where}: cannot be read on ({reason})") from error
+        with Path(path).open("rb") as file:
+            if packing_of(file.read(8)) != packed:
+                fault = f"{path} is not a {PACKINGS[packed]} file although its name ends in .{packed}"
+                raise ValueError(f"{fault}; rename it, or download it again") from None
+        cut = isinstance(error, EOFError) or "truncated" in str(error).lower()
+        fault = "cut short" if cut else f"damaged ({error})"
+        raise ValueError(f"{where}: the {PACKINGS[packed]} file is {fault}; download it again") from None
+
+
+# -- encodings ---------------------------------------------------------------------------------------------------------
+
+PACKINGS = {"gz": "gzip", "zst": "Zstandard", "parquet": "Parquet", "zip": "zip"}  # by suffix
+BEGINNINGS = {b"\x1f\x8b": "gz", b"\x28\xb5\x2f\xfd": "zst", b"PAR1": "parquet", b"PK\x03\x04": "zip"}
+WIDE_MARKS = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+HEAD = 1 << 16  # bytes by which an encoding is recognised
+FEW_LINES = 2  # that are not UTF-8: a fault of rows, not of the file
+
+
+def packing_of(head: bytes) -> str | None:
+    """The suffix that belongs to a file that begins with these bytes; None for text."""
+    return next((packing for magic, packing in BEGINNINGS.items() if head.startswith(magic)), None)
+
+
+def refuse_other_encodings(path: Path, head: bytes) -> None:
+    """Raise ValueError if the text of a file, which begins with `head`, is not UTF-8 as a whole."""
+    head = head[:HEAD]
+    if packing := packing_of(head):
+        name = PACKINGS[packing]
+        raise ValueError(f"{path} is a {name} file although its name does not say so; rename it to end in .{packing}")
+    if encoding := other_encoding(head):
+        known = encoding.partition(" ")[0]
+        raise ValueError(
+            f"{path} is not UTF-8 but {encoding}; save it as UTF-8, for example by: "
+            f"iconv -f {known} -t UTF-8 {Path(path).name} > utf8_{Path(path).name}"
+        )
+
+
+def other_encoding(head: bytes) -> str | None:
+    """The encoding of a text that begins with these bytes, if it is none of lines in UTF-8; else None."""
+    # 1. Two or four bytes per character: by its mark, or by the zeros beside ASCII.
+    if marked := next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None):
+        return marked
+    even, odd = head[::2].count(0), head[1::2].count(0)
+    if max(even, odd) > len(head) / 8 and min(even, odd) < len(head) / 100:
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    # 2. Bytes: one good line is enough to make the others bad rows.
+    lines = [line for line in head[: head.rfind(b"\n") + 1 or len(head)].splitlines() if not line.isascii()]
+    if len(lines) <= FEW_LINES or any(_decodes(line, "utf-8") for line in lines):
+        return None
+    text = b"\n".join(lines)
+    pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", text))  # a character of GB2312
+    if _decodes(text, "gb18030") and 2 * pairs > 0.8 * sum(byte > 127 for byte in text):
+        return "GB18030 (GBK)"
+    return "CP1252 or another encoding"
+
+
+def _decodes(text: bytes, encoding: str) -> bool:
+    try:
+        text.decode(encoding)
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def decoded(line: bytes, number: int) -> str:
+    """The text of a line; ValueError if it is not UTF-8."""
     if number == 1:
         line = line.removeprefix(BYTE_ORDER_MARK)
     try:
@@ -85,10 +249,3 @@ def decoded(line: bytes, number: int) -> str:
     except UnicodeDecodeError as error:
         fault = f"not UTF-8 (byte 0x{line[error.start]:02x} at byte offset {error.start} of the row)"
         raise ValueError(f"{fault}; save the file as UTF-8 or delete that row") from None
-
-
-def _gzip_fault(path: Path, number: int, error: Exception) -> str:
-    with Path(path).open("rb") as file:  # a wrong checksum is a BadGzipFile, too, so the error's type does not suffice
-        if file.read(len(GZIP_MAGIC)) != GZIP_MAGIC:
-            return f"{path} is not a gzip file although its name ends in .gz; rename it, or download it again"
-    return f"{_place(path, number)}: the gzip file is damaged ({error}); download it again"

@@ -5,6 +5,8 @@ import re
 from collections import Counter
 from typing import Any
 
+Row = dict[str, Any]
+
 SURROGATE_ESCAPE = re.compile(r"\\u[dD][89abABcdefCDEF]")
 MAX_NESTING = 200  # of a row; Python's own limit depends on the depth of the call
 JSON_TYPES = {
@@ -16,6 +18,16 @@ JSON_TYPES = {
     float: "a number",
     type(None): "null",
 }
+
+
+def parsed_row(text: str) -> Row:
+    """The object that a text spells in JSON; ValueError if it is anything else."""
+    row = parsed_json(text)
+    if not isinstance(row, dict):
+        expected = 'expected an object such as {"text": "..."}'
+        remedy = "name a file of one array .json" if isinstance(row, list) else "correct or delete that row"
+        raise ValueError(f"{expected}, found {JSON_TYPES[type(row)]}; {remedy}")
+    return row
 
 
 def parsed_json(text: str) -> Any:
@@ -33,7 +45,7 @@ def parsed_json(text: str) -> Any:
         reason = str(error).partition("; use sys.")[0]  # advice to programmers
         raise ValueError(f"not readable JSON: {reason}; correct or delete that row") from None
     if SURROGATE_ESCAPE.search(text):
-        _refuse_lone_surrogates(value)
+        refuse_lone_surrogates(value)
     return value
 
 
@@ -59,7 +71,7 @@ def _is_deep(row: Any) -> bool:
     return True
 
 
-def _refuse_lone_surrogates(row: Any) -> None:
+def refuse_lone_surrogates(row: Any) -> None:
     # JSON can spell half a surrogate pair, which is not a character: it has no UTF-8 form, so no bytes and no hash.
     try:
         json.dumps(row, ensure_ascii=False).encode("utf-8")

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.files import text_format
+from dataset.reading.files import is_plain_text
 from dataset.reading.rows import read_rows
 from dataset.rows.formats import is_conversation
 from dataset.rows.messages import Row
@@ -23,7 +23,7 @@ def kinds_of(row: Row, field: str = "text") -> list[str]:
 
 def kinds_of_rows(path: Path, field: str, bad: BadRows) -> list[str]:
     """The kinds that most of the first rows of a file can be read as, that of most rows first."""
-    if text_format(path) == ".txt":
+    if is_plain_text(path):
         return ["text"]
     kinds: Counter[tuple[str, ...]] = Counter()
     for _, row in islice(read_rows(path, bad=bad), FIRST_ROWS):

@@ -3,12 +3,13 @@
 import hashlib
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
-from dataset.reading.files import read_lines
+from dataset.reading.files import read_chunks
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, load_tokenizer
 from model.checkpoint import load_checkpoint, model_of
 from model.transformer import Transformer
@@ -150,7 +151,7 @@ def circumstances(
     command: str,
     runtime: RuntimeConfig,
     tokenizer: PreTrainedTokenizerFast,
-    data: Path | None,
+    data: Path | Sequence[Path] | None,
     models: Iterable[Loaded],
     *configs: Any,
 ) -> dict[str, Any]:
@@ -161,14 +162,14 @@ def circumstances(
         "settings": settings_of(*configs, runtime),
         "checkpoints": [loaded.file for loaded in models],
         "tokenizer": fingerprint(tokenizer),
-        "data_sha256": data_digest(data) if data else None,
+        "data_sha256": data_digest([data] if isinstance(data, Path) else data) if data else None,
         **provenance(runtime),
     }
 
 
-def data_digest(path: Path) -> str:
-    """SHA-256 of a file's lines, unpacked."""
+def data_digest(files: Iterable[Path]) -> str:
+    """SHA-256 of the text of files, unpacked, one after the other."""
     digest = hashlib.sha256()
-    for _, line in read_lines(path):
-        digest.update(line)
+    for chunk in chain.from_iterable(map(read_chunks, files)):
+        digest.update(chunk)
     return digest.hexdigest()

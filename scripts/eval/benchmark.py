@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         "data": lambda: measure_data(pipeline, corpus.tokenizer_dir),
     }
     command, tokenizer = command_line(__spec__.name, argv), load_tokenizer(corpus.tokenizer_dir)
-    about = circumstances(command, runtime, tokenizer, corpus.source, [], shape, corpus, *groups)
+    about = circumstances(command, runtime, tokenizer, corpus.files, [], shape, corpus, *groups)
     about["checkpoints"] = [{"checkpoint": str(p), "sha256": sha256_of(p)} for p in checkpoints]
     print(f"{about['device']}, {about['processor']}, torch {about['torch']}, commit {about['commit']}", flush=True)
     for part in PARTS:

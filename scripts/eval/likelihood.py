@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.files import text_format
+from dataset.reading.files import is_plain_text
 from dataset.reading.rows import read_rows
 from dataset.rows.kinds import kinds_of
 from scripts.engine.cli import parse_args, run
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def format_of(data: DataEvalConfig, eval_format: str) -> str:
     """The format given, or with "auto" that of the first row. ValueError if a text file is given another format."""
-    if text_format(data.eval_data) == ".txt":
+    if is_plain_text(data.eval_data):
         if eval_format not in ("auto", "text"):
             raise ValueError(f"--eval-format {eval_format}: {data.eval_data} has no fields; expected .jsonl")
         return "text"

@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     if config.json:
         written = {
             "spread": {k: asdict(v) for k, v in result.items()},
-            **circumstances(command_line(__spec__.name, argv), runtime, tokenizer, data.source, [loaded], config, data),
+            **circumstances(command_line(__spec__.name, argv), runtime, tokenizer, data.files, [loaded], config, data),
         }
         write_json(config.json, written)
 

@@ -128,8 +128,11 @@ def find_tokenizer(
                     f"{own} has a {name.replace('_', ' ')} of {value}; leave out --{name.replace('_', '-')}"
                 )
         return tokenizer, False
-    texts = read_documents(
-        data.source, data.jsonl_field, BadRows(data.on_bad_row), check_blanks, separator=data.separator
+    bad = BadRows(data.on_bad_row)
+    texts = (
+        text
+        for file in data.files
+        for text in read_documents(file, data.jsonl_field, bad, check_blanks, separator=data.separator)
     )
     if what.retrain_tokenizer:
         return train_bpe(texts, what.target_vocab_size, what.mask_token), True

@@ -19,7 +19,7 @@ from dataset.content import language_of
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
-from dataset.reading.files import open_text, read_lines, text_format
+from dataset.reading.files import container_of, open_unpacked, read_lines
 from dataset.spelling import check_blanks
 from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
 from scripts.engine.cli import parse_args, run
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"{config.out} already holds a tokenizer; choose another --out, or add --overwrite")
     require_writable(config.out / "tokenizer.json", "--out")
     if config.eval_data:  # a file that cannot be read is refused before the training, not after it
-        text_format(config.eval_data)
-        open_text(config.eval_data).close()
+        container_of(config.eval_data)
+        open_unpacked(config.eval_data).close()
     save_tokenizer(train_bpe(training_texts(config), config.target_vocab_size, config.mask_token), config.out)
     tokenizer = load_tokenizer(config.out, config.mask_token)
     print(f"saved {config.out}: {len(tokenizer)} entries, fingerprint {fingerprint(tokenizer)}")

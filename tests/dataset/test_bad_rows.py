@@ -102,7 +102,7 @@ def test_a_row_of_ten_megabytes_is_a_row(tmp_path, small):
     assert len(str(refused.value)) < 400
     made = opened("text", path, small, on_bad_row="skip")
     assert decode(small, made.train.split.tokens[1:-1]) == "one"
-    assert Survey(path, "text", small, 16).result["bad_rows"] == 1
+    assert Survey([path], "text", small, 16).result["bad_rows"] == 1
 
 
 @pytest.mark.parametrize("kind", SOUND)
@@ -117,14 +117,14 @@ def test_more_blanks_in_a_row_than_can_be_cut_are_a_bad_row(kind, tmp_path, smal
     with pytest.raises(BadRow, match="row 3: the text has more than 50 blank characters in a row"):
         opened(kind, path, small)
     made = opened(kind, path, small, on_bad_row="skip")
-    assert made.meta["skipped_rows"] == Survey(path, kind, small, 16).result["bad_rows"] == 1
+    assert made.meta["skipped_rows"] == Survey([path], kind, small, 16).result["bad_rows"] == 1
 
 
 @pytest.mark.parametrize("kind", SOUND)
 def test_a_damaged_file_is_refused_where_bad_rows_are_skipped(kind, tmp_path, small):
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress((json.dumps(SOUND[kind]) + "\n").encode() * 9)[:-9])
-    for read in (lambda: opened(kind, path, small, on_bad_row="skip"), lambda: Survey(path, kind, small, 16)):
+    for read in (lambda: opened(kind, path, small, on_bad_row="skip"), lambda: Survey([path], kind, small, 16)):
         with pytest.raises(ValueError, match="cut short; download it again") as refused:
             read()
         assert not isinstance(refused.value, BadRow)
@@ -178,7 +178,7 @@ def test_a_file_of_bad_rows_alone_is_refused(kind, flags, tmp_path, small):
     (tmp_path / "a.jsonl").write_text("\n{\n[]\n")
     with pytest.raises(ValueError, match="no row that can be used; the first: row 2: not valid JSON"):
         opened(kind, tmp_path / "a.jsonl", small, on_bad_row="skip", **flags)
-    assert Survey(tmp_path / "a.jsonl", kind, small, 16).result["bad_rows"] == 2
+    assert Survey([tmp_path / "a.jsonl"], kind, small, 16).result["bad_rows"] == 2
 
 
 def test_of_bad_and_empty_rows_nothing_is_left(tmp_path, small):
@@ -205,7 +205,7 @@ def test_a_bad_line_of_a_text_file_is_left_out_of_its_document(tmp_path, small):
     (tmp_path / "b.txt").write_bytes(b"\xff\n\xff")
     with pytest.raises(ValueError, match="no row that can be used"):
         list(read_documents(tmp_path / "b.txt", bad=BadRows("skip")))
-    assert Survey(path, "text", small, 16).result["bad_rows"] == 2
+    assert Survey([path], "text", small, 16).result["bad_rows"] == 2
 
 
 @pytest.mark.parametrize("kind", SOUND)
@@ -217,7 +217,7 @@ def test_a_row_that_the_tokenizer_cannot_spell_is_a_bad_row(kind, tmp_path):
     with pytest.raises(BadRow, match="row 2: character 'Ω'"):
         opened(kind, path, tokenizer)
     made = opened(kind, path, tokenizer, on_bad_row="skip")
-    assert made.meta["skipped_rows"] == Survey(path, kind, tokenizer, 16).result["bad_rows"] == 2
+    assert made.meta["skipped_rows"] == Survey([path], kind, tokenizer, 16).result["bad_rows"] == 2
     assert len(made.train) == (1 if kind == "text" else 2)
 
 

@@ -211,7 +211,7 @@ def test_a_marked_reply_is_shown_and_not_learnt(name, value, small, tmp_path):
         assert len(train) == len(rows) and batch["input_ids"].tolist()[0][: len(encode_chat(small, turns, False)) - 1]
         for ids, scored in zip(batch["input_ids"], batch["loss_mask"], strict=True):
             assert small.decode(ids[scored]) == "4.<|im_end|>" and "5." in small.decode(ids)
-    assert Survey(path, "chat", small, 64).result["counts"]["only_shown"] == len(rows)
+    assert Survey([path], "chat", small, 64).result["counts"]["only_shown"] == len(rows)
 
 
 REFUSED = {
@@ -329,7 +329,7 @@ def test_empty_and_equal_replies_are_left_out_and_counted(tmp_path, small):
     rows = [("a", "x", "x"), ("b", "", "y"), ("c", "z", ""), ("d", "", ""), ("e", "good", "bad")]
     path = written(tmp_path, [dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in rows])
     data = PreferenceDataset(PreferenceData(path, val_fraction=0, cache_dir=tmp_path / "cache"), small, "full", 0)
-    counts = Survey(path, "pairs", small, 64).result["counts"]
+    counts = Survey([path], "pairs", small, 64).result["counts"]
     for meta in (data.meta, counts):
         assert (meta["equal_replies"], meta["empty_replies"]) == (1, 3)
     assert len(data.train) == 1 and "(1 of equal replies left out) (3 of empty replies left out)" in data.describe()
@@ -354,7 +354,7 @@ def test_doctor_and_training_agree_row_by_row(tmp_path, small):
     chats = SFTDataset(data, small, True, rows_per_step=1).train.chats
     encoded = [encode_chat(small, messages, False) for messages in numbered.values()]
     assert chats.tokens.tolist() == sum(encoded, []) and len(set(map(tuple, encoded[: len(FORMS)]))) == 1
-    survey = Survey(path, "chat", small, 64).result
+    survey = Survey([path], "chat", small, 64).result
     assert (survey["used_rows"], survey["bad_rows"]) == (len(numbered), len(REFUSED))
 
 
@@ -365,7 +365,7 @@ def test_doctor_and_preference_tuning_agree_row_by_row(tmp_path, small):
     assert len(pairs) == len(PAIRS) and len({render_chat(pair.prompt, True) for pair in pairs}) == 1
     data = PreferenceData(path, val_fraction=0, cache_dir=tmp_path / "cache", on_bad_row="skip")
     dataset = PreferenceDataset(data, small, "full", 0)
-    survey = Survey(path, "pairs", small, 64).result
+    survey = Survey([path], "pairs", small, 64).result
     assert survey["used_rows"] == dataset.meta["pairs"] == len(pairs) and survey["bad_rows"] == 2
 
 

@@ -448,7 +448,7 @@ def check_file(path: Path, data: bytes, kind: str, tokenizer) -> tuple[int, int]
     if kind == "text":
         assert meta["rows"] == len(good) + len(bad) and meta["empty_rows"] == contents.count("")
 
-    survey = Survey(path, kind, tokenizer, 64).result
+    survey = Survey([path], kind, tokenizer, 64).result
     assert (survey["rows"], survey["bad_rows"]) == (len(good) + len(bad), len(bad))
     assert survey["used_rows"] + survey["empty_rows"] == len(good)
     assert [int(re.findall(r"\d+", row)[0]) for row in survey["first_bad"]] == bad[:20]

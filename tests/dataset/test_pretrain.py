@@ -69,7 +69,7 @@ def test_meta_and_description_agree_with_the_rows(tmp_path, tokenizer):
     ("options", "says"),
     [
         ({"jsonl_field": ""}, "--jsonl-field"),
-        ({"data": Path("a.csv")}, "unknown file type"),
+        ({"data": Path("a.xlsx")}, "unknown file type"),
         ({"data": Path("a.txt.gz"), "jsonl_sep": "x"}, "--jsonl-sep 'x'"),
         ({"data": Path("a.txt"), "jsonl_field": "content"}, "--jsonl-field content"),
     ],

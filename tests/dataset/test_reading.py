@@ -173,9 +173,9 @@ def test_a_bad_row_is_refused_in_one_sentence_with_its_number(tmp_path, name, se
         ("a.txt", b"", "is empty"),
         ("a.txt", b"fine\nb\xffd\n", "row 2: not UTF-8 (byte 0xff at byte offset 1 of the row)"),
         ("a.jsonl.gz", b'{"text": "plain"}', "is not a gzip file"),
-        ("a.jsonl", gzip.compress(b'{"text": "x"}'), "rename it to end in .gz"),
-        ("a.parquet", b"PAR1", "unknown file type"),
-        ("a.json.gz", b"", "unknown file type"),
+        ("a.jsonl", gzip.compress(b'{"text": "x"}', mtime=0), "rename it to end in .gz"),
+        ("a.parquet.gz", b"", "unknown file type"),
+        ("a.xlsx", b"", "unknown file type"),
         ("jsonl", b"", "unknown file type"),
     ],
 )
@@ -217,9 +217,9 @@ def test_the_place_of_a_gzip_fault_is_said_to_be_after_the_rows_that_were_read(t
 
 def test_missing_files_and_directories_are_refused_with_a_remedy(tmp_path):
     assert "download" in refusal(read_documents, tmp_path / "absent.jsonl", error=FileNotFoundError)
-    assert "is a directory" in refusal(read_documents, tmp_path)
+    assert "is a folder" in refusal(read_documents, tmp_path)
     (tmp_path / "folder.jsonl").mkdir()
-    assert "is a directory" in refusal(read_documents, tmp_path / "folder.jsonl")
+    assert "is a folder" in refusal(read_documents, tmp_path / "folder.jsonl")
 
 
 # The split

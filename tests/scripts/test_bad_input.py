@@ -140,7 +140,7 @@ def test_bad_rows_have_labels_too(command, workspace):
 
 
 @pytest.mark.parametrize(
-    "name, words", [("data.csv", ".jsonl or .txt"), ("folder.jsonl", "directory"), ("data.jsonl.gz", "gzip")]
+    "name, words", [("data.xlsx", ".jsonl"), ("folder.jsonl", "folder"), ("data.jsonl.gz", "gzip")]
 )
 def test_another_kind_of_file(name, words, train_argv, eval_argv, refused, workspace):
     if name.startswith("folder"):

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from dataset.content import content_hash, is_validation
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.documents import read_documents
-from dataset.reading.files import text_format
+from dataset.reading.files import container_of
 from dataset.tokenizer import decode, encode, load_tokenizer
 from model.config import ModelConfig
 from scripts.engine.files import or_none, read_log, sha256_of, write_json, write_text
@@ -62,7 +62,7 @@ class TrainingsConfig:
 
     def __post_init__(self):
         if self.data is not None:
-            text_format(self.data)
+            container_of(self.data)
 
 
 @dataclass(frozen=True)

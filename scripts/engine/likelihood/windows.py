@@ -14,7 +14,7 @@ from tqdm import tqdm
 from dataset.content import content_hash, is_validation, language_of
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
-from dataset.reading.files import text_format
+from dataset.reading.files import is_plain_text
 from dataset.reading.rows import Check
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import is_learnt
@@ -68,7 +68,7 @@ class DataEvalConfig:
     control_tokens: bool = False  # documents that spell control tokens hold them, as in the training of the model
 
     def __post_init__(self):
-        if self.eval_data is not None and text_format(self.eval_data) == ".txt" and self.jsonl_field != "text":
+        if self.eval_data is not None and is_plain_text(self.eval_data) and self.jsonl_field != "text":
             raise ValueError(f"--jsonl-field {self.jsonl_field}: {self.eval_data} has no fields; leave the flag out")
 
     @property

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.bad_rows import BadRows, OnBadRow
 from dataset.reading.documents import read_documents
-from dataset.reading.files import text_format
+from dataset.reading.files import is_plain_text
 from dataset.reading.rows import read_as, read_rows
 from dataset.rows.formats import FORMATS as CONVERSATIONS
 from dataset.rows.formats import read_conversations
@@ -171,7 +171,7 @@ def sources_of(paths: Sequence[Path], config: MeasureConfig) -> list[Source]:
 
 def form_of(path: Path, bad: BadRows | None = None) -> str:
     """The format of a file by the fields of its first row. Raise ValueError if it is unknown."""
-    if text_format(path) == ".txt":
+    if is_plain_text(path):
         return "text"
     number, first = next(read_rows(path, bad=bad))
     fitting = [name for name, form in FORMS.items() if any(first.keys() >= set(fields) for fields in form.fields)]
@@ -202,7 +202,7 @@ def measure(setup: Setup, source: Source) -> Section:
         "format": source.form,
         "split": source.split,
         "bundled": source.bundled,
-        "sha256": data_digest(source.path),
+        "sha256": data_digest([source.path]),
         **FORMS[source.form].measure(setup, source, bad),
         **report_skipped(source.path, bad),
     }

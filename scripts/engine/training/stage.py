@@ -160,7 +160,7 @@ class Stage:
             raise ValueError("--early-stop-patience needs validation rows, and there are none; raise --val-fraction")
         if saved["data_sha256"] != data["data_sha256"]:
             raise ValueError(
-                f"{path} was trained on other contents of {self.data.source}; "
+                f"{path} was trained on other contents of {dataset.source}; "
                 "give the same file, or choose another --run-name"
             )
         if saved.get("reference_sha256") != data.get("reference_sha256"):
