@@ -36,9 +36,9 @@ class PretrainData:
     """Where the corpus is and how it becomes rows; every field is a flag. ValueError on an impossible value."""
 
     data: Annotated[Path | None, f"corpus, rows or plain text; {DATA_HELP} (none: the bundled corpus)"] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    jsonl_field: Annotated[str, "field of a row that holds the document"] = "text"
     jsonl_sep: Annotated[
-        str | None, r"text appended to each JSONL row; \n and \t mean line break and tab", "with character mode"
+        str | None, r"text appended to each row; \n and \t mean line break and tab", "with character mode"
     ] = None
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "tokens per row", "--seq-len", "at least 2"] = 256

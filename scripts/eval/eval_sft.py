@@ -41,7 +41,7 @@ from scripts.engine.runtime import RuntimeConfig, command_line
 class Request:
     """Conversations and output."""
 
-    eval_data: Annotated[Path | None, "conversations: JSONL, may be .gz"] = None
+    eval_data: Annotated[Path | None, "a file of conversations"] = None
     prompts_per_language: Annotated[int, "prompts answered in each language", "at least 1"] = 50
     batch_size: Annotated[int, "prompts answered together; 1 for the speed of a single user", "at least 1"] = 1
     judge: Annotated[

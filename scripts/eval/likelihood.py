@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = Output, CheckpointConfig, DataEvalConfig, RowsConfig, RuntimeConfig
     output, checkpoint, data, rows, runtime, given = parse_args(__doc__, *groups, argv=argv)
     if data.eval_data is None:
-        raise ValueError("--eval-data is missing: give a .jsonl or .txt file")
+        raise ValueError("--eval-data is missing: give a file of rows or plain text")
     require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
     loaded, bad = checkpoint.load(runtime), BadRows(data.on_bad_row)
     form = format_of(data, rows.eval_format)

@@ -47,8 +47,8 @@ class TrainingsConfig:
         "in [0, 2^32)",
         "rising",
     ] = (1, 2, 3)
-    data: Annotated[Path | None, "corpus: JSONL or .txt, either may be .gz (none: the bundled corpus)"] = None
-    jsonl_field: Annotated[str, "field of a JSONL row that holds the document"] = "text"
+    data: Annotated[Path | None, "corpus, a file of rows or plain text (none: the bundled corpus)"] = None
+    jsonl_field: Annotated[str, "field of a row that holds the document"] = "text"
     tokenizer_dir: Annotated[Path | None, "directory of a tokenizer (none: one is trained on --data)"] = None
     target_vocab_size: Annotated[int, "entries of the tokenizer trained", "at least 1", "without --tokenizer-dir"] = (
         2048

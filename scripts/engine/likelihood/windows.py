@@ -37,9 +37,9 @@ Row = TypeVar("Row")
 class DataEvalConfig:
     """Evaluation of a file."""
 
-    eval_data: Annotated[Path | None, "what to evaluate: .jsonl or .txt, either may be .gz"] = None
+    eval_data: Annotated[Path | None, "what to evaluate: a file of rows or plain text"] = None
     jsonl_field: Annotated[
-        str, "field of a JSONL row that holds the document", "with --eval-data", "with rows of text"
+        str, "field of a row that holds the document", "with --eval-data", "with rows of text"
     ] = "text"
     eval_split: Annotated[
         Literal["all", "validation"],
@@ -183,7 +183,7 @@ def windows_of(
 
 def _encoded(rows: list[Row], encode: Callable[[list[Row]], Iterable[Any]]) -> Iterator[tuple[Row, Any]]:
     """Each row with its encoding; only as many rows are encoded as are taken, give or take a group."""
-    for first in range(0, len(rows), ROWS_AT_A_TIME):
+    for first in tqdm(range(0, len(rows), ROWS_AT_A_TIME), "tokenising", disable=None, leave=False):
         some = rows[first : first + ROWS_AT_A_TIME]
         yield from zip(some, encode(some), strict=True)
 

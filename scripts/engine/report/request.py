@@ -26,7 +26,7 @@ class Request:
         "."
     )
     eval_data: Annotated[
-        tuple[Path, ...] | None, ".jsonl or .txt, either may be .gz (none: bundled)", "without --from"
+        tuple[Path, ...] | None, "files of rows or plain text (none: bundled)", "without --from"
     ] = None
     out: Annotated[Path | None, "folder of the report (none: weights/report; with --from, that of the file)"] = None
     redraw: Annotated[Path | None, "draw the report again from this report.json; no model is needed", "--from"] = None
