@@ -22,7 +22,7 @@ class TrainerConfig:
     accumulation_steps: Annotated[int, "forward passes per optimizer step", "at least 1"] = 1
     epochs: Annotated[float | None, "passes over the training rows (none, and no --max-iters: 1)", "above 0"] = None
     max_iters: Annotated[
-        int | None, "optimizer steps in all, also when resuming; instead of --epochs", "at least 1"
+        int | None, "optimizer steps in all, also when resuming; instead of --epochs", "at least 1", "--max-steps"
     ] = None
     early_stop_patience: Annotated[int, "validations without improvement before stopping (0 = never)", "at least 0"] = 0
     early_stop_min_delta: Annotated[

@@ -23,7 +23,7 @@ class OptimConfig:
     lr_schedule: Annotated[
         Literal["wsd", "cosine"], "after the warm-up: stay, then fall linearly; or fall along a cosine"
     ] = "wsd"
-    warmup_steps: Annotated[int, "steps of linear warm-up", "at least 0"] = 200
+    warmup_steps: Annotated[int, "steps of linear warm-up (left out: at most a tenth of the run)", "at least 0"] = 200
     lr_stable_ratio: Annotated[
         float, "share of the steps after the warm-up spent at the peak", "in [0, 1]", "with --lr-schedule wsd"
     ] = 0.8

@@ -62,6 +62,8 @@ class Stage:
         run = self.configs.run
         with World.opened(self.configs.runtime.torch_device) as self.world, self._files_held():
             self.state = load_checkpoint(run.state_path) if not run.previewing and continues(run) else None
+            if self.state:
+                self._warm_up(self.state.get("settings", {}).get("warmup_steps", self.configs.optim.warmup_steps))
             self.settings, self.changes = self._settings(), []
             if self.state:
                 self.changes = self._check_continuation()
@@ -89,6 +91,11 @@ class Stage:
 
     def _settings(self) -> dict[str, Any]:
         return settings_of(*self.groups)
+
+    def _warm_up(self, steps: int) -> None:
+        """Make `steps` the length of the warm-up, unless --warmup-steps was typed."""
+        if "warmup_steps" not in self.configs.given:
+            self.configs = replace(self.configs, optim=replace(self.configs.optim, warmup_steps=steps))
 
     # -- the model ----------------------------------------------------------------------------------------------
 
@@ -182,6 +189,10 @@ class Stage:
         nothing can be refused any more: what else a stage writes, it writes there.
         """
         self._check_dataset(dataset)
+        if not self.state:  # a run that goes on keeps the warm-up that it began with, however long it is to be
+            total_steps = self.configs.trainer.total_steps(len(dataset.train))
+            self._warm_up(min(self.configs.optim.warmup_steps, total_steps // 10))
+            self.settings["warmup_steps"] = self.configs.optim.warmup_steps
         if self.world.is_main:
             print(self._header(dataset), flush=True)
             for change in self.changes:
@@ -252,8 +263,20 @@ class Stage:
                 f"data {dataset.describe()}",
                 f"{total_steps:,} steps of {per_step} rows: {tokens / 1e6:.1f}M tokens, "
                 f"{total_steps * per_step / len(rows):.2f} passes",
+                f"learning rate {self._warmup(total_steps)}",
             ]
         )
+
+    def _warmup(self, total_steps: int) -> str:
+        """Return what the learning rate of the run begins with."""
+        optim = self.configs.optim
+        if optim.warmup_steps >= total_steps:
+            return (
+                f"below {optim.learning_rate:g} to the end: the run of {total_steps:,} steps ends within its warm-up "
+                f"of {optim.warmup_steps:,}"
+            )
+        tenth = "" if "warmup_steps" in self.configs.given else ", at most a tenth of the run unless given"
+        return f"{optim.learning_rate:g} after a warm-up of {optim.warmup_steps:,} steps{tenth}"
 
 
 def read_start(path: Path, configs: StageConfigs, tokenizer: PreTrainedTokenizerFast) -> StartingWeights:

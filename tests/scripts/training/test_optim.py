@@ -2,6 +2,7 @@
 
 import copy
 import math
+import signal
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from model.transformer import Transformer
 from scripts.engine.files import read_log
 from scripts.engine.training.optim import MovingAverage, OptimConfig, lr_at, make_optimizers, scale_and_clip
 from scripts.train import diffusion, train_pretrain
+from tests.scripts.conftest import without
+from tests.scripts.training.conftest import assert_same_run, send
 
 configs = st.builds(
     OptimConfig,
@@ -229,3 +232,44 @@ def test_validations_of_one_model_agree_whatever_the_seed_of_the_run(command, di
         assert command(diffusion, [*diffusion_argv, *start, "--run-name", f"v{number}", *more]).code == 0
         losses += [row["loss"] for row in read_log(Path(f"weights/v{number}_log.jsonl")) if row["event"] == "eval"]
     assert len(losses) == 3 and losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
+# -- a warm-up and the length of its run -----------------------------------------------------------------------
+
+
+def rates_of(run: str) -> list[float]:
+    return [row["lr"] for row in read_log(Path(f"{run}_log.jsonl")) if row["event"] == "train"]
+
+
+@pytest.fixture
+def short_argv(pretrain_argv):
+    """Arguments of a run of 30 steps that logs each of them, without --warmup-steps, whose default is longer."""
+    return [*without(pretrain_argv, "--warmup-steps"), "--max-iters", "30", "--log-interval", "1"]
+
+
+def test_a_warmup_that_was_not_typed_is_a_tenth_of_a_short_run_and_stays_so(command, short_argv, at):
+    """Also when the run is continued, with another length, too: what was settled is a setting like any other."""
+    flags = [*short_argv, "--lr-schedule", "cosine"]
+    whole = command(train_pretrain, [*flags, "--save-dir", "whole"])
+    assert whole.code == 0 and "warm-up of 3 steps, at most a tenth" in whole.out
+    settled = OptimConfig(lr_schedule="cosine", warmup_steps=3)
+    assert rates_of("whole/ar") == pytest.approx([lr_at(step, 30, settled) for step in range(30)])
+    at("_train_step", [7], send(signal.SIGTERM))
+    assert command(train_pretrain, [*flags, "--save-dir", "parts"]).code == 143
+    assert command(train_pretrain, [*flags, "--save-dir", "parts", "--resume", "must"]).code == 0
+    assert_same_run("ar")
+    longer = [*flags, "--save-dir", "parts", "--resume", "must", "--max-iters", "60"]
+    assert command(train_pretrain, longer).code == 0
+    assert load_checkpoint(Path("parts/ar.pt"))["settings"]["warmup_steps"] == 3
+    assert rates_of("parts/ar")[30:] == pytest.approx([lr_at(step, 60, settled) for step in range(30, 60)])
+
+
+def test_a_typed_warmup_is_kept_however_long_and_a_run_that_has_one_goes_on_with_it(command, short_argv, at):
+    """So do runs that were saved before defaults gave way to the length."""
+    whole = command(train_pretrain, [*short_argv, "--warmup-steps", "200", "--save-dir", "whole"])
+    assert whole.code == 0 and "ends within its warm-up of 200" in whole.out
+    assert rates_of("whole/ar") == pytest.approx([1e-3 * (step + 1) / 200 for step in range(30)])
+    at("_train_step", [7], send(signal.SIGTERM))
+    assert command(train_pretrain, [*short_argv, "--warmup-steps", "200", "--save-dir", "parts"]).code == 143
+    assert command(train_pretrain, [*short_argv, "--save-dir", "parts", "--resume", "must"]).code == 0
+    assert_same_run("ar")
