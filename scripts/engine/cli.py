@@ -13,6 +13,8 @@ from model.files import is_out_of_memory
 from model.ranges import check_ranges
 from scripts.engine.flags import Flag, Need, flags_of
 
+SHORT = {"length": "len", "sequence": "seq", "temperature": "temp", "dataset": "data", "output": "out"}  # as flags have
+
 Needs = Mapping[type | str, str | tuple[str, ...]]
 
 
@@ -61,11 +63,37 @@ class TypedFlags(frozenset[str]):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        typed = re.match("unrecognized arguments: (--[^ =]+)", message)
-        near = difflib.get_close_matches(typed[1], self._option_string_actions, n=1) if typed else []
-        meant = f"did you mean {near[0]}? " if near else ""
-        _say(f"error: {message} ({meant}--help lists the flags)")
+        typed = re.match("unrecognized arguments: ([-\u2013\u2014]+)([^ =]+)", message)  # also dashes of printed text
+        near = meant(typed[2], self._option_string_actions) if typed else []
+        advice = f"did you mean {' or '.join(near)}? " if near else ""
+        _say(f"error: {message} ({advice}--help lists the flags)")
         self.exit(2)
+
+
+def meant(typed: str, options: Mapping[str, Any]) -> list[str]:
+    """Return up to three flags that may have been meant by one that does not exist, typed without its hyphens.
+
+    First choice are those with a slip in some words, then those that have all of its words and one or two more. No
+    advice is better than a flag that does something else. options: flag, by any of its names -> what it does.
+    """
+    asked = typed.split("-")
+    words = {option: option.lstrip("-").split("-") for option in options}
+    slips = [option for option, own in words.items() if "".join(own) == "".join(asked) or _slips(asked, own)]
+    longer = [option for option, own in words.items() if len(own) <= len(asked) + 2 and _within(asked, own)]
+    found = {options[option]: option for option in reversed(slips or longer)}  # of a flag's names the first
+    return sorted(found.values()) if len(found) <= 3 else []
+
+
+def _slips(words: list[str], others: list[str]) -> bool:
+    """Return whether word for word they are almost the same."""
+    ratios = (difflib.SequenceMatcher(None, *pair).ratio() for pair in zip(words, others, strict=False))
+    return len(words) == len(others) and all(ratio >= 0.75 for ratio in ratios)
+
+
+def _within(words: list[str], others: list[str]) -> bool:
+    """Return whether all words are among the others, in their order."""
+    left = iter(others)
+    return all(any(other in (word, SHORT.get(word)) for other in left) for word in words)
 
 
 def parse_args(

@@ -94,6 +94,27 @@ def test_wrong_arguments_end_in_one_sentence_and_exit_2(argv, words, capsys):
     assert "_" not in error, "in words of the user, not of our functions"
 
 
+MEANT = [
+    ("--some-numbr", "--some-number"),
+    ("--somenumber", "--some-number"),
+    ("-some-text", "--some-text"),
+    ("\u2013some-text", "--some-text"),  # as printed documents have it
+    ("--text", "--some-text"),
+    ("--some", ""),  # one of four
+    ("--some-other-number", ""),
+    ("--king-size", ""),
+    ("--seed", ""),
+]
+
+
+@pytest.mark.parametrize("typed, near", MEANT)
+def test_advice_on_an_unknown_flag_is_a_slip_or_longer_name_of_it_or_absent(typed, near, capsys):
+    with pytest.raises(SystemExit):
+        parse(typed, "1")
+    error = capsys.readouterr().err
+    assert (f"did you mean {near}? " in error) if near else ("did you mean" not in error)
+
+
 def test_help_shows_help_text_default_and_aliases(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")
@@ -183,6 +204,25 @@ def test_settings_that_may_change_are_settings():
         f.name for group in (RunConfig, TrainerConfig, RuntimeConfig, PretrainData, Preference) for f in fields(group)
     }
     assert known >= SILENT | REPORTED and not SILENT & REPORTED
+
+
+@pytest.mark.parametrize(
+    "module, typed, near",
+    [
+        ("scripts.train.train_pretrain", "--block-size", None),  # not --batch-size
+        ("scripts.train.train_pretrain", "--mask-schedule", None),  # not --lr-schedule
+        ("scripts.train.train_pretrain", "--wsd-stable-ratio", None),  # not --lr-stable-ratio
+        ("scripts.eval.eval_diffusion", "--lr", None),  # not --help
+        ("scripts.eval.eval_diffusion", "--temperature", "--gen-temp"),  # not --trace
+        ("scripts.eval.eval_diffusion", "--max-length", "--max-seq-len"),
+        ("scripts.chat", "--top-k", "--ar-top-k or --gen-top-k"),
+        ("scripts.eval.report", "--checkpoint", "--diffusion-checkpoint or --minimind-checkpoint"),
+        ("scripts.train.train_sft_diffusion", "--steps", None),  # one of many
+    ],
+)
+def test_advice_does_not_lead_to_a_flag_that_does_something_else(module, typed, near, command):
+    error = command(module_of(module), [typed, "1"]).err
+    assert f"(did you mean {near}? " in error if near else "(--help lists" in error
 
 
 # -- generation through the commands -----------------------------------------------------------------------------------
