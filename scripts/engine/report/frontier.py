@@ -66,8 +66,16 @@ def samplers(
     for policy in POLICIES:
         field, values = varied.get(policy, ("gen_steps", steps))
         for value in values:
-            setting = f"{value:g} {'step' if value == 1 else 'steps'}" if field == "gen_steps" else f"{value:g}"
-            yield Sampler(policy, setting, replace(config, gen_remasking=policy, **{field: value}))
+            way = replace(config, gen_remasking=policy, **{field: value})
+            setting = number_of_steps(policy, value) if field == "gen_steps" else f"{value:g}"
+            if policy == "hybrid":  # has a threshold, too
+                setting = f"{way.gen_confidence_threshold:g}, {setting}"
+            yield Sampler(policy, setting, way)
+
+
+def number_of_steps(policy: str, steps: int) -> str:
+    """Describe --gen-steps of a policy with a schedule; hybrid may need fewer."""
+    return f"{'at most ' if policy == 'hybrid' else ''}{steps} {'step' if steps == 1 else 'steps'}"
 
 
 def choose(sections: list[Section]) -> Section | None:

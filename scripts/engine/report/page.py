@@ -1,6 +1,7 @@
 """report.md and its figures, drawn from report.json alone: the same bytes every time."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +14,9 @@ from model.denoiser import DenoisingConfig
 from model.likelihood import ENUMERATED
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.files import write_bytes
+from scripts.engine.flags import in_effect
 from scripts.engine.report.figures import draw_frontier, draw_likelihood, draw_quality, png
+from scripts.engine.report.frontier import number_of_steps
 from scripts.engine.report.measure import ANSWERED, FORMS, Section
 from scripts.engine.report.metrics import DISTINCT, METRICS, Metric, columns_of, quality_of
 from scripts.engine.report.results import (
@@ -195,13 +198,13 @@ def sampling_of(report: Report, model: dict[str, Any]) -> str:
     length, config = _config(report, ContinuationConfig).max_new_tokens, _sampler(report, model)
     if isinstance(config, SamplingConfig):
         return "; ".join(["one token after the other", *_draw(config), f"at most {length} new tokens"])
-    policy, block = f"policy {config.gen_remasking}", config.gen_block_size or length
-    if config.gen_remasking in ("threshold", "factor"):
-        value = config.gen_confidence_threshold if config.gen_remasking == "threshold" else config.gen_factor
-        policy += f" {value:g}, keeping {_cap(vars(config))}"
+    policy, block = config.gen_remasking, config.gen_block_size or length
+    settings = in_effect(config)
+    value = settings.get("gen_confidence_threshold", settings.get("gen_factor"))
+    capped = "gen_cap_end_ratio" in settings
     parts = [
-        policy,
-        f"{config.gen_steps} {'step' if config.gen_steps == 1 else 'steps'}",
+        f"policy {policy}" + ("" if value is None else f" {value:g}"),
+        _cap(config, min(block, length)) if capped else number_of_steps(policy, config.gen_steps),
         "one block" if block >= length else f"blocks of {block} tokens from left to right",
         f"canvas of {length} masked tokens, as many as may be written",
         *_draw(config),
@@ -209,7 +212,7 @@ def sampling_of(report: Report, model: dict[str, Any]) -> str:
         CACHES[config.gen_cache],
     ]
     parts += [f"classifier-free guidance {config.gen_cfg_scale:g}"] if config.gen_cfg_scale else []
-    return "; ".join(parts)
+    return "; ".join(filter(None, parts))
 
 
 def _sampler(report: Report, model: dict[str, Any]) -> SamplingConfig | DenoisingConfig:
@@ -224,12 +227,15 @@ def _config(report: Report, kind: type) -> Any:
     return kind(**{field.name: report["settings"][field.name] for field in fields(kind)})
 
 
-def _cap(settings: dict[str, Any]) -> str:
-    """The most that a step of a policy without a schedule keeps."""
-    return (
-        f"at most {settings['gen_cap_start_ratio']:g} to {settings['gen_cap_end_ratio']:g} of a block's masked tokens "
-        f"per step, and {settings['gen_max_decode_per_step']} tokens"
-    )
+def _cap(config: DenoisingConfig, block: float) -> str:
+    """Describe the most that a step of a policy without a schedule keeps of a block, if it is ever less than all."""
+    first, last, number = config.gen_cap_start_ratio, config.gen_cap_end_ratio, config.gen_max_decode_per_step
+    share = f"{first:g} of a block's masked tokens"
+    if first != last:
+        share += f", {last:g} after the block's part of {number_of_steps('', config.gen_steps)}"
+    bounds = [share] if min(first, last) < 1 else []
+    bounds += [f"{number} tokens"] if number < block else []
+    return f"a step keeps at most {', and '.join(bounds)}" if bounds else ""
 
 
 def _draw(config: SamplingConfig | DenoisingConfig) -> list[str]:
@@ -329,9 +335,10 @@ def _cell(text: str) -> str:
 
 def _frontier(report: Report, metric: Metric, points: list[Point]) -> list[str]:
     frontier = report["frontier"]
+    cap = _cap(_config(report, DenoisingConfig), math.inf)
     capped = (
-        f" Policies without a schedule (threshold, factor) keep {_cap(report['settings'])} (`--gen-cap-start-ratio`, "
-        "`--gen-cap-end-ratio`, `--gen-max-decode-per-step`)."
+        f" Of policies without a schedule (threshold, factor) {cap} (`--gen-cap-start-ratio`, `--gen-cap-end-ratio`, "
+        "`--gen-max-decode-per-step`)."
     )
     lines = [
         (

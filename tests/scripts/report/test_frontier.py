@@ -21,7 +21,8 @@ from tests.scripts.report.conftest import DM, NEW_TOKENS
 def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections, models):
     metric, points = points_of(made[1])
     ways = {(point.policy, point.setting) for point in points}
-    adaptive = {"threshold": ["0.5", "0.7", "0.9"], "factor": ["0.5", "1", "2"], "AR": ["temperature 0.8", "greedy"]}
+    adaptive = {"hybrid": ["0.9, at most 1 step", "0.9, at most 6 steps"]}
+    adaptive |= {"threshold": ["0.5", "0.7", "0.9"], "factor": ["0.5", "1", "2"], "AR": ["temperature 0.8", "greedy"]}
     assert ways == {(p, s) for p in (*POLICIES, "AR") for s in adaptive.get(p, ["1 step", "6 steps"])}
     assert metric.name == "exact match" and len(points) == len(ways)
     assert made[1]["frontier"]["source"] == "poems.jsonl", "the first file that has right answers"

@@ -6,6 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from model.decode import ContinuationConfig
+from model.denoiser import DenoisingConfig
+from scripts.engine.decoding.generation import generate
+from scripts.engine.prompts import Prompt
 from scripts.engine.report import figures, page
 from scripts.engine.report.metrics import EXACT, NATS
 from scripts.engine.report.results import Estimate, points_of
@@ -78,11 +82,50 @@ def test_the_page_says_how_answers_were_sampled(made, markdown):
     for words in ("policy low_confidence", "4 steps", "one block", "canvas of 6 masked tokens", "temperature 0.8"):
         assert words in diffusion
     settings = made[1]["settings"] | {"ar_temperature": 0.0, "gen_remasking": "factor", "gen_factor": 2.0}
-    settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_max_decode_per_step": 5, "gen_steps": 1}
+    settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_max_decode_per_step": 2, "gen_steps": 1}
     ar, diffusion = (page.sampling_of({**made[1], "settings": settings}, model) for model in made[1]["models"])
     assert "temperature 0)" in ar
-    for words in ("factor 2, keeping at most 0.2 to 0.5 ", "and 5 tokens", "1 step;", "blocks of 3 tokens"):
+    for words in (
+        "factor 2",
+        "at most 0.2 of",
+        "0.5 after the block's part of 1 step",
+        "2 tokens",
+        "blocks of 3 tokens",
+    ):
         assert words in diffusion
+
+
+CAP = {"gen_cap_start_ratio": 0.3, "gen_cap_end_ratio": 0.3, "gen_max_decode_per_step": 1}
+OTHERWISE = {"gen_steps": 5, "gen_confidence_threshold": 0.9, "gen_factor": 0.5} | CAP
+NAMED = {  # but for the steps over which a cap grows
+    "low_confidence": {"gen_steps"},
+    "threshold": {"gen_confidence_threshold", *CAP},
+    "factor": {"gen_factor", *CAP},
+    "hybrid": {"gen_confidence_threshold", "gen_steps"},
+}
+
+
+@pytest.mark.parametrize("policy", NAMED)
+@pytest.mark.parametrize("cap", [(0.2, 0.7, 32), (1.0, 1.0, 32), (1.0, 1.0, 2), (0.5, 0.5, 6)])
+def test_the_page_names_the_settings_that_answers_depend_on_and_no_others(policy, cap, made, models):
+    """Steps mean nothing to a policy without a schedule, unless its cap grows over them."""
+    model = next(model for model in made[1]["models"] if model["name"] == DM)
+    base = {"gen_remasking": policy, "gen_steps": 2, "gen_block_size": 6, **dict(zip(CAP, cap, strict=True))}
+    base |= {"gen_confidence_threshold": 1e-6, "gen_factor": 1e6}  # whatever is predicted is certain enough
+
+    def described_and_written(**changes):
+        config = DenoisingConfig(**base | changes)
+        answer = generate(models[DM], Prompt("a"), ContinuationConfig(6, gen_seed=1), config)
+        words = page.sampling_of({**made[1], "settings": made[1]["settings"] | base | changes}, model)
+        return words, (answer.text, answer.num_forward_passes)
+
+    words, written = described_and_written()
+    assert ("step;" in words or "steps;" in words) == ("gen_steps" in NAMED[policy] or cap[0] != cap[1])
+    for name, value in OTHERWISE.items():
+        other_words, other = described_and_written(**{name: value})
+        if name not in NAMED[policy] and name != "gen_steps":
+            assert other_words == words, name
+        assert other_words != words or other == written, name
 
 
 def test_figures_have_no_kinds_and_call_the_only_model_of_a_kind_by_it(made, tables):
