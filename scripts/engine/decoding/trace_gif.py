@@ -18,7 +18,7 @@ from matplotlib.patches import Rectangle
 from rich.cells import cell_len
 
 from scripts.engine.decoding.trace import Cell, Trace
-from scripts.engine.decoding.trace_terminal import on_screen, symbols
+from scripts.engine.decoding.trace_terminal import JOINER, NON_JOINER, on_screen, symbols
 
 MAX_FRAMES = 120
 SECONDS, HELD_SECONDS = 10, 2
@@ -107,13 +107,13 @@ class Panel:
 
     def __init__(self, trace: Trace):
         self.trace, self.frames = trace, list(trace.frames())
-        self.texts = [symbols(trace.tokens, frame) for frame in self.frames]
+        self.texts = [[_drawn(text) for text in symbols(trace.tokens, frame)] for frame in self.frames]
         # An edit may have replaced a longer text, which needs its place, too.
         self.widest = [max(reversed(texts), key=cell_len) for texts in zip(*self.texts, strict=True)]
         self.places = lay_out(self.widest)
         lines = max((place.line for places in self.places for place in places), default=0) + 1
         words = " ".join(" \u2013 ".join(str(trace.info[n]) for n in ("title", "prompt") if trace.info.get(n)).split())
-        self.heading = on_screen(words)[:COLUMNS]
+        self.heading = _drawn(on_screen(words))[:COLUMNS]
         self.height = (lines + 2.2 + bool(self.heading)) * LINE  # inches
         self.characters = self.heading + "".join(text for frame in self.texts for text in frame)
 
@@ -145,6 +145,11 @@ class Panel:
         filled, steps = self.trace.num_written(self.frames[number]), len(self.trace.steps)
         rate = f"   {filled / passes:.2f} tokens per pass" if passes else ""
         return f"step {number}/{steps}   {passes} forward passes   {filled}/{sum(self.trace.open)} tokens{rate}"
+
+
+def _drawn(text: str) -> str:
+    """Return the text without joiners: characters are drawn one by one, and no font has a glyph for these."""
+    return text.replace(JOINER, "").replace(NON_JOINER, "")
 
 
 def _colour(cell: Cell, masked: bool) -> tuple[float, ...] | str:

@@ -21,6 +21,13 @@ SHADES = (230, 229, 193, 157, 122, 117)
 INK, EDIT = "color(16)", "color(160)"
 BLANK, NEWLINE = "\u00b7", "\u21b5"
 GAP = 3  # columns between texts side by side
+# Of the format characters (Cf) those that are text: two of width 0, which letters and emoji need, and number signs. The
+# others become signs: bidi controls reorder what stands around them, tags and zero-width spaces hide text.
+NON_JOINER, JOINER = "\u200c", "\u200d"
+FORMATS_OF_TEXT = frozenset(
+    NON_JOINER + JOINER + "\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
+)
+UNJOINED = "\ufff9"  # in place of a joiner while widths are measured: also of width 0, and never on the screen
 SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}  # of special tokens
 
 
@@ -73,7 +80,8 @@ class LiveView:
         text, latest = Text(), 0
         cells = self._cells[self.start :]
         for cell, symbol in zip(cells, symbols(self.trace.tokens, cells), strict=True):
-            text.append(symbol, self._style(cell))
+            # Terminals do not agree on the width of joined characters; alone they are at least as wide.
+            text.append(symbol.replace(JOINER, UNJOINED), self._style(cell))
             latest = len(text) if cell.written == len(self.trace.steps) else latest
         lines = text.wrap(console, width, overflow="fold")
         # On a low terminal the window follows the token that was written last.
@@ -83,6 +91,7 @@ class LiveView:
         if self._height:  # up to the first line of the last drawing, and clear what follows
             self.stream.write(f"\033[{self._height}F\033[0J")
         for line in drawn:
+            line.plain = line.plain.replace(UNJOINED, JOINER)
             console.print(line, no_wrap=True, crop=True)
         self._height = len(drawn)
 
@@ -131,6 +140,8 @@ def _printable(character: str) -> str:
         return "\u25cc"
     if ord(character) < 0x20:
         return chr(0x2400 + ord(character))
+    if character in FORMATS_OF_TEXT:
+        return character
     return "\u00a4" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
 
 

@@ -2,21 +2,19 @@
 
 import base64
 import hashlib
-import io
 import itertools
 import json
 import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.cells import cell_len
 
 from dataset.tokenizer import decode, encode, token_ids, train_characters
-from model.canvas import Canvas, DecodingStep
+from model.canvas import Canvas
 from model.decode import SamplingConfig
 from model.decode import decode as fill
 from model.denoiser import DenoisingConfig
@@ -25,35 +23,9 @@ from scripts.engine.decoding.trace import Trace, Vocabulary
 from scripts.engine.decoding.trace_files import check_trace_path, load_traces, write_trace
 from scripts.engine.decoding.trace_gif import COLUMNS, MAX_FRAMES, lay_out, moments_of
 from scripts.engine.decoding.trace_page import TEMPLATE, page, page_data
-from scripts.engine.decoding.trace_terminal import LiveView, side_by_side
-from tests.scripts.models import Terminal
+from tests.scripts.decoding.traces import MASK, one_by_one, recorded, written_as
 
-MASK, EOS = 3, 2
 EVIL = "</script ></script><img src=x onerror=alert(1)><!-- &lt; \u2028 -->"
-
-
-def recorded(tokenizer, prompt, new, writes, info=None):
-    """The trace of `writes` [[(offset into `new`, id, confidence), ...] per step], and the canvases it went through."""
-    canvas = torch.tensor([[*prompt, *[MASK] * len(new)]])
-    trace, seen = Trace(Vocabulary(tokenizer), canvas[0], canvas[0] == MASK, info), [canvas[0].tolist()]
-    for number, step in enumerate(writes, start=1):
-        canvas, written = canvas.clone(), torch.zeros_like(canvas, dtype=torch.bool)
-        confidence = torch.zeros(canvas.shape)
-        for offset, token, probability in step:
-            place = 0, len(prompt) + offset
-            canvas[place], written[place], confidence[place] = token, True, probability
-        trace.add(DecodingStep(canvas, written, confidence, 2 * number))
-        seen.append(canvas[0].tolist())
-    return trace, seen
-
-
-def one_by_one(tokenizer, prompt, new, info=None, backwards=False):
-    order = list(enumerate(new))[:: -1 if backwards else 1]
-    return recorded(tokenizer, prompt, new, [[(i, token, 0.5)] for i, token in order], info)[0]
-
-
-def written_as(tokenizer, prompt, text, **more):
-    return one_by_one(tokenizer, [1, *encode(tokenizer, prompt)], encode(tokenizer, text), **more)
 
 
 tokens = st.integers(0, 379)
@@ -318,63 +290,6 @@ def test_missing_glyphs_are_told_in_one_line(tokenizer, tmp_path, monkeypatch, c
     assert capsys.readouterr().err == ""
 
 
-# --- the terminal ---
-
-
-def replayed(tokenizer, trace, stream, **more):
-    """Show a decoding once more, live."""
-    live = LiveView(Trace(Vocabulary(tokenizer), trace.initial, trace.open, trace.info), stream=stream, **more)
-    for frame, step in zip(list(trace.frames())[1:], trace.steps, strict=True):
-        canvas = torch.tensor([[cell.id for cell in frame]])
-        written, confidence = torch.zeros_like(canvas, dtype=torch.bool), torch.zeros(canvas.shape)
-        for position, _, probability in step.writes:
-            written[0, position], confidence[0, position] = True, probability
-        live(DecodingStep(canvas, written, confidence, step.num_forward_passes))
-    assert live.trace == trace
-
-
-def test_without_a_terminal_every_kth_step_and_the_last_is_a_plain_line(tokenizer):
-    stream, trace = io.StringIO(), written_as(tokenizer, "ab", "龘\nx")
-    replayed(tokenizer, trace, stream, every=2)
-    lines = stream.getvalue().splitlines()
-    assert [re.match(r"\[step (\d+), (\d+) forward passes, (\d+) of 5", line).groups() for line in lines] == [
-        ("2", "4", "2"),
-        ("4", "8", "4"),
-        ("5", "10", "5"),
-    ]
-    assert [line.rpartition("]  ")[2] for line in lines] == ["▸ab◌···", "▸ab龘↵·", "▸ab龘↵x"]
-
-
-def test_an_end_that_leaves_blanks_behind_it_is_the_last_line(tokenizer):
-    a = encode(tokenizer, "a")[0]
-    trace, _ = recorded(tokenizer, [1], [0] * 4, [[(1, EOS, 0.5)], [(0, a, 0.5)]])
-    stream = io.StringIO()
-    replayed(tokenizer, trace, stream, every=100)
-    assert stream.getvalue().rpartition("]  ")[2] == "▸a■··\n"
-
-
-def test_a_live_view_may_leave_out_the_prompt(tokenizer):
-    stream = io.StringIO()
-    replayed(tokenizer, written_as(tokenizer, "the cat", "ab"), stream, start=len(encode(tokenizer, "the cat")) + 1)
-    assert [line.rpartition("]  ")[2] for line in stream.getvalue().splitlines()] == ["a·", "ab"]
-
-
-@pytest.mark.parametrize(("columns", "lines"), [(80, 24), (12, 6), (3, 2)])
-def test_a_terminal_is_redrawn_in_place_and_left_as_it_was(tokenizer, monkeypatch, columns, lines):
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("LINES", str(lines))
-    stream = Terminal()
-    replayed(tokenizer, written_as(tokenizer, "老朋友", "看见了一只小猫\n\x1b[2J\x9b2J\u202e龘 the river"), stream)
-    plain = re.sub(r"\x1b\[[\d;]*m", "", stream.getvalue())
-    first, *others = re.split(r"\x1b\[(\d+)F\x1b\[0J", plain)
-    drawings, ups = [first, *others[1::2]], [int(up) for up in others[::2]]
-    assert ups == [drawing.count("\n") for drawing in drawings[:-1]] and max(ups) <= max(lines - 1, 2)
-    assert not re.search(r"\x1b\[[\d;]*[1-9][\d;]*m[^\x1b]*\n", stream.getvalue())  # no colour lasts beyond its line
-    for drawing in drawings:
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", drawing)
-        assert max(map(cell_len, drawing.split("\n"))) <= max(columns - 1, 4)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text("ab \n好e\u0301，", max_size=30), max_size=20))
 def test_a_layout_keeps_the_order_and_the_width(texts):
@@ -385,13 +300,3 @@ def test_a_layout_keeps_the_order_and_the_width(texts):
         assert place.line >= max(ends, default=0) and place.column == ends.get(place.line, 0)
         ends[place.line] = place.column + cell_len(place.text)
     assert max(ends.values(), default=0) <= COLUMNS
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.text("ab \n好，", max_size=40), min_size=1, max_size=3), st.integers(20, 60))
-def test_texts_side_by_side_keep_to_their_columns(texts, columns):
-    lines = side_by_side(["t"] * len(texts), texts, columns)
-    assert max(map(cell_len, lines)) <= columns
-    shown = "".join(lines[2:])  # below the titles and their rule
-    for character in set("ab好，"):
-        assert shown.count(character) == "".join(texts).count(character)
