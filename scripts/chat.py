@@ -36,15 +36,25 @@ from scripts.engine.decoding.watching import Typing
 from scripts.engine.files import require_output
 from scripts.engine.flags import in_effect, settings_of, spelling
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
-from scripts.engine.prompts import Blanks, Conversation, Prompt, TypedPromptConfig, fitting, note_on_template
+from scripts.engine.prompts import (
+    Blanks,
+    Conversation,
+    Prompt,
+    TypedPromptConfig,
+    fitting,
+    note_on_template,
+    refuse_long_system,
+)
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 HELP = """\
 /help             this list and the settings
-/reset            forget the conversation
+/reset            forget the conversation; the system prompt stays
+/system TEXT      change the system prompt, "" for none; the conversation goes on. Without TEXT: show it
 /temp T           sampling temperature, 0 = the likeliest token
 /trace FILE       write the last reply, step by step, to FILE.html, .gif or .json
-/quit             leave (so does Ctrl-D; Ctrl-C stops a reply)"""
+/quit             leave (so does Ctrl-D; Ctrl-C stops a reply)
+//TEXT            send a line that begins with a slash: /TEXT"""
 DIFFUSION_HELP = """\
 /steps N          denoising steps of a reply
 /block N          tokens denoised together, from left to right; 0 = the whole reply at once
@@ -81,6 +91,7 @@ class Chat:
         self.loaded, self.sampler, self.continuation = loaded, sampler, continuation
         self.chat, self.command = chat, command
         self.wraps, self.control = prompting.wraps(loaded), prompting.control_tokens
+        self._open_with(prompting)
         self.live = sys.stdout.isatty() if chat.live is None else chat.live
         self.messages: list[dict[str, str]] = []
         self.trace: Trace | None = None
@@ -98,10 +109,10 @@ class Chat:
                 self._set(name, rest.strip())
             elif name in COMMANDS:
                 COMMANDS[name](self, rest.strip())
-            elif name.startswith("/"):
-                raise ValueError(f"{name} is no command; /help lists them")
+            elif name.startswith("/") and not name.startswith("//"):
+                raise ValueError(f"{name} is no command; /help lists them, and //{name[1:]} sends it as a message")
             elif name:
-                self._reply(line.strip())
+                self._reply(line.strip().removeprefix("/"))
         except ValueError as error:
             raise ValueError(FLAG.sub(lambda flag: COMMAND_OF[flag[0]], str(error))) from None
 
@@ -112,18 +123,19 @@ class Chat:
             self._write(Prompt(text, self.control), text)
             return
         messages = self._recent([*self.messages, {"role": "user", "content": text}], self.continuation.max_new_tokens)
-        generation = self._write(Prompt(messages, self.control), text)
+        generation = self._write(Prompt(self.prompting.opened(messages), self.control), text)
         self.messages = [*messages, {"role": "assistant", "content": generation.text}]
 
     def _recent(self, messages: Conversation, room: int) -> Conversation:
-        """The conversation without its oldest exchanges, as many as leave room for `room` tokens."""
-        recent = fitting(self.loaded, Prompt(messages, self.control), room).content
-        exchanges = (len(messages) - len(recent)) // 2
+        """The conversation without its oldest exchanges, as many as must go so that it fits, behind the system prompt,
+        with `room` more tokens."""
+        whole = Prompt(self.prompting.opened(messages), self.control)
+        exchanges = (len(whole.content) - len(fitting(self.loaded, whole, room).content)) // 2
         if exchanges == 1:
             print("(the oldest exchange no longer fits and is left out)")
         elif exchanges:
             print(f"(the {exchanges} oldest exchanges no longer fit and are left out)")
-        return recent
+        return messages[2 * exchanges :]
 
     def _write(self, request: Prompt | Blanks, text: str, start: int | None = None) -> Generation:
         """Generate, showing the canvas from `start` on, by default from its first open position, and keep a trace. An
@@ -133,7 +145,8 @@ class Chat:
         continuation = replace(self.continuation, gen_seed=seed)
 
         def observe(canvas: Canvas) -> Watch:
-            info = {"title": f"reply {self.replies + 1}", "prompt": text, **in_effect(self.sampler), "gen_seed": seed}
+            about = {"title": f"reply {self.replies + 1}", "prompt": text, "system": request.system}
+            info = {**about, **in_effect(self.sampler), "gen_seed": seed}
             traces.append(Trace(Vocabulary(self.loaded.tokenizer), *canvas.text(0), info))
             return self._watch(traces[0], int(canvas.open[0].int().argmax()) if start is None else start)
 
@@ -188,11 +201,26 @@ class Chat:
         values = settings_of(self.sampler, self.continuation)
         flags = [f"{spelling(name)} {value}" for name, value in values.items() if value is not None]
         print(textwrap.fill(", ".join(flags), 110, break_on_hyphens=False))
+        if self.prompting.system:
+            self.system("")
 
     def reset(self, rest: str) -> None:
         _refuse_rest("/reset", rest)
         self.messages = []
         print("(the conversation is forgotten)")
+
+    def system(self, text: str) -> None:
+        if text:
+            self._open_with(replace(self.prompting, system="" if text == '""' else text))
+        system = self.prompting.system
+        print(f"(--system {on_screen(system)})" if system else "(no system prompt)")
+
+    def _open_with(self, prompting: TypedPromptConfig) -> None:
+        """Open conversations with this system prompt. ValueError if that cannot be."""
+        if prompting.wraps(self.loaded):
+            room = self.continuation.max_new_tokens, self.loaded.max_length
+            refuse_long_system(self.loaded.tokenizer, prompting.prompt("", self.loaded), *room)
+        self.prompting = prompting
 
     def infill(self, text: str) -> None:
         if not self.is_diffusion:
@@ -200,7 +228,8 @@ class Chat:
         blanks = Blanks(text, self.chat.blank_tokens, control=self.control)
         row, _ = blanks.encode(self.loaded.tokenizer)
         if self.wraps and self.messages:
-            blanks = replace(blanks, conversation=self._recent(self.messages[:-1], len(row) - 1))
+            recent = self._recent(self.messages[:-1], len(row) - 1)
+            blanks = replace(blanks, conversation=self.prompting.opened(recent))
         if note := note_on_blanks(self.loaded):
             print(f"({note})")
         _, start = blanks.encode(self.loaded.tokenizer)
@@ -215,7 +244,8 @@ class Chat:
         check_trace_path(path)
         tokenizer = self.loaded.tokenizer
         require_output(path, "/trace", self.loaded.path, tokenizer.name_or_path)
-        configs = self.continuation, self.chat
+        asked = replace(self.prompting, system=self.trace.info["system"] or "")  # it may have changed since
+        configs = asked, self.continuation, self.chat
         self.trace.info[RECORD] = circumstances(
             self.command, self.loaded.runtime, tokenizer, None, [self.loaded], *configs
         )
@@ -235,6 +265,7 @@ def _refuse_rest(command: str, rest: str) -> None:
 COMMANDS = {
     "/help": Chat.help,
     "/reset": Chat.reset,
+    "/system": Chat.system,
     "/infill": Chat.infill,
     "/trace": Chat.write_trace,
     "/quit": Chat.quit,
@@ -276,6 +307,7 @@ COMMAND_OF = {  # flag -> command, which replaces it in what the model's code sa
     "--gen-block-size": "/block",
     "--gen-remasking": "/policy",
     "--infill": "/infill",
+    "--system": "/system",
 }
 FLAG = re.compile("|".join(COMMAND_OF))
 
@@ -317,12 +349,16 @@ def converse(talk: Chat) -> None:
     if by_hand:
         with contextlib.suppress(ImportError):  # with it, `input` lets a line be edited and earlier ones come back
             import readline  # noqa: F401
-    elif hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+    if hasattr(sys.stdin, "reconfigure"):  # bytes that are no text are kept, to be named
+        encoding = sys.stdin.encoding if by_hand else "utf-8-sig"
+        sys.stdin.reconfigure(encoding=encoding, errors="surrogateescape")
+    number = 0
     while True:
         line = None
         try:
             line = input("> " if by_hand else "")
+            number += 1
+            refuse_no_message(line, number, talk.loaded)
             talk.answer(line)
         except Leave:
             break
@@ -336,6 +372,18 @@ def converse(talk: Chat) -> None:
         except (ValueError, OSError) as error:
             print(f"error: {error}")
         sys.stdout.flush()  # whoever writes to us through a pipe waits for it
+
+
+def refuse_no_message(line: str, number: int, loaded: Loaded) -> None:
+    """Raise ValueError for a line with a byte that no text has (NUL, or not UTF-8), or for one too long to look at."""
+    if match := re.search("[\0\udc80-\udcff]", line):  # `surrogateescape` makes the latter of bytes
+        before, (byte,) = line[: match.start()], match[0].encode("utf-8", "surrogateescape")
+        place = f"byte 0x{byte:02x} at byte offset {len(before.encode('utf-8', 'surrogateescape'))}"
+        raise ValueError(f"line {number} is not UTF-8 text ({place}) and was not sent; save the input as UTF-8")
+    # Tokenising it would take gigabytes: no token has more characters than its name.
+    if len(line) > loaded.max_length * max(map(len, loaded.tokenizer.get_vocab())):
+        size = f"{len(line):,} characters, more than --max-seq-len {loaded.max_length} tokens can hold"
+        raise ValueError(f"line {number} has {size}, and was not sent; shorten it")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_batch, encode_chat
@@ -26,6 +27,11 @@ class Prompt:
         """The text, or the last message of the conversation."""
         return self.content if isinstance(self.content, str) else self.content[-1]["content"]
 
+    @property
+    def system(self) -> str | None:
+        """The system prompt of a conversation that has one."""
+        return None if isinstance(self.content, str) else system_of(self.content)
+
     def encode(self, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         """Ids: BOS and the text, or the conversation up to the open turn of the assistant. ValueError for [MASK]."""
         if isinstance(self.content, str):
@@ -36,6 +42,9 @@ class Prompt:
         return ids
 
 
+Ask = Callable[[str], Prompt]
+
+
 @dataclass(frozen=True)
 class Blanks:
     """A text whose blanks, runs of three or more underscores, are filled."""
@@ -44,6 +53,11 @@ class Blanks:
     blank_tokens: int  # in place of each blank
     conversation: Conversation | None = None  # that the text replies to; None: it is a document of its own
     control: bool = False  # control tokens that both spell are those tokens; a [MASK] of the text is a blank, too
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of the conversation, if there are both."""
+        return system_of(self.conversation or ())
 
     def encode(self, tokenizer: PreTrainedTokenizerFast) -> tuple[list[int | None], int]:
         """Ids, with None for each token of a blank, and the position at which the text begins.
@@ -65,8 +79,30 @@ class Blanks:
         return [*row, tokenizer.eos_token_id], start
 
 
+def system_of(messages: Conversation) -> str | None:
+    return messages[0]["content"] if messages and messages[0]["role"] == "system" else None
+
+
 @dataclass(frozen=True)
-class PromptConfig:
+class SystemConfig:
+    """The system prompt."""
+
+    system: Annotated[
+        str, "system prompt, ahead of what is asked in the chat template; a conversation's own is kept (empty: none)"
+    ] = ""
+
+    def opened(self, messages: Conversation) -> Conversation:
+        """The conversation behind the system prompt, unless it is empty or the conversation has its own."""
+        if not self.system or any(message["role"] == "system" for message in messages):
+            return messages
+        return [{"role": "system", "content": self.system}, *messages]
+
+
+NO_SYSTEM = SystemConfig()
+
+
+@dataclass(frozen=True)
+class PromptConfig(SystemConfig):
     """Prompts."""
 
     chat_wrap: Annotated[
@@ -74,11 +110,19 @@ class PromptConfig:
     ] = None
 
     def wraps(self, loaded: Loaded) -> bool:
-        return loaded.chat if self.chat_wrap is None else self.chat_wrap
+        """Return whether prompts are put into the chat template. ValueError if not, and there is a system prompt."""
+        wraps = loaded.chat if self.chat_wrap is None else self.chat_wrap
+        if self.system and not wraps:
+            raise ValueError("--system has no effect outside the chat template (--chat-wrap); leave it out")
+        return wraps
 
     def prompt(self, text: str, loaded: Loaded) -> Prompt:
         """The text itself, or the conversation that it opens."""
-        return Prompt([{"role": "user", "content": text}] if self.wraps(loaded) else text)
+        return Prompt(self.opened([{"role": "user", "content": text}]) if self.wraps(loaded) else text)
+
+    def asking(self, loaded: Loaded) -> Ask:
+        """Return what makes a prompt of a question."""
+        return partial(self.prompt, loaded=loaded)
 
 
 @dataclass(frozen=True)
@@ -121,6 +165,7 @@ def prompt_tokens(
     """Ids of a prompt, never cut: ValueError if they and the continuation exceed `max_length`, the context in use."""
     ids = prompt.encode(tokenizer)
     if len(ids) + max_new_tokens > max_length:
+        refuse_long_system(tokenizer, prompt, max_new_tokens, max_length)
         raise ValueError(
             f"the prompt's {len(ids)} tokens and --max-new-tokens {max_new_tokens} exceed --max-seq-len {max_length}; "
             "shorten the prompt, or lower --max-new-tokens"
@@ -128,15 +173,31 @@ def prompt_tokens(
     return ids
 
 
+def refuse_long_system(
+    tokenizer: PreTrainedTokenizerFast, prompt: Prompt, max_new_tokens: int, max_length: int
+) -> None:
+    """Raise ValueError if a conversation's system prompt leaves no room even for an empty message."""
+    if prompt.system is None:
+        return
+    empty = replace(prompt, content=[prompt.content[0], {"role": "user", "content": ""}])
+    size = len(empty.encode(tokenizer))
+    if size + max_new_tokens > max_length:
+        raise ValueError(
+            f"--system and the chat template are {size} tokens, which with --max-new-tokens {max_new_tokens} exceed "
+            f"--max-seq-len {max_length}; shorten --system, or lower --max-new-tokens"
+        )
+
+
 def fitting(loaded: Loaded, prompt: Prompt, room: int) -> Prompt:
-    """The conversation without its oldest exchanges, as many as must go so that `room` more tokens fit the context; at
-    least its last message remains, even if that is too long."""
-    for start in range(0, len(prompt.content), 2):
-        recent = replace(prompt, content=prompt.content[start:])
+    """The conversation without its oldest exchanges, as many as must go so that `room` more tokens fit the context. The
+    system prompt and the last message remain, even if they are too long."""
+    kept = 0 if prompt.system is None else 1
+    for start in range(kept, len(prompt.content), 2):
+        recent = replace(prompt, content=[*prompt.content[:kept], *prompt.content[start:]])
         with contextlib.suppress(ValueError):
             prompt_tokens(loaded.tokenizer, recent, room, loaded.max_length)
             return recent
-    return replace(prompt, content=prompt.content[-1:])
+    return replace(prompt, content=[*prompt.content[:kept], prompt.content[-1]])
 
 
 def condition_and_responses(

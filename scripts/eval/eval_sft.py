@@ -5,8 +5,8 @@
         --diffusion-checkpoint weights/diffusion_sft_state_dict.pt \\
         --policies low_confidence,threshold --steps 16,64 --json weights/answers.json
 
-Prompts are put into the chat template. Prints a table with one line per sampler, the references first, and some answers
-unedited.
+Prompts are put into the chat template, behind --system if they have no system prompt of their own. Prints a table with
+one line per sampler, the references first, and some answers unedited.
 """
 
 import sys
@@ -23,6 +23,7 @@ from scripts.engine.decoding.answers import (
     answer_all,
     figures_of,
     judge,
+    note_on_systems,
     questions_of,
     references,
     samples,
@@ -33,7 +34,7 @@ from scripts.engine.decoding.samplers import ADAPTIVE, SamplerGrid
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.windows import report_skipped
 from scripts.engine.loaded import Loaded, ModelsConfig, circumstances, load_for_use
-from scripts.engine.prompts import Prompt, note_on_template
+from scripts.engine.prompts import Prompt, SystemConfig, note_on_template, refuse_long_system
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -66,11 +67,11 @@ NEEDS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    groups = Request, ModelsConfig, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig, RuntimeConfig
+    groups = Request, ModelsConfig, SystemConfig, SamplerGrid, ContinuationConfig, SamplingConfig, DenoisingConfig
     *configs, runtime, given = parse_args(
-        __doc__, *groups, argv=argv, needs=NEEDS, later=(SamplerGrid, DenoisingConfig)
+        __doc__, *groups, RuntimeConfig, argv=argv, needs=NEEDS, later=(SamplerGrid, DenoisingConfig)
     )
-    request, models, grid, continuation, sampling, denoising = configs
+    request, models, systems, grid, continuation, sampling, denoising = configs
     tried = grid.samplers(denoising).values()
     given.refuse_idle(grid, *tried)
     set_by_steps = all(config.gen_remasking not in ADAPTIVE for config in tried)
@@ -93,8 +94,11 @@ def main(argv: list[str] | None = None) -> None:
         samplers |= {name: ("diffusion", config) for name, config in grid.samplers(fitted).items()}
     bad = BadRows(request.on_bad_row)
     room = continuation.max_new_tokens, models.max_seq_len
-    questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, *room, bad)
+    refuse_long_system(tokenizer, Prompt(systems.opened([{"role": "user", "content": ""}])), *room)
+    questions, counts = questions_of(request.eval_data, tokenizer, request.prompts_per_language, room, bad, systems)
     skipped = report_skipped(request.eval_data, bad)
+    if note := note_on_systems(questions, systems.system):
+        print(f"{request.eval_data}: {note}", file=sys.stderr)
     prompts = [Prompt(question.messages) for question in questions]
     answers = {"reference": references(tokenizer, questions)}
     for name, (kind, sampler) in samplers.items():
@@ -108,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if request.json:
         command = command_line(__spec__.name, argv)
         checkpoints = [*loaded.values(), *([critic] if critic else [])]
-        configs = request, models, grid, continuation
+        configs = request, models, systems, grid, continuation
         record = {
             "models": {kind: model.attention for kind, model in loaded.items()},
             "questions": [asdict(question) for question in questions],

@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for kind, model in loaded.items():
         warm_up(model, [prompt], continuation, samplers[kind])
         answers[kind] = generate(model, prompt, continuation, samplers[kind])
-        title = {"title": f"{model.described}: {model.path}", "prompt": request.prompt}
+        title = {"title": f"{model.described}: {model.path}", "prompt": request.prompt, "system": prompt.system}
         if observe := recorder.observer(**title, **in_effect(samplers[kind]), **{RECORD: record}):
             generate(model, prompt, continuation, samplers[kind], observe)
     saved = recorder.write()

@@ -34,6 +34,7 @@ from scripts.engine.likelihood.documents import (
 )
 from scripts.engine.likelihood.windows import DIFFUSION, WHOLE_ROWS, DataEvalConfig, report_skipped
 from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
+from scripts.engine.prompts import PromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
 
 
@@ -45,8 +46,8 @@ class Output:
 
 
 @dataclass(frozen=True)
-class RowsConfig:
-    """What the rows are."""
+class RowsConfig(PromptConfig):
+    """What the rows are, and how questions are put."""
 
     eval_format: Annotated[
         Literal["auto", "text", "chat", "choices"], "what the rows are; auto = by the fields of the first"
@@ -60,16 +61,12 @@ class RowsConfig:
         "with conversations",
         f"with {WHOLE_ROWS}",
     ] = 128
-    chat_wrap: Annotated[
-        bool | None,
-        "ask in the chat template, else BOS and the question; none = as it was trained",
-        "with multiple choice",
-    ] = None
 
 
 def main(argv: list[str] | None = None) -> None:
     groups = Output, CheckpointConfig, DataEvalConfig, RowsConfig, RuntimeConfig
-    output, checkpoint, data, rows, runtime, given = parse_args(__doc__, *groups, argv=argv)
+    needs = dict.fromkeys(("chat_wrap", "system"), "with multiple choice")
+    output, checkpoint, data, rows, runtime, given = parse_args(__doc__, *groups, argv=argv, needs=needs)
     if data.eval_data is None:
         raise ValueError("--eval-data is missing: give a file of rows or plain text")
     require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
@@ -130,8 +127,8 @@ def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows
 
 
 def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
-    wrap = loaded.chat if rows.chat_wrap is None else rows.chat_wrap
-    accuracies, too_long = evaluate_choices(loaded, data, wrap, bad)
+    wrap = rows.wraps(loaded)
+    accuracies, too_long = evaluate_choices(loaded, data, rows.asking(loaded), bad)
     summary = (
         f"asked {'in the chat template' if wrap else 'as plain text'}; {too_long:,} questions left out, too long for "
         f"--max-seq-len {loaded.max_length}"

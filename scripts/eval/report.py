@@ -13,7 +13,8 @@ Writes report.json (every row's values), and report.md and pictures drawn from i
     questions   {"question", "answer"}; with "final", that string is to be found instead of the answer
     chat        a conversation in any format of fine-tuning
 
-and may be told apart by "lang", "split" and "kind". Without --eval-data the bundled questions are asked.
+and may be told apart by "lang", "split" and "kind". Without --eval-data the bundled questions are asked. --system goes
+before every question; conversations are scored as they stand in their file.
 """
 
 import sys
@@ -26,9 +27,10 @@ from scripts.engine.cli import TypedFlags, parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import facts_of_models
 from scripts.engine.loaded import Loaded, circumstances, load_kind
-from scripts.engine.prompts import PromptConfig, note_on_template
+from scripts.engine.prompts import PromptConfig, note_on_template, refuse_long_system
 from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
 from scripts.engine.report.measure import (
+    ANSWERED,
     IN_WORDS,
     MeasureConfig,
     Setup,
@@ -91,6 +93,8 @@ def measured(configs: list[Any], given: TypedFlags, argv: list[str] | None) -> d
     for loaded in models.values() if {form for form, _ in forms} != {"text"} else ():
         if note := note_on_template(loaded, prompting.wraps(loaded)):
             print(note, file=sys.stderr)
+        room = continuation.max_new_tokens if {form for form, _ in forms} & set(ANSWERED) else 0
+        refuse_long_system(tokenizer, prompting.prompt("", loaded), room, measuring.max_seq_len)
     setup = Setup(models, tokenizer, measuring, prompting, continuation, sampling, denoising)
     sections = [measure(setup, source) for source in sources]
     section = choose(sections) if frontier.frontier_questions else None

@@ -21,7 +21,7 @@ from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.likelihood.documents import window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window
 from scripts.engine.loaded import Loaded
-from scripts.engine.prompts import Prompt
+from scripts.engine.prompts import NO_SYSTEM, Prompt, SystemConfig, system_of
 from scripts.engine.statistics import distinct, longest_repeat, mean_and_error, ratio_error
 
 PREMATURE = 0.25  # of the reference's length; an answer that ends below it ended too early
@@ -70,24 +70,26 @@ def questions_of(
     path: Path,
     tokenizer: PreTrainedTokenizerFast,
     per_language: int,
-    max_new_tokens: int,
-    max_length: int,
+    room: tuple[int, int],
     bad: BadRows | None = None,
+    systems: SystemConfig = NO_SYSTEM,
 ) -> tuple[list[Question], dict[str, int]]:
     """Up to `per_language` questions in each language, chosen by content hash among those that fit; and the number of
     rows ("rows") and, per language, of different ones that fit. ValueError for a bad row, or if none fits.
 
+    room: max_new_tokens and max_length. systems: the system prompt of conversations that have none.
     A question fits if the prompt and `max_new_tokens` are within `max_length` and its reference, EOS included, within
     `max_new_tokens`: no answer is cut that could be as short as the reference. An empty reply, or one to nothing, is
     not a reference.
     """
+    max_new_tokens, max_length = room
     fitting: dict[str, dict[int, Question]] = {}
     rows = 0
     for _, messages in read_conversations(path, None, bad, spelling_check(tokenizer)):
         rows += 1
         last = max(i for i, message in enumerate(messages) if is_learnt(message))
-        prompt, reference = messages[:last], messages[last]["content"]
-        if not prompt or not reference.strip():
+        prompt, reference = systems.opened(messages[:last]), messages[last]["content"]
+        if not last or not reference.strip():
             continue
         size, reply = len(encode_chat(tokenizer, prompt, True)), len(encode(tokenizer, reference))
         if size + max_new_tokens <= max_length and reply < max_new_tokens:
@@ -101,6 +103,14 @@ def questions_of(
     languages = sorted(fitting, reverse=True)
     chosen = [fitting[language][order] for language in languages for order in sorted(fitting[language])[:per_language]]
     return chosen, {"rows": rows, **{language: len(fitting[language]) for language in languages}}
+
+
+def note_on_systems(questions: Sequence[Question], system: str) -> str | None:
+    """A sentence if some questions have another system prompt than `system`. ValueError if all have."""
+    others = sum(system_of(question.messages) != system for question in questions) if system else 0
+    if others and others == len(questions):
+        raise ValueError("--system has no effect: every question has a system prompt of its own; leave it out")
+    return f"{others} of {len(questions)} questions keep their own system prompt (--system)" if others else None
 
 
 def references(tokenizer: PreTrainedTokenizerFast, questions: Sequence[Question]) -> list[Answer]:

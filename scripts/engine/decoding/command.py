@@ -32,7 +32,8 @@ class Output:
     ) -> None:
         """Continue the prompt or fill the blanks, and write the trace."""
         recorder = Recorder(self.loaded.tokenizer, trace)
-        info = {"prompt": request.text, "checkpoint": self.loaded.path, **in_effect(sampler), RECORD: self.record}
+        about = {"prompt": request.text, "system": request.system, "checkpoint": self.loaded.path}
+        info = {**about, **in_effect(sampler), RECORD: self.record}
         write = infill if isinstance(request, Blanks) else generate
         generation = write(self.loaded, request, continuation, sampler, recorder.observer(**info))
         self.record["generation"] = asdict(generation)  # before the trace is written, which holds the record

@@ -8,7 +8,7 @@ choice's last block.
 
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from dataset.tokenizer import PreTrainedTokenizerFast
 from scripts.engine.likelihood.documents import by_language, kind_of, window_nats
 from scripts.engine.likelihood.windows import DataEvalConfig, Window, chosen_rows, seed_of
 from scripts.engine.loaded import Loaded
-from scripts.engine.prompts import Prompt, condition_and_responses
+from scripts.engine.prompts import Ask, condition_and_responses
 from scripts.engine.statistics import wilson
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -96,19 +96,19 @@ def _with_interval(name: str, value: float, error: float, interval: tuple[float,
 
 
 def evaluate_choices(
-    loaded: Loaded, config: DataEvalConfig, chat_wrap: bool, bad: BadRows | None = None
+    loaded: Loaded, config: DataEvalConfig, ask: Ask, bad: BadRows | None = None
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices exceeds the context. ValueError for a bad row, or if nothing is left."""
     rows = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer))
     chosen = chosen_rows(rows, config, lambda question: question.content)
-    fitting = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [chat_wrap], config.max_windows)
+    fitting = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [ask], config.max_windows)
     questions, too_long = fitting
     if not questions:
         raise ValueError(
             f"{config.eval_data}: all {too_long} questions are longer than --max-seq-len {loaded.max_length}"
         )
-    scores = choice_nats(loaded, questions, chat_wrap, config)
+    scores = choice_nats(loaded, questions, ask, config)
     outcomes = [outcome(question, score.nats) for question, score in zip(questions, scores, strict=True)]
     groups = by_language(outcomes, [question.language for question in questions])
     return {name: Accuracy.of(kind_of(loaded.model), members) for name, members in groups.items()}, too_long
@@ -118,16 +118,16 @@ def questions_that_fit(
     tokenizer: PreTrainedTokenizerFast,
     questions: Iterable[Question],
     max_length: int,
-    wraps: Collection[bool],
+    asks: Iterable[Ask],
     max_choices: float = math.inf,
 ) -> tuple[list[Question], int]:
-    """The questions whose choices all end within `max_length`, in the chat template and outside of it as `wraps` says,
-    until they have `max_choices`; and how many of those met are too long."""
+    """The questions whose choices all end within `max_length`, in whichever of these ways they are asked, until they
+    have `max_choices`; and how many of those met are too long."""
     fitting, choices, too_long = [], 0, 0
     for question in questions:
         if choices >= max_choices:
             break
-        rows = [row for wrap in wraps for row in _windows_of(tokenizer, question, 0, wrap)]
+        rows = [row for ask in asks for row in _windows_of(tokenizer, question, 0, ask)]
         if max(len(row.ids) for row in rows) > max_length:
             too_long += 1
         else:
@@ -136,11 +136,11 @@ def questions_that_fit(
     return fitting, too_long
 
 
-def choice_nats(loaded: Loaded, questions: list[Question], chat_wrap: bool, config: DataEvalConfig) -> list[ChoiceNats]:
+def choice_nats(loaded: Loaded, questions: list[Question], ask: Ask, config: DataEvalConfig) -> list[ChoiceNats]:
     """Nats of every choice of every question."""
     windows, ends = [], []
     for number, question in enumerate(questions):
-        windows += _windows_of(loaded.tokenizer, question, number, chat_wrap)
+        windows += _windows_of(loaded.tokenizer, question, number, ask)
         ends.append(len(windows))
     nats, variance = window_nats(loaded, windows, config)
     tokens = np.array([len(window.ids) - window.begin for window in windows])
@@ -154,13 +154,12 @@ def outcome(question: Question, nats: np.ndarray) -> tuple[int, bool, bool]:
     return len(size), int(nats.argmin()) == question.answer, int((nats / size).argmin()) == question.answer
 
 
-def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, chat_wrap: bool) -> list[Window]:
+def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: int, ask: Ask) -> list[Window]:
     """One window per choice; the condition is the same for all. Outside the template a question that does not end with
     white space gets a space before the choice, or none beside a Chinese or Japanese character."""
-    text, choices = question.text, question.choices
-    if text and not chat_wrap and not text[-1].isspace():
+    prompt, text, choices = ask(question.text), question.text, question.choices
+    if text and isinstance(prompt.content, str) and not text[-1].isspace():
         choices = [_glue(text[-1], choice[0]) + choice for choice in choices]
-    prompt = Prompt([{"role": "user", "content": text}] if chat_wrap else text)
     condition, responses = condition_and_responses(tokenizer, prompt, choices)
     return [Window(number, condition + ids, seed_of(condition + ids), len(condition)) for ids in responses]
 

@@ -39,7 +39,7 @@ from scripts.engine.likelihood.windows import (
     windows_of,
 )
 from scripts.engine.loaded import Loaded, data_digest
-from scripts.engine.prompts import PromptConfig
+from scripts.engine.prompts import Ask, PromptConfig
 from scripts.engine.report.exercises import key_of, labels_of, read_exercises, whole_couplets
 
 BATCH_SIZE = 32  # of answers
@@ -140,9 +140,10 @@ class Setup:
     denoising: DenoisingConfig
 
     @property
-    def wraps(self) -> set[bool]:
-        """{True} if questions are put into the chat template, {False} if not, both if the models differ."""
-        return {self.prompting.wraps(loaded) for loaded in self.models.values()}
+    def asks(self) -> list[Ask]:
+        """The ways in which questions are put: in the chat template or outside of it, both if the models differ."""
+        ways = {self.prompting.wraps(loaded): self.prompting.asking(loaded) for loaded in self.models.values()}
+        return list(ways.values())
 
     def sampler(self, name: str) -> SamplingConfig | DenoisingConfig:
         loaded = self.models[name]
@@ -270,11 +271,11 @@ def _measure_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
 
     rows = (question for _, question in read_as(source.path, labelled, bad=bad))
     sample = chosen_rows(rows, config, lambda question: question.content)
-    questions, too_long = choices.questions_that_fit(setup.tokenizer, sample, setup.config.max_seq_len, setup.wraps)
+    questions, too_long = choices.questions_that_fit(setup.tokenizer, sample, setup.config.max_seq_len, setup.asks)
     _require_any(questions, setup, source)
     results = {}
     for name, loaded in setup.models.items():
-        scores = choices.choice_nats(loaded, questions, setup.prompting.wraps(loaded), setup.config.scoring(source))
+        scores = choices.choice_nats(loaded, questions, setup.prompting.asking(loaded), setup.config.scoring(source))
         results[name] = [
             {"nats": s.nats.tolist(), "variance": [or_none(v) for v in s.variance.tolist()]} for s in scores
         ]
@@ -340,11 +341,11 @@ def _add_reference_nats(setup: Setup, source: Source, items: list[dict], results
     places, questions = [], []
     for place, item in enumerate(items):
         question = choices.Question(item["question"], [item["reference"]], 0, item["lang"])
-        if choices.questions_that_fit(setup.tokenizer, [question], setup.config.max_seq_len, setup.wraps)[0]:
+        if choices.questions_that_fit(setup.tokenizer, [question], setup.config.max_seq_len, setup.asks)[0]:
             places.append(place)
             questions.append(question)
     for name, loaded in setup.models.items() if questions else ():
-        scores = choices.choice_nats(loaded, questions, setup.prompting.wraps(loaded), setup.config.scoring(source))
+        scores = choices.choice_nats(loaded, questions, setup.prompting.asking(loaded), setup.config.scoring(source))
         for place, score in zip(places, scores, strict=True):
             results[name][place]["reference_likelihood"] = {
                 "nats": score.nats.item(),

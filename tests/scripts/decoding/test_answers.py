@@ -112,10 +112,10 @@ def test_a_sample_steers_no_terminal_and_says_where_no_end_was_written():
 
 def test_questions_are_the_conversations_up_to_the_last_reply_chosen_by_content(tmp_path, tokenizer, texts):
     rows = conversations(texts)
-    some, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 4, 30, 90)
-    again, _ = questions_of(write_rows(tmp_path / "b.jsonl", rows[::-1] + rows), tokenizer, 4, 30, 90)
+    some, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 4, (30, 90))
+    again, _ = questions_of(write_rows(tmp_path / "b.jsonl", rows[::-1] + rows), tokenizer, 4, (30, 90))
     assert some == again, "the order of the file, and copies, matter to nobody"
-    every, _ = questions_of(tmp_path / "a.jsonl", tokenizer, 1000, 30, 90)
+    every, _ = questions_of(tmp_path / "a.jsonl", tokenizer, 1000, (30, 90))
     assert counts == {"rows": 60, **{lang: sum(q.language == lang for q in every) for lang in ("zh", "other")}}
     for language in ("zh", "other"):
         key = {q.messages[0]["content"] + q.reference: order_of(q) for q in every if q.language == language}
@@ -136,16 +136,16 @@ def test_a_question_fits_to_the_token(tmp_path, tokenizer):
     path = write_rows(tmp_path / "a.jsonl", [{"messages": exchange("the cat sees", "the river")}])
     reply = len(encode(tokenizer, "the river")) + 1
     size = len(encode_chat(tokenizer, exchange("the cat sees"), True)) + reply
-    assert len(questions_of(path, tokenizer, 9, reply, size)[0]) == 1
+    assert len(questions_of(path, tokenizer, 9, (reply, size))[0]) == 1
     for limits in ((reply - 1, size), (reply, size - 1)):
         with pytest.raises(ValueError, match="no row has a prompt that leaves room"):
-            questions_of(path, tokenizer, 9, *limits)
+            questions_of(path, tokenizer, 9, limits)
 
 
 def test_a_reply_that_is_empty_or_replies_to_nothing_is_no_reference(tmp_path, tokenizer):
     nothing = [{"role": "assistant", "content": "the cat"}]
     rows = [{"messages": exchange("the cat", " ")}, {"messages": nothing}, {"messages": exchange("a", "b", "c")}]
-    found, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 9, 30, 90)
+    found, counts = questions_of(write_rows(tmp_path / "a.jsonl", rows), tokenizer, 9, (30, 90))
     assert found == [Question(exchange("a"), "b", "other")] and counts == {"rows": 3, "other": 1}
 
 
@@ -162,7 +162,7 @@ def test_a_bad_row_is_named(row, words, tmp_path):
     characters = train_characters(["abcdefghijklmnopqrstuvwxyz\n"])
     path = write_rows(tmp_path / "a.jsonl", [{"messages": exchange("x", "y")}, row])
     with pytest.raises(ValueError, match="a.jsonl, " + words):
-        questions_of(path, characters, 9, 30, 90)
+        questions_of(path, characters, 9, (30, 90))
 
 
 # -- answers -----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import itertools
 import shutil
 import sys
 from pathlib import Path
@@ -12,22 +11,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dataset.tokenizer import decode, encode, encode_chat
-from model.canvas import Decoded, DecodingStep
+from dataset.tokenizer import decode, encode
+from model.canvas import DecodingStep
 from model.config import ModelConfig
 from model.decode import SamplingConfig
 from model.denoiser import DenoisingConfig
 from scripts import chat
-from scripts.engine.decoding import generation
 from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary
 from scripts.engine.decoding.trace_files import load_traces
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.decoding.watching import Typing
 from scripts.engine.prompts import Blanks
+from tests.scripts.decoding.conftest import history
 from tests.scripts.models import Terminal, given_tokens
 
 KINDS = ("ar", "dm")
-SMALL = ("--max-new-tokens", "6", "--dtype", "float32", "--device", "cpu")
 
 
 class Impatient(Terminal):
@@ -40,78 +38,9 @@ class Impatient(Terminal):
         return super().readline(*more)
 
 
-class Decoding:
-    """What was decoded, how, and what came out, call by call."""
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.canvases, self.configs, self.seeds, self.replies = [], [], [], []
-        self.interrupted = self.empty = None  # number of a call
-
-    def __call__(self, model, canvas, config, seeds, watch):
-        number = len(self.canvases)
-        self.canvases.append(canvas)
-        self.configs.append(config)
-        self.seeds.append(seeds[0])
-        if number == self.interrupted:
-            steps = itertools.count(1)
-
-            def stop(step):
-                watch(step)
-                if next(steps) == 2:
-                    raise KeyboardInterrupt
-
-            return self.fill(model, canvas, config, seeds, stop)
-        decoded = self.fill(model, canvas, config, seeds, watch)
-        if number == self.empty:
-            decoded = Decoded(decoded.ids, [[self.tokenizer.eos_token_id]], [True], 1, [1])
-        self.replies.append(decode(self.tokenizer, decoded.new[0]))
-        return decoded
-
-    def prompts(self):
-        """The given tokens of every call up to the first open one."""
-        return [c.ids[0, : int(c.open[0].int().argmax())].tolist() for c in self.canvases]
-
-
-@pytest.fixture
-def decoding(monkeypatch, tokenizer):
-    made = Decoding(tokenizer)
-    made.fill = generation.fill
-    monkeypatch.setattr(generation, "fill", made)
-    return made
-
-
-@pytest.fixture
-def flags(checkpoint, tokenizer_dir):
-    """flags(kind, chats=True, **config): arguments of a chat with such a checkpoint."""
-    return lambda *kind, **config: [
-        *("--checkpoint", checkpoint(*kind, **config)),
-        *("--tokenizer-dir", str(tokenizer_dir), *SMALL),
-    ]
-
-
-@pytest.fixture
-def talk(command, flags, monkeypatch):
-    """talk(kind, lines, *flags) -> standard output, of a chat that ended well."""
-
-    def run(kind, lines, *more, chats=True):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
-        result = command(chat, [*flags(kind, chats), *more])
-        assert result.code == 0 and not result.complaints, result
-        return result.out
-
-    return run
-
-
 def fitted(**settings):
     """As a checkpoint of full attention is decoded."""
     return DenoisingConfig(**settings).fitted(ModelConfig(attention="full"))
-
-
-def history(tokenizer, *contents, more=True):
-    """Ids of a conversation of these contents in turn."""
-    messages = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
-    return encode_chat(tokenizer, messages, more)
 
 
 # -- the conversation --------------------------------------------------------------------------------------------------

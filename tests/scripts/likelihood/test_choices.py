@@ -24,6 +24,10 @@ from tests.scripts.models import ready
 KINDS = ["causal", "full"]
 
 
+def in_template(text: str) -> Prompt:
+    return Prompt(turns(text))
+
+
 def continuations(row: dict) -> tuple[str, list[str]]:
     """By hand, for QUESTIONS: a blank before an English word after an English one, none beside Chinese."""
     joined = {
@@ -55,7 +59,9 @@ def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokeniz
         right.append(nats.index(min(nats)) == answer)
         right_by_byte.append(rates.index(min(rates)) == answer)
     for size in (1, 4, 100):
-        found, too_long = evaluate_choices(loaded, file(QUESTIONS, eval_batch_size=size), wrap)
+        found, too_long = evaluate_choices(
+            loaded, file(QUESTIONS, eval_batch_size=size), in_template if wrap else Prompt
+        )
         assert too_long == 0 and found["all"].acc == sum(right) / 3 and found["all"].acc_norm == sum(right_by_byte) / 3
         assert found["all"].chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 3) / 3)
 
@@ -74,7 +80,7 @@ def test_the_likeliest_choice_is_that_of_an_independent_loop(kind, wrap, tokeniz
 )
 def test_the_blank_between_question_and_choice_belongs_to_the_choice(question, choice, given, scored, tokenizer):
     row = Question(question, [choice], 0, "other")
-    (plain,), (chat,) = (_windows_of(tokenizer, row, 5, wrap) for wrap in (False, True))
+    (plain,), (chat,) = (_windows_of(tokenizer, row, 5, ask) for ask in (Prompt, in_template))
     condition = [tokenizer.bos_token_id, *encode(tokenizer, given)]
     assert (plain.ids, plain.begin, plain.fill) == (condition + encode(tokenizer, scored), len(condition), 0)
     assert chat.ids == encode_chat(tokenizer, turns(question), True) + encode(tokenizer, choice)
@@ -90,10 +96,10 @@ def test_every_question_is_right_if_the_likeliest_choice_is_the_answer(tokenizer
         nats = [cost(loaded.model, given + encode(tokenizer, " " + choice), len(given)) for choice in row["choices"]]
         row["answer"] = nats.index(min(nats))
     assert len({row["answer"] for row in rows}) > 1
-    assert evaluate_choices(loaded, file(rows), False)[0]["all"].acc == 1
+    assert evaluate_choices(loaded, file(rows), Prompt)[0]["all"].acc == 1
     for row in rows:
         row["answer"] = (row["answer"] + 1) % 3
-    assert evaluate_choices(loaded, file(rows), False)[0]["all"].acc == 0
+    assert evaluate_choices(loaded, file(rows), Prompt)[0]["all"].acc == 0
 
 
 def test_a_model_that_knows_nothing_takes_the_fewest_tokens_or_the_fewest_per_byte(tokenizer, file):
@@ -102,7 +108,7 @@ def test_a_model_that_knows_nothing_takes_the_fewest_tokens_or_the_fewest_per_by
     loaded = ready(tokenizer, "causal", uniform=True)
     for answer, expected in ((short, (1, 0)), (dense, (0, 1))):
         rows = [{"question": "a small dog", "choices": [short, dense], "answer": answer}]
-        found = evaluate_choices(loaded, file(rows), False)[0]["all"]
+        found = evaluate_choices(loaded, file(rows), Prompt)[0]["all"]
         assert (found.acc, found.acc_norm) == expected
 
 
@@ -132,10 +138,10 @@ def test_questions_longer_than_the_context_are_left_out_whole_and_counted(tokeni
         prompt, parts = continuations(row)
         lengths.append(1 + len(encode(tokenizer, prompt)) + max(len(encode(tokenizer, part)) for part in parts))
     for limit in range(min(lengths), max(lengths) + 1):
-        found, too_long = evaluate_choices(replace(loaded, max_length=limit), file(QUESTIONS), False)
+        found, too_long = evaluate_choices(replace(loaded, max_length=limit), file(QUESTIONS), Prompt)
         assert too_long == sum(length > limit for length in lengths) and found["all"].questions == 3 - too_long
     with pytest.raises(ValueError, match="all 3 questions are longer than --max-seq-len 3"):
-        evaluate_choices(replace(loaded, max_length=3), file(QUESTIONS), False)
+        evaluate_choices(replace(loaded, max_length=3), file(QUESTIONS), Prompt)
 
 
 BAD_QUESTIONS = {
