@@ -8,6 +8,7 @@ import re
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from statistics import fmean, stdev
 
 import numpy as np
@@ -95,10 +96,35 @@ def difference_interval(
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def is_correct(reply: str, answer: str) -> bool:
-    """Return whether the reply holds the answer as words or numbers of its own, in upper or lower case."""
+# A number: a sign that no digit, letter or bracket precedes (5-4 holds no -4), digits that no letter precedes (H2),
+# in thousands or not, a decimal part, and the denominator of a fraction.
+NUMBER = re.compile(
+    r"(?P<sign>(?<![\da-zA-Z)\]])[-+−－＋])?(?<![\da-zA-Z])(?<!\d[.．])"
+    r"(?P<value>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:[.．]\d+)?|(?<![\da-zA-Z.．])[.．]\d+)(?:/(?P<parts>\d+))?"
+)
+
+
+def is_correct(reply: str, answer: str, question: str = "") -> bool:
+    """Return whether a reply to the question gives the answer.
+
+    If the answer is a number, the last number of the reply must equal it, where numbers that the question holds count
+    only if there is no other: "2 + 11 = 13." answers 13, not 2 or 11, and "9 comes before 10." answers 9 if 10 was
+    asked about. 4.0, 4., $4, 4 % and full-width digits are 4, and 4,000 is 4000; 4.5, -4, 0.4 and 1/4 are not 4. Any
+    other answer must stand in the reply as words of its own, in upper or lower case.
+    """
+    if number := NUMBER.fullmatch(answer.strip().lstrip("$€£¥￥").rstrip(".。")):
+        asked, replied = (list(map(_value, NUMBER.finditer(text))) for text in (question, reply))
+        said = [value for value in replied if value not in asked] or replied
+        return bool(said) and said[-1] == _value(number)
     pattern = r"(?<![a-z0-9])" + re.escape(answer.lower()) + r"(?![a-z0-9])"
     return re.search(pattern, reply.lower(), re.ASCII) is not None
+
+
+def _value(number: re.Match[str]) -> Decimal:
+    value = Decimal(number["value"].replace(",", "").replace("．", "."))
+    value = -value if number["sign"] in ("-", "−", "－") else value
+    parts = Decimal(number["parts"] or 1)
+    return value / parts if parts else Decimal("NaN")  # which equals nothing
 
 
 def chrf(reply: str, reference: str) -> float:

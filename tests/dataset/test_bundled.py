@@ -198,7 +198,7 @@ def test_the_right_choice_holds_the_answer_and_no_other_does(made):
     places = [0] * bundled.NUM_CHOICES
     for row in made["choices"]:
         answer = answers[row["question"], row["split"]]
-        held = [is_correct(choice.replace(row["question"], ""), answer) for choice in row["choices"]]
+        held = [is_correct(choice.replace(row["question"], ""), answer, row["question"]) for choice in row["choices"]]
         assert held[row["answer"]], row
         assert len(set(row["choices"])) == bundled.NUM_CHOICES
         places[row["answer"]] += 1

@@ -107,7 +107,8 @@ def test_what_it_says_is_what_was_written(finished):
     chosen = [place for place, item in enumerate(section["items"]) if item["split"] == "seen"]
     for model in report["models"]:
         answers = section["results"][model["name"]]
-        right = sum(is_correct(answers[place]["text"], section["items"][place]["wanted"]) for place in chosen)
+        asked = [(answers[place]["text"], section["items"][place]) for place in chosen]
+        right = sum(is_correct(text, item["wanted"], item["question"]) for text, item in asked)
         assert f"{model['kind']} {100 * right / len(chosen):.1f} % [" in finished.result.out
     for number in re.findall(r"^  (\d+) questions on facts", finished.result.out, re.MULTILINE):
         assert int(number) == len(chosen)

@@ -126,10 +126,51 @@ def test_chrf_of_no_reply_is_nothing_and_it_counts_recall_twice():
         ("scold", "cold", False),
         ("巴黎是法国的首都。", "法国", True),
         ("法兰西", "法国", False),
+        ("2 + 11 = 13.", "2", False),
+        ("18 of 20", "18", False),
+        ("9 * 2 = $18.", "18", True),
+        ("18 - 3 = 15", "18", False),
+        ("It is 1,800.00 in all.", "1800", True),
+        ("none", "18", False),
+        ("H2O", "2", False),
+        ("No. 4", "4", True),
+        ("5-4", "-4", False),
+        ("7 - 4", "4", True),
+        ("答案是-4。", "-4", True),
+        ("一共是１２个", "12", True),
+        ("1/2", "2", False),
+        ("0.5", "1/2", True),
+        ("1/0", "1/0", False),
+        ("9" * 5000, "9", False),
+        ("v. 4.0.1", "1", False),
     ],
 )
 def test_an_answer_counts_if_it_stands_as_a_word(reply, answer, expected):
     assert is_correct(reply, answer) is expected
+
+
+def test_numbers_of_the_question_answer_it_only_if_there_is_no_other():
+    assert is_correct("9 comes before 10.", "9", "What comes before 10?")
+    assert not is_correct("9 comes before 10.", "10", "What comes before 10?")
+    assert not is_correct("2 + 11 = 13.", "2", "What is 2 + 11?") and is_correct("7 - 0 = 7.", "7", "7 - 0 = ?")
+    assert not is_correct("5 - 1 = 5", "4", "5 - 1 = ?")
+
+
+FOUR = ["4", "4.", "4.0", "$4", "４", "+4", "4 %", "4.00", "8/2", "4kg", "4。"]
+OTHER = ["4.5", "-4", "4,000", "0.4", ".4", "1/4", "14", "44", "40", "−4", "－4", "４０", "4,004", "x4", "5-4.5"]
+
+
+@pytest.mark.parametrize("around", ["{}", "It is {} ", "2 + 2 = {}", "两个，即{}元", "7 and 8 give\n{}!", "({})"])
+def test_a_number_is_compared_as_a_number(around):
+    assert [text for text in FOUR if not is_correct(around.format(text), "4")] == []
+    assert [text for text in OTHER if is_correct(around.format(text), "4")] == []
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=2), st.decimals(-9, 9, places=1), st.booleans())
+def test_the_last_number_decides_however_it_is_written(number, other, grouped):
+    written = f"{number:,}" if grouped else f"{number:f}"
+    assert is_correct(f"{other} and so {written}.", str(number)) and is_correct(f"{written} = {written}", str(number))
+    assert is_correct(f"{number:f}, {other:f}", f"{number:f}") == (number == other)
 
 
 @given(ids)

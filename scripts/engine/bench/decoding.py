@@ -29,7 +29,7 @@ from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid
 from scripts.engine.loaded import load_for_use
-from scripts.engine.report.exercises import read_exercises
+from scripts.engine.report.exercises import Exercise, read_exercises
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct, wilson
 
@@ -74,7 +74,7 @@ class Exam(NamedTuple):
 
     models: dict[str, Transformer]
     prompts: list[list[int]]
-    wanted: list[str] | None = None
+    questions: list[Exercise] | None = None
     tokenizer: PreTrainedTokenizerFast | None = None
 
 
@@ -93,7 +93,7 @@ def measure_decoding(config: DecodingBenchmarkConfig, shape: ModelConfig, runtim
         for dtype, (kind, model) in itertools.product(config.decoding_dtypes, exam.models.items()):
             precision, new_tokens = replace(runtime, dtype=dtype), config.decoding_new_tokens
             canvas_of = partial(Canvas.continuing, num_new=new_tokens, config=model.config, device=runtime.torch_device)
-            for policy, decoder in decoders(config, kind, model, exam.wanted is not None).items():
+            for policy, decoder in decoders(config, kind, model, exam.questions is not None).items():
                 cases[kind, policy, precision.dtype_name] = partial(answer, batches, canvas_of, decoder, precision)
         print(f"decoding: {len(cases)} samplers at batch size {batch_size}", file=sys.stderr, flush=True)
         timings = take_turns(cases, config.decoding_rounds, 1, runtime.torch_device)
@@ -130,7 +130,7 @@ def trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> Exam:
             raise ValueError(
                 f"{path}, given as --decoding-{kind.lower()}, has {attention} attention, not {ATTENTION[kind]}"
             )
-    return Exam(models, prompts, [question.wanted for question in questions], tokenizer)
+    return Exam(models, prompts, questions, tokenizer)
 
 
 def decoders(config: DecodingBenchmarkConfig, kind: str, model: Transformer, is_trained: bool) -> dict[str, Decoder]:
@@ -186,9 +186,9 @@ def row_of(exam: Exam, name: tuple[str, str, str], batch_size: int, timing: Timi
     new = [tokens for decoded in timing.result for tokens in decoded.new]
     number, passes = len(new), sum(sum(decoded.row_passes) for decoded in timing.result)
     right = low = high = None
-    if exam.wanted is not None:
+    if exam.questions is not None:
         texts = [decode(exam.tokenizer, tokens) for tokens in new]
-        right = sum(map(is_correct, texts, exam.wanted)) / number
+        right = sum(is_correct(text, q.wanted, q.text) for text, q in zip(texts, exam.questions, strict=True)) / number
         low, high = wilson(right, number)
     tokens = sum(map(len, new))
     return {

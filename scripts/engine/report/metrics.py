@@ -5,7 +5,6 @@ beyond the texts and nats recorded so far, `measure` must record.
 """
 
 import math
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +21,6 @@ Result = dict[str, Any]  # what one model made of an item
 Ratio = tuple[float, float]  # numerator and denominator
 Columns = np.ndarray  # (N, 2): the ratios of N items
 
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 SECONDS = "seconds"
 UNMEASURED = (0.0, 0.0)
 
@@ -45,18 +43,6 @@ def columns_of(metric: Metric, items: Iterable[Item], results: Iterable[Result])
 
 
 # -- ratios of one item ------------------------------------------------------------------------------------------------
-
-
-def is_right(item: Item, text: str) -> bool:
-    """Return whether an answer holds the wanted one.
-
-    If a worked answer ends with a number, that must be the last number written: sums on the way to it hold many a
-    number by chance.
-    """
-    if item["wanted"] == item["reference"].strip() or not NUMBER.fullmatch(item["wanted"]):
-        return is_correct(text, item["wanted"])
-    numbers = [float(number.replace(",", "")) for number in NUMBER.findall(text)]
-    return numbers[-1:] == [float(item["wanted"].replace(",", ""))]
 
 
 def _mean(value: Callable[[Item, Result], float]) -> Callable[[Item, Result], Ratio]:
@@ -86,9 +72,9 @@ def _premature(item: Item, result: Result) -> bool:
 
 EXACT = Metric(
     "exact match",
-    _mean(lambda item, result: is_right(item, result["text"])),
-    "share of the answers that hold the wanted string as words of their own, whatever its case; where a worked answer "
-    "ends with a number, share of those whose last number it is",
+    _mean(lambda item, result: is_correct(result["text"], item["wanted"], item["question"])),
+    "share of the answers that hold the wanted string as words of their own, whatever its case; where a number is "
+    "wanted, share of those whose last number it is, numbers of the question left out if there is another",
     share=True,
 )
 CHRF = Metric(

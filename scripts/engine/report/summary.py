@@ -53,7 +53,7 @@ def answers(section: dict[str, Any], names: dict[str, str]) -> list[str]:
             item, cells = section["items"][place], []
             for name in names:
                 text = section["results"][name][place]["text"]
-                cells.append(("+ " if is_correct(text, item["wanted"]) else "- ") + on_screen(text))
+                cells.append(("+ " if is_correct(text, item["wanted"], item["question"]) else "- ") + on_screen(text))
             lines.append(in_columns([on_screen(item["question"]), *cells]))
     return lines
 

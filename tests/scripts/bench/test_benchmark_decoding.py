@@ -75,7 +75,7 @@ def test_random_weights_have_a_fixed_number_of_passes_and_no_quality(monkeypatch
 def test_every_sampler_answers_the_same_questions_as_it_would_alone(checkpoints, monkeypatch):
     """Greedy answers do not depend on the batch; ratios are to the fastest of both precisions at that batch size."""
     wanted, prompts, answer = [], [], benchmark.answer
-    monkeypatch.setattr(benchmark, "is_correct", lambda text, right: wanted.append(right) or is_correct(text, right))
+    monkeypatch.setattr(benchmark, "is_correct", lambda *args: wanted.append(args[1:]) or is_correct(*args))
     monkeypatch.setattr(
         benchmark, "answer", lambda batches, *args: prompts.append(sum(batches, [])) or answer(batches, *args)
     )

@@ -30,7 +30,7 @@ def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections,
     for point, recorded in zip(points, made[1]["frontier"]["points"], strict=True):
         results = recorded["results"]
         assert point.passes.value == pytest.approx(np.mean([r["num_forward_passes"] for r in results]))
-        right = [is_correct(r["text"], i["wanted"]) for r, i in zip(results, items, strict=True)]
+        right = [is_correct(r["text"], i["wanted"], i["question"]) for r, i in zip(results, items, strict=True)]
         assert point.quality.value == pytest.approx(np.mean(right))
         if point.setting == "1 step":
             assert point.passes.value == 1
