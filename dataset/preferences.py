@@ -22,6 +22,7 @@ from dataset.order import LengthOrder, RowOrder
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.files import DATA_HELP, Observer, data_files, is_plain_text
 from dataset.replies import WIDTH_MULTIPLE, Items, shortened
+from dataset.rows.kinds import note_on_training
 from dataset.rows.pair_formats import Pair, read_pairs
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser, template_size
@@ -292,7 +293,8 @@ class PreferenceDataset:
             f"{meta['shortened']:,} shortened to {train.seq_len} ({meta['cut_prompts']:,} lost the beginning of the "
             f"prompt, {meta['cut_replies']:,} the end of a reply)\nvalidation {len(self.validation):,} pairs"
         )
-        return "\n".join(filter(None, (lines, skipped_line(meta))))
+        note = note_on_training(self.config.data, "pairs")
+        return "\n".join(filter(None, (lines, skipped_line(meta), note)))
 
 
 def _prompt_hash(pair: Pair) -> int:

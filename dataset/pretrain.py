@@ -24,6 +24,7 @@ from dataset.order import RowOrder
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
 from dataset.reading.files import DATA_HELP, Observer, data_files, is_plain_text
+from dataset.rows.kinds import note_on_training
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, fingerprint, token_dtype
@@ -294,7 +295,8 @@ class PretrainDataset:
             f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
         )
-        return "\n".join(filter(None, (lines, skipped_line(meta))))
+        note = note_on_training(self.config.data, "text", self.config.jsonl_field)
+        return "\n".join(filter(None, (lines, skipped_line(meta), note)))
 
     def _why_empty(self) -> str:
         path, meta = self.source, self.meta

@@ -18,6 +18,7 @@ from dataset.reading.bad_rows import OnBadRow, skipped_line
 from dataset.reading.files import DATA_HELP, data_files, is_plain_text, read_chunks
 from dataset.reading.rows import chunked
 from dataset.replies import ReplyRows, RowLayout
+from dataset.rows.kinds import note_on_training
 from dataset.rows.messages import Messages
 from dataset.tokenise import CHUNK_CHARACTERS
 from dataset.tokenizer import ChatIds, PreTrainedTokenizerFast, encode_conversations
@@ -146,7 +147,8 @@ class SFTDataset:
             f"({meta['cut_prompts']:,} lost the beginning of the prompt, {meta['cut_replies']:,} the end of the reply)"
             f"\nvalidation {len(self.validation):,} rows"
         )
-        return "\n".join(filter(None, (lines, skipped_line(meta))))
+        note = note_on_training(self.config.data, "chat")
+        return "\n".join(filter(None, (lines, skipped_line(meta), note)))
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:

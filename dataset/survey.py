@@ -7,6 +7,7 @@ import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ from dataset.reading.bad_rows import BadRow, BadRows
 from dataset.reading.documents import numbered_documents
 from dataset.reading.files import describe_files
 from dataset.reading.rows import chunked
+from dataset.rows.choice_formats import read_questions
+from dataset.rows.exercise_formats import read_exercises
 from dataset.rows.formats import read_conversations
 from dataset.rows.messages import ROLES, Messages, is_learnt
 from dataset.rows.pair_formats import read_pairs
@@ -63,7 +66,7 @@ class Row(NamedTuple):
 class Survey:
     """One reading of files; `result` is what they hold, in types of JSON.
 
-    kind: of their rows, "text", "chat" or "pairs". ValueError, FileNotFoundError: a file cannot be read to its end.
+    kind: of their rows, one of dataset/rows/kinds.py. ValueError, FileNotFoundError: a file cannot be read to its end.
     """
 
     def __init__(
@@ -81,7 +84,8 @@ class Survey:
         self.spelling_rows: list[int | str] = []
         self.hashes, self.numbers, self.file_numbers = array("Q"), array("I"), array("H")
         self.counts: Counter[str] = Counter()
-        read = {"text": self._documents, "chat": self._chats, "pairs": self._pairs}[kind]
+        readers = {"text": self._documents, "chat": self._chats, "pairs": self._pairs, "choices": self._questions}
+        read = readers.get(kind) or partial(self._exercises, form=kind)
         with unchanged(files), Pass(files, "reading") as self.observe:
             for number, path in enumerate(files):
                 for row in read(path):
@@ -164,6 +168,23 @@ class Survey:
                 template = sum(around[message["role"]] for message in pair.prompt) + around["two replies"]
                 key = "\n".join([render_chat(pair.prompt, True), pair.chosen, "", pair.rejected])
                 yield Row(number, pair.contents, key, length, count - template)
+
+    def _questions(self, path: Path) -> Iterator[Row]:
+        for number, question in read_questions(path, self.observe, self.bad, self.check):
+            texts = [question.text, *question.choices]
+            asked, *choices = self._sizes(texts)
+            self.counts[f"questions with {len(choices)} choices"] += 1
+            yield Row(number, texts, question.content, asked + max(choices), asked + sum(choices))
+
+    def _exercises(self, path: Path, form: str) -> Iterator[Row]:
+        for number, exercise in read_exercises(path, form, self.observe, self.bad, self.check):
+            texts = [exercise.text, exercise.reference]
+            size = sum(self._sizes(texts))
+            self.counts.update(empty_replies=not exercise.complete, wanted_end=exercise.wanted not in (None, texts[1]))
+            yield Row(number, texts, "\n".join(texts), size, size)
+
+    def _sizes(self, texts: list[str]) -> list[int]:
+        return [len(ids) for ids in encode_batch(self.tokenizer, texts)]
 
     def _tokens_around_content(self) -> dict[str, int]:
         """Tokens besides the content, of a message of each role and of two replies to a prompt."""

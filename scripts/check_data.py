@@ -1,4 +1,4 @@
-"""Look at a file of training data before training on it: what its rows hold, and which of them are bad.
+"""Look at a file of data before training on it or asking its questions: what its rows hold, and which are bad.
 
     uv run python -m dataset.check dataset/pretrain_hq.jsonl
 
@@ -19,13 +19,14 @@ import numpy as np
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
 from dataset.reading.files import DATA_HELP, data_files, is_plain_text, open_unpacked
-from dataset.rows.kinds import kinds_of_rows
+from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others
 from dataset.sft import SFTData
 from dataset.survey import AllBadRows, Survey
 from dataset.tokenizer import load_tokenizer
 from model.ranges import check_ranges
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
+from scripts.engine.loaded import CheckpointConfig
 
 BAR = 40  # columns
 
@@ -36,8 +37,9 @@ class CheckConfig:
 
     file: Annotated[Path, f"training data: {DATA_HELP}"]
     kind: Annotated[
-        Literal["auto", "text", "chat", "pairs"],
-        "what its rows are: documents, conversations or pairs of replies; auto = by the fields of the first ones",
+        Literal["auto", "pairs", "choices", "poems", "open", "chat", "questions", "text"],
+        "what its rows are: pairs of replies, multiple choice, lines of poems, open questions, conversations, "
+        "questions with answers, or documents; auto = by the fields of the first ones",
     ] = "auto"
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[
@@ -47,21 +49,36 @@ class CheckConfig:
     json: Annotated[Path | None, "also write the result to this file"] = None
 
 
-class Kind(NamedTuple):
-    """One kind of rows: in words, the flags of its data, and the commands that train on it."""
+@dataclass(frozen=True)
+class EvaluationData:
+    """A file that is evaluated."""
 
-    words: str
+    eval_data: Path | None = None
+    tokenizer_dir: Path = Path(".")
+    max_seq_len: Annotated[int, "", "at least 2"] = CheckpointConfig.max_seq_len
+
+
+class Kind(NamedTuple):
+    """One kind of rows: the flags of its data, the commands that read it, and what these do."""
+
     flags: type
     commands: tuple[str, ...]
+    verb: str = "Train on it"
 
 
 PRETRAIN = ("scripts.train.train_pretrain", "scripts.train.diffusion --train --use-tokenizer")
 SFT = ("scripts.train.train_sft_minimind --load-from weights/minimind_pretrain_state_dict.pt",)
 DPO = ("scripts.train.train_dpo_minimind --load-from weights/minimind_sft_state_dict.pt",)
-KINDS = {
-    "text": Kind("documents", PretrainData, PRETRAIN),
-    "chat": Kind("conversations", SFTData, SFT),
-    "pairs": Kind("pairs of replies", PreferenceData, DPO),
+REPORT = ("scripts.eval.report --minimind-checkpoint weights/minimind_sft_state_dict.pt",)
+LIKELIHOOD = ("scripts.eval.likelihood --checkpoint weights/minimind_sft_state_dict.pt",)
+KINDS = {  # a file is of the first kind that most of its rows fit
+    "pairs": Kind(PreferenceData, DPO),
+    "choices": Kind(EvaluationData, (*LIKELIHOOD, *REPORT), "Ask it"),
+    "poems": Kind(EvaluationData, REPORT, "Ask it"),
+    "open": Kind(EvaluationData, REPORT, "Ask it"),
+    "chat": Kind(SFTData, SFT),
+    "questions": Kind(EvaluationData, REPORT, "Ask it"),
+    "text": Kind(PretrainData, PRETRAIN),
 }
 
 
@@ -71,12 +88,9 @@ def main(argv: list[str] | None = None) -> None:
     for file in files:
         open_unpacked(file).close()  # a missing file gets its message here
     require_output(config.json, "--json", config.file, config.tokenizer_dir)
-    kind, others = config.kind, []
-    if kind == "auto":
-        typed = "jsonl_field" in given
-        kind, *others = ["text"] if typed else kinds_of_rows(files[0], config.jsonl_field, AllBadRows())
-    elif kind != "text" and is_plain_text(files[0]):
-        raise ValueError(f"--kind {kind}: {files[0]} is plain text; expected rows")
+    chosen = "text" if config.kind == "auto" and "jsonl_field" in given else config.kind
+    kinds = kinds_of_rows(files[0], tuple(KINDS), AllBadRows(), chosen, "--kind", config.jsonl_field) or ["text"]
+    kind = kinds[0]
     in_fields = kind == "text" and not is_plain_text(files[0])
     given.refuse_without({"rows of documents": in_fields})
     flags = {"tokenizer_dir": config.tokenizer_dir}
@@ -84,22 +98,24 @@ def main(argv: list[str] | None = None) -> None:
         flags["jsonl_field"] = config.jsonl_field
     if config.max_seq_len is not None:
         flags["max_seq_len"] = config.max_seq_len
-    data = KINDS[kind].flags(data=config.file, **flags)  # which refuses what training would
+    source = "eval_data" if KINDS[kind].flags is EvaluationData else "data"
+    data = KINDS[kind].flags(**{source: config.file}, **flags)  # which refuses what training would
     check_ranges(type(data), vars(data))
     tokenizer = load_tokenizer(data.tokenizer_dir)
     result = Survey(files, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)
-    print("\n".join([*page(result), *other_kinds(kind, others)]), end="\n\n")
+    note = "" if source == "data" else note_on_explanations(files[0])
+    notes = [
+        f"  note            {line}"
+        for line in (note_on_others(files[0], kinds, "--kind", config.jsonl_field), note)
+        if line
+    ]
+    print("\n".join([*page(result), *notes]), end="\n\n")
     print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))
     if config.json is not None:
         write_json(config.json, result)
     if fault:
         sys.exit(1)
-
-
-def other_kinds(kind: str, others: list[str]) -> list[str]:
-    """Lines on what else the rows could be read as."""
-    return [f"  read as         {KINDS[kind].words}; --kind {name} reads {KINDS[name].words}" for name in others]
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -111,6 +127,7 @@ COUNTS = {  # names of the counts of a survey, in words
     "several_replies": "conversations of several replies",
     "empty_replies": "empty replies, left out (of pairs: either reply)",
     "only_shown": "replies marked as not to be learnt",
+    "wanted_end": "questions of which only the end of the answer is wanted, or a field of its own",
     "equal_replies": "pairs of equal replies, left out",
     "longer_chosen": "pairs whose chosen reply is the longer one",
     "spelling_rows": "rows that spell control tokens, which are text (in documents: except with --control-tokens)",
@@ -125,7 +142,7 @@ def page(result: dict[str, Any]) -> list[str]:
     )
     copies = "".join(f"; row {copy} repeats row {original}" for copy, original in result["first_copies"])
     lines = [
-        f"{result['file']}: {KINDS[result['kind']].words}",
+        f"{result['file']}: {WORDS[result['kind']]}",
         f"  file            {result['bytes']:,} bytes, {result['unpacked_bytes']:,} unpacked; {result['lines']} lines",
         f"  SHA-256         {result['data_sha256'][:16]}...",
         f"  rows            {rows}",
@@ -213,7 +230,7 @@ def has_content(result: dict[str, Any]) -> bool:
 
 
 def training_commands(data: Any, result: dict[str, Any]) -> list[str]:
-    """The commands that train on the file."""
+    """The commands that train on the file, or ask its questions."""
     if not has_content(result):
         return []
     defaults = vars(type(data)())
@@ -222,7 +239,7 @@ def training_commands(data: Any, result: dict[str, Any]) -> list[str]:
         flags["on_bad_row"] = "skip"
     typed = " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in flags.items())
     commands = [f"  uv run python -m {command} {typed}" for command in KINDS[result["kind"]].commands]
-    return ["Train on it:", *commands]
+    return [f"{KINDS[result['kind']].verb}:", *commands]
 
 
 if __name__ == "__main__":

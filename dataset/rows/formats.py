@@ -18,10 +18,12 @@ from dataset.reading.rows import Check, read_as
 from dataset.rows.messages import (
     MARKS,
     REASONING_FIELDS,
+    SPELT,
     TOOL_FIELDS,
     Messages,
     Row,
     conversation,
+    from_json,
     is_learnt,
     mark,
     read_array,
@@ -41,7 +43,8 @@ class RowFormat(NamedTuple):
     optional: tuple[str, ...] = ()  # fields that it uses besides
 
 
-def _text(row: Row, name: str) -> str:
+def text_in(row: Row, name: str) -> str:
+    """The text in a field. ValueError if it holds something else."""
     if not isinstance(row[name], str):
         raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected a string')
     return row[name]
@@ -90,9 +93,9 @@ EXCHANGES = (  # fields of a prompt and of the reply to it, the first that a row
 
 def prompt_of(row: Row, name: str) -> Messages:
     """The prompt in a field of PROMPTS, and in those that follow it."""
-    below = [_text(row, other) for other in PROMPTS.get(name, ()) if other in row and row[other] != ""]
+    below = [text_in(row, other) for other in PROMPTS.get(name, ()) if other in row and row[other] != ""]
     if below:
-        return [{"role": "user", "content": "\n".join([_text(row, name), *below])}]
+        return [{"role": "user", "content": "\n".join([text_in(row, name), *below])}]
     return messages_in(row, name)
 
 
@@ -100,9 +103,12 @@ def _asked_and_answered(prompt: str, reply: str, row: Row) -> Messages:
     return [*prompt_of(row, prompt), *messages_in(row, reply, "assistant")]
 
 
+def _all_messages(row: Row, name: str) -> Messages:
+    return read_messages(from_json(row[name], name))
+
+
 FORMATS = {
-    "conversations": RowFormat(("conversations",), lambda row: read_messages(row["conversations"])),
-    "messages": RowFormat(("messages",), lambda row: read_messages(row["messages"])),
+    **{name: RowFormat((name,), partial(_all_messages, name=name)) for name in ("conversations", "messages")},
     **{
         " + ".join(fields): RowFormat(fields, partial(_asked_and_answered, *fields), PROMPTS[fields[0]])
         for fields in EXCHANGES
@@ -148,7 +154,7 @@ def messages_of(row: Row) -> Messages:
 
 def _refuse_not_to_be_learnt(row: Row) -> None:
     for name in BAD_REPLY_LABELS:
-        if name in row and row[name] in (False, 0):
+        if name in row and (row[name] in (False, 0) or SPELT.get(str(row[name]).strip().lower()) == 0):
             raise ValueError(f'field "{name}" is {row[name]}: a reply that is not to be learnt; delete that row')
     for name in MARKS.keys() & row.keys():
         if not mark(name, row[name], "the row"):
@@ -157,7 +163,7 @@ def _refuse_not_to_be_learnt(row: Row) -> None:
 
 def with_context(row: Row, messages: Messages) -> Messages:
     """A conversation with the system prompt, the tools and the earlier turns that stand beside it."""
-    systems = {text for name in SYSTEM_FIELDS if name in row and (text := _text(row, name))}
+    systems = {text for name in SYSTEM_FIELDS if name in row and (text := text_in(row, name))}
     if len(systems) > 1:
         raise ValueError(f"fields {' and '.join(SYSTEM_FIELDS)} are two system prompts; delete one of them")
     tools = [array for name in TOOL_FIELDS if name in row and (array := read_array(row[name], name))]

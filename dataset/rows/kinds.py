@@ -1,37 +1,117 @@
-"""The kinds of rows of training data, and which kind a file holds: the same for every command."""
+"""The kinds of rows, and which a file holds: the same for every command, each with its order of preference."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.files import is_plain_text
+from dataset.reading.files import data_files, is_plain_text
 from dataset.reading.rows import read_rows
+from dataset.rows.choice_formats import is_choice
+from dataset.rows.exercise_formats import EXERCISES
+from dataset.rows.exercise_formats import format_of as exercise_format_of
 from dataset.rows.formats import is_conversation
-from dataset.rows.messages import Row
+from dataset.rows.messages import EXPLANATIONS, Row
 from dataset.rows.pair_formats import is_pair
 
 FIRST_ROWS = 100  # by which the kind of rows is decided
+WORDS = {
+    "pairs": "pairs of replies",
+    "choices": "multiple choice",
+    "poems": "lines of poems",
+    "open": "open questions",
+    "questions": "questions with their answers",
+    "chat": "conversations",
+    "text": "documents",
+}
+TRAINERS = {
+    "pairs": "scripts.train.train_dpo_minimind",
+    "chat": "scripts.train.train_sft_minimind",
+    "text": "scripts.train.train_pretrain",
+}
+
+
+def _is_exercise(row: Row, form: str) -> bool:
+    found = exercise_format_of(row)
+    return found is not None and found.form == form
+
+
+FITS: dict[str, Callable[[Row], bool]] = {
+    "pairs": is_pair,
+    "choices": is_choice,
+    **{form: partial(_is_exercise, form=form) for form in EXERCISES},
+    "chat": is_conversation,
+}
+ALONE = ("pairs", "choices")  # with a field unused, which would be a bad row of another kind
 
 
 def kinds_of(row: Row, field: str = "text") -> list[str]:
-    """The kinds that a row has the fields of, the one that it is read as first: "pairs", "chat", "text"."""
-    facts = {"pairs": is_pair(row), "chat": is_conversation(row), "text": row.get(field) is not None}
-    facts["chat"] &= not facts["pairs"]  # a pair with one reply unused would be a bad row
-    return [kind for kind, fits in facts.items() if fits]
+    """The kinds that a row has the fields of, in the order of WORDS."""
+    kinds = [kind for kind, fits in FITS.items() if fits(row)]
+    alone = [kind for kind in kinds if kind in ALONE][:1]
+    return [*(alone or kinds), *(["text"] if row.get(field) is not None else [])]
 
 
-def kinds_of_rows(path: Path, field: str, bad: BadRows) -> list[str]:
-    """The kinds that most of the first rows of a file can be read as, that of most rows first."""
+def kinds_of_rows(
+    path: Path,
+    known: Sequence[str],
+    bad: BadRows,
+    chosen: str = "auto",
+    flag: str = "--eval-format",
+    field: str = "text",
+) -> list[str]:
+    """The kinds, of those `known`, that most of the first rows of a file can be read as: the one that comes first in
+    `known`, then the others. [] if no row is of a known kind. A kind `chosen` by `flag` stands alone; ValueError for a
+    text file that has another one."""
     if is_plain_text(path):
+        if chosen not in ("auto", "text"):
+            raise ValueError(f"{flag} {chosen}: {path} is plain text and has no fields; expected rows")
         return ["text"]
+    if chosen != "auto":
+        return [chosen]
     kinds: Counter[tuple[str, ...]] = Counter()
-    for _, row in islice(read_rows(path, bad=bad), FIRST_ROWS):
-        if fitting := kinds_of(row, field):
-            kinds[tuple(fitting)] += 1
-    firsts = Counter()
+    for row in _first_rows(path, bad):
+        fitting = kinds_of(row, field)
+        kinds[tuple(kind for kind in known if kind in fitting)] += 1
+    firsts: Counter[str] = Counter()
     for fitting, count in kinds.items():
-        firsts[fitting[0]] += count
-    kind = max(firsts, key=firsts.get, default="text")
-    others = {other for fitting in kinds if fitting[0] == kind for other in fitting[1:]}
-    return [kind, *sorted(others)]
+        firsts.update({kind: count for kind in fitting[:1]})
+    if not firsts:
+        return []
+    kind = max(firsts, key=firsts.get)
+    others = {other for fitting in kinds if fitting[:1] == (kind,) for other in fitting[1:]}
+    return [kind, *(other for other in known if other in others)]
+
+
+def _first_rows(path: Path, bad: BadRows) -> Iterator[Row]:
+    return (row for _, row in islice(read_rows(path, bad=bad), FIRST_ROWS))
+
+
+# -- what is said ------------------------------------------------------------------------------------------------------
+
+
+def note_on_others(path: Path, kinds: Sequence[str], flag: str, field: str = "text") -> str:
+    """A line on what else the rows of a file can be read as, "" if on nothing."""
+    others = [f"{flag} {kind} reads {f'the field {field}' if kind == 'text' else WORDS[kind]}" for kind in kinds[1:]]
+    return f"{path}: read as {WORDS[kinds[0]]}; {', '.join(others)}" if others else ""
+
+
+def note_on_explanations(path: Path) -> str:
+    """A line on texts beside questions that are not asked, by the first rows of a file; "" if there are none."""
+    rows = () if is_plain_text(path) else _first_rows(path, BadRows("skip"))
+    found = {name for row in rows for name in EXPLANATIONS if row.get(name)}
+    return f"{path}: {', '.join(sorted(found))} stands beside the questions and is not asked" if found else ""
+
+
+def note_on_training(path: Path | None, kind: str, field: str = "text") -> str:
+    """A line on what training on rows of a kind leaves unused: a text beside conversations, or the reverse; else ""."""
+    if path is None or is_plain_text(first_file := data_files(path)[0]):
+        return ""
+    first, *others = kinds_of_rows(first_file, (kind, *TRAINERS), BadRows("skip"), field=field) or [kind]
+    other = next((other for other in others if other != kind), None)
+    if first != kind or other is None:
+        return ""
+    unused = f'only their field "{field}" is' if kind == "text" else f'their field "{field}" is not'
+    return f"the rows are {WORDS[other]}, too: {unused} learnt; {TRAINERS[other]} reads {WORDS[other]}"

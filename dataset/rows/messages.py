@@ -44,6 +44,7 @@ MARKS = {  # what a reply is marked with, and the value of one that is learnt
     "train": True,
     "mask": False,
 }
+SPELT = {"0": 0, "0.0": 0, "false": 0, "1": 1, "1.0": 1, "true": 1}  # marks as strings, which a CSV file has
 TOOLS_PROMPT = (
     "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
     "You are provided with function signatures within <tools></tools> XML tags:\n<tools>{tools}\n</tools>\n\n"
@@ -57,6 +58,14 @@ METADATA = re.compile(
     r"language|license|copyright|url|link|avatarUrl|metadata|meta|extra|model|generator|author|annotator|date|created|at|"
     r"time|timestamp|split|subset|version|difficulty|level|quality|score|rating)s?"
 )
+EXPLANATIONS = (  # names of fields that explain the answer to a question, which is asked without them
+    *("explanation", "explanations", "rationale", "rationales", "analysis", "cot_content"),
+    *("solution", "lecture", "exp"),
+)
+TOPICS = (  # names of fields that describe a question
+    *("subject", "Subject", "subject_name", "topic_name", "skill", "grade", "meta_info", "question_concept"),
+)
+GROUPS = ("split", "kind", "direction", "seen_in_pretrain")  # fields by which a report may group questions
 LABEL = re.compile(r"[\w.:/@+#=-]*", re.ASCII)
 MAX_LABEL = 64  # characters
 
@@ -88,8 +97,15 @@ def without_null(fields: Row) -> Row:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def labels_of(row: Row) -> dict[str, str]:
+    """The fields of GROUPS."""
+    return {name: str(row[name]) for name in GROUPS if isinstance(row.get(name), str | bool)}
+
+
 def mark(name: str, value: Any, place: str) -> bool:
     """Return whether the mark `name` says that a reply is learnt."""
+    if isinstance(value, str):
+        value = SPELT.get(value.strip().lower(), value)
     if not isinstance(value, int | float) or value not in (0, 1):
         raise ValueError(
             f'field "{name}" of {place} is {json.dumps(value)[:40]}; expected 0 or 1, learnt or only shown'
@@ -204,13 +220,22 @@ def _content(content: Any, place: str) -> str:
     return "".join(texts)
 
 
+def from_json(value: Any, name: str) -> Any:
+    """The value of a field; that of its JSON if it is a string, as in a CSV file, that begins as an array or object."""
+    return _parsed(value, name) if isinstance(value, str) and value.lstrip()[:1] in ("[", "{") else value
+
+
+def _parsed(text: str, name: str) -> Any:
+    try:
+        return parsed_json(text)
+    except ValueError as error:
+        raise ValueError(f'field "{name}" is a string, but no JSON ({error})') from None
+
+
 def read_array(value: Any, name: str) -> list[Any]:
     """An array that may be written as a string of JSON, "" as an empty one."""
     if isinstance(value, str):
-        try:
-            value = parsed_json(value) if value else []
-        except ValueError as error:
-            raise ValueError(f'field "{name}" is a string, but no JSON ({error})') from None
+        value = _parsed(value, name) if value else []
     if not isinstance(value, list):
         raise ValueError(f'field "{name}" is {JSON_TYPES[type(value)]}, expected an array')
     return value

@@ -14,9 +14,11 @@ from dataset.reading.files import Observer
 from dataset.reading.parse import JSON_TYPES
 from dataset.reading.rows import Check, read_as
 from dataset.rows.formats import CONTEXT_FIELDS, PROMPTS, TEXT_FIELDS, format_of, messages_in, prompt_of, with_context
-from dataset.rows.messages import Message, Messages, Row, is_learnt, require_used, without_null
+from dataset.rows.messages import Message, Messages, Row, from_json, is_learnt, require_used, without_null
 
 SIDES = ("chosen", "rejected")
+MESSAGES = ("messages", "conversations", "rejected_messages")
+SPELT_MESSAGES = re.compile(r'\s*\[\s*\{\s*"(?:role|from|content|value)"')  # the beginning of an array of messages
 SPEAKER = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of a dialogue in one string, as in HH-RLHF
 
 
@@ -141,7 +143,7 @@ def is_pair(row: Row) -> bool:
 
 def pair_of(row: Row) -> Pair:
     """The prompt of a row and the two replies to it; ValueError if it has no such pair."""
-    row = without_null(row)
+    row = _without_json(without_null(row))
     if not is_pair(row):
         raise ValueError(f"expected the fields of a pair ({PAIR_FIELDS}); fields present: {', '.join(row) or 'none'}")
     pair_format = next((pair_format for pair_format in PAIR_FORMATS.values() if pair_format.fits(row)), None)
@@ -155,8 +157,16 @@ def pair_of(row: Row) -> Pair:
     if not prompt or prompt[-1][0] == "assistant":
         raise ValueError("the prompt must be a conversation that ends before the assistant's reply")
     pair = Pair(chosen[:-1], _reply("chosen", chosen[-1]), _reply("rejected", rejected[-1]))
-    require_used(row, {*sides.fields, *CONTEXT_FIELDS}, pair.contents, TEXT_FIELDS)
+    require_used(row, {*sides.fields, *CONTEXT_FIELDS, "text"}, pair.contents, TEXT_FIELDS)
     return pair
+
+
+def _without_json(row: Row) -> Row:
+    """A row whose arrays of messages, and replies that are such arrays, may be strings of JSON, as in a CSV file."""
+    row = row | {name: from_json(row[name], name) for name in MESSAGES if name in row}
+    if all(isinstance(row.get(name), str) and SPELT_MESSAGES.match(row[name]) for name in SIDES):
+        row |= {name: from_json(row[name], name) for name in SIDES}
+    return row
 
 
 def _reply(name: str, message: Message) -> str:

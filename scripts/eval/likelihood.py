@@ -6,11 +6,12 @@ answers: nats per token, perplexity, bits per byte, accuracy.
 Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6; in blocks, LLaDA 2.0
 Eq. 1), over the same tokens. The rows of a file are one of
 
+    choices   {"question": ..., "choices": [...], "answer": index from 0, letter or text}, and as ARC, MMLU, C-Eval,
+              HellaSwag and others (dataset/rows/choice_formats.py): the likeliest choice, by nats (acc) and by nats per
+              byte (acc_norm)
+    chat      a conversation in any format of fine-tuning (dataset/rows/formats.py): every reply and its EOS, given all
+              before it in the chat template
     text      {"text": ...}: every token of the document and its EOS
-    chat      {"conversations": ...}, {"messages": ...}, {"instruction": ..., "output": ...} or {"prompt": ...,
-              "response": ...}: every reply and its EOS, given all before it in the chat template
-    choices   {"question": ..., "choices": [...], "answer": index from 0, letter or text}: the likeliest choice, by nats
-              (acc) and by nats per byte (acc_norm)
 """
 
 import sys
@@ -19,9 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.files import is_plain_text
-from dataset.reading.rows import read_rows
-from dataset.rows.kinds import kinds_of
+from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.choices import evaluate_choices
@@ -50,7 +49,7 @@ class RowsConfig(PromptConfig):
     """What the rows are, and how questions are put."""
 
     eval_format: Annotated[
-        Literal["auto", "text", "chat", "choices"], "what the rows are; auto = by the fields of the first"
+        Literal["auto", "text", "chat", "choices"], "what the rows are; auto = by the fields of the first ones"
     ] = "auto"
     canvas: Annotated[
         int,
@@ -86,20 +85,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def format_of(data: DataEvalConfig, eval_format: str) -> str:
-    """The format given, or with "auto" that of the first row. ValueError if a text file is given another format."""
-    if is_plain_text(data.eval_data):
-        if eval_format not in ("auto", "text"):
-            raise ValueError(f"--eval-format {eval_format}: {data.eval_data} has no fields; expected .jsonl")
-        return "text"
-    if eval_format != "auto":
-        return eval_format
-    _, first = next(read_rows(data.eval_data, bad=BadRows(data.on_bad_row)))
-    kinds = [kind for kind in kinds_of(first, data.jsonl_field) if kind != "pairs"]
-    if "text" not in kinds and {"question", "choices"} <= first.keys():
-        return "choices"
-    if kinds == ["chat", "text"]:
-        print(f"{data.eval_data}: --eval-format text reads the field {data.jsonl_field} instead", file=sys.stderr)
-    return kinds[0] if kinds else "text"
+    """The format given, or with "auto" that of the first rows. ValueError if a text file is given another format."""
+    bad = BadRows(data.on_bad_row)
+    kinds = kinds_of_rows(data.eval_data, tuple(EVALUATE), bad, eval_format, field=data.jsonl_field)
+    form = kinds[0] if kinds else "text"
+    note = note_on_explanations(data.eval_data) if form == "choices" else ""
+    for line in (note_on_others(data.eval_data, kinds, "--eval-format", data.jsonl_field), note):
+        print(line, end="\n" if line else "", file=sys.stderr)
+    return form
 
 
 Report = tuple[list[str], dict[str, Any]]  # lines, and the record for the result file
@@ -138,7 +131,7 @@ def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadR
     return [*lines, summary], {"accuracy": record, "chat_wrap": wrap, "too_long": too_long}
 
 
-EVALUATE = {"text": of_text, "chat": of_chat, "choices": of_choices}
+EVALUATE = {"choices": of_choices, "chat": of_chat, "text": of_text}  # a row is of the first kind that it fits
 
 if __name__ == "__main__":
     run(main)

@@ -6,12 +6,13 @@
 
 Writes report.json (every row's values), and report.md and pictures drawn from it. The rows of a file are one of
 
-    text        {"text"}
-    choices     {"question", "choices", "answer": index from 0, letter or text}
+    choices     {"question", "choices", "answer": index from 0, letter or text}, and as ARC, MMLU, C-Eval, HellaSwag
+                and others (dataset/rows/choice_formats.py)
     poems       {"prompt", "answer", "direction": "forward" or "backward", "question"}
     open        {"question", "reference"}
-    questions   {"question", "answer"}; with "final", that string is to be found instead of the answer
+    questions   {"question", "answer"}; "final", or #### and the rest of the answer, is to be found instead of it
     chat        a conversation in any format of fine-tuning
+    text        {"text"}
 
 and may be told apart by "lang", "split" and "kind". Without --eval-data the bundled questions are asked. --system goes
 before every question; conversations are scored as they stand in their file.

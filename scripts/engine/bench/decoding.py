@@ -18,6 +18,7 @@ import torch
 
 from dataset.content import content_hash
 from dataset.corpus.bundled import bundled_file
+from dataset.rows.exercise_formats import Exercise, read_exercises
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode_chat, load_tokenizer
 from model.canvas import Canvas, Decoded
 from model.config import ModelConfig
@@ -29,7 +30,6 @@ from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid
 from scripts.engine.loaded import load_for_use
-from scripts.engine.report.exercises import Exercise, read_exercises
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct, wilson
 
@@ -117,7 +117,7 @@ def trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> Exam:
     """The checkpoints, and bundled questions."""
     tokenizer = load_tokenizer(config.decoding_tokenizer_dir)
     questions = sorted(
-        read_exercises(bundled_file("questions"), "questions"),
+        (exercise for _, exercise in read_exercises(bundled_file("questions"), "questions")),
         key=lambda question: content_hash(f"{question.text}\n{question.reference}"),
     )[: config.decoding_questions]
     prompts = [encode_chat(tokenizer, [{"role": "user", "content": question.text}], True) for question in questions]

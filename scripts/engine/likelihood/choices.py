@@ -8,17 +8,14 @@ choice's last block.
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from dataset.content import language_of
 from dataset.reading.bad_rows import BadRows
-from dataset.reading.parse import JSON_TYPES
-from dataset.reading.rows import Check, read_as
+from dataset.rows.choice_formats import Question, read_questions
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast
 from scripts.engine.likelihood.documents import by_language, kind_of, window_nats
@@ -27,20 +24,7 @@ from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Ask, condition_and_responses
 from scripts.engine.statistics import wilson
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 UNSPACED = re.compile(r"[\u3000-\u30ff\u3400-\u9fff\uf900-\ufaff\uff00-\uffef]")  # Han, kana and their punctuation
-
-
-class Question(NamedTuple):
-    text: str
-    choices: list[str]
-    answer: int  # index of the right choice
-    language: str
-
-    @property
-    def content(self) -> str:
-        """The text that identifies the question among the rows of a file."""
-        return "\n".join([self.text, *self.choices])
 
 
 class ChoiceNats(NamedTuple):
@@ -100,7 +84,8 @@ def evaluate_choices(
 ) -> tuple[dict[str, Accuracy], int]:
     """Accuracy on all questions of a file and on those of each language, and how many questions were left out because
     one of their choices exceeds the context. ValueError for a bad row, or if nothing is left."""
-    rows = read_questions(config.eval_data, bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer))
+    bad, check = bad or BadRows(config.on_bad_row), spelling_check(loaded.tokenizer)
+    rows = (question for _, question in read_questions(config.eval_data, bad=bad, check=check))
     chosen = chosen_rows(rows, config, lambda question: question.content)
     fitting = questions_that_fit(loaded.tokenizer, chosen, loaded.max_length, [ask], config.max_windows)
     questions, too_long = fitting
@@ -166,56 +151,3 @@ def _windows_of(tokenizer: PreTrainedTokenizerFast, question: Question, number: 
 
 def _glue(before: str, after: str) -> str:
     return "" if UNSPACED.match(before) or UNSPACED.match(after) or after.isspace() else " "
-
-
-# -- rows of a file ----------------------------------------------------------------------------------------------------
-
-
-def read_questions(path: Path, bad: BadRows | None = None, check: Check = str) -> Iterator[Question]:
-    """The questions of a JSONL file; rows whose texts fail `check` are bad rows."""
-    return (question for _, question in read_as(path, lambda row: question_of(row, check), bad=bad))
-
-
-def question_of(row: dict[str, Any], check: Check = str) -> Question:
-    """{"question": str, "choices": [str, ...], "answer": index from 0, letter or text} -> Question. ValueError."""
-    for name, kind in (("question", str), ("choices", list)):
-        if name not in row:
-            raise ValueError(f'field "{name}" is missing; fields present: {", ".join(row) or "none"}')
-        if not isinstance(row[name], kind):
-            raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected {JSON_TYPES[kind]}')
-    text, choices = row["question"], row["choices"]
-    if len(choices) < 2:
-        raise ValueError(f"expected at least 2 choices, found {len(choices)}")
-    for number, choice in enumerate(choices, start=1):
-        if not isinstance(choice, str) or not choice.strip():
-            kind = "empty" if isinstance(choice, str) else JSON_TYPES[type(choice)]
-            raise ValueError(f"choice {number} is {kind}, expected a text")
-    if len(set(choices)) < len(choices):
-        raise ValueError("two choices are the same, expected different ones")
-    for part in (text, *choices):
-        check(part)
-    if "answer" not in row:
-        raise ValueError(f'field "answer" is missing; fields present: {", ".join(row)}')
-    language = row.get("lang")
-    if not isinstance(language, str):
-        language = language_of("\n".join([text, *choices]))
-    return Question(text, choices, _answer_of(row["answer"], choices), language)
-
-
-def _answer_of(answer: Any, choices: list[str]) -> int:
-    """Index of the right choice, given as an index from 0, a letter or a choice's text. ValueError."""
-    last = len(choices) - 1
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        if not 0 <= answer <= last:
-            raise ValueError(f"answer {answer} is out of range, expected 0 to {last}")
-        return answer
-    if not isinstance(answer, str):
-        raise ValueError(f"answer is {JSON_TYPES[type(answer)]}, expected an index from 0, a letter or a choice's text")
-    letters = LETTERS[: len(choices)]
-    places = {place for place, choice in enumerate(choices) if choice == answer}
-    if len(answer) == 1 and answer in letters:
-        places.add(letters.index(answer))
-    if len(places) != 1:
-        fault = "is one choice's letter and another's text" if places else "is none of the choices"
-        raise ValueError(f'answer "{answer}" {fault}; expected an index from 0 to {last}, a letter or a choice\'s text')
-    return places.pop()

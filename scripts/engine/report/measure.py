@@ -1,6 +1,6 @@
 """What is measured of every row of a file, for every model on the same rows: the raw values of report.json.
 
-To add a format of rows: its fields and a function (Setup, Source, BadRows) -> section, listed in FORMS, and its metrics
+To add a format of rows: a function (Setup, Source, BadRows) -> section, listed in FORMS under its kind, and its metrics
 in `report.metrics.METRICS`.
 """
 
@@ -14,10 +14,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.bad_rows import BadRows, OnBadRow
 from dataset.reading.documents import read_documents
-from dataset.reading.files import is_plain_text
-from dataset.reading.rows import read_as, read_rows
-from dataset.rows.formats import FORMATS as CONVERSATIONS
+from dataset.reading.rows import read_rows
+from dataset.rows.choice_formats import Question, read_questions
+from dataset.rows.exercise_formats import key_of, read_exercises
 from dataset.rows.formats import read_conversations
+from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, SamplingConfig
@@ -40,7 +41,7 @@ from scripts.engine.likelihood.windows import (
 )
 from scripts.engine.loaded import Loaded, data_digest
 from scripts.engine.prompts import Ask, PromptConfig
-from scripts.engine.report.exercises import key_of, labels_of, read_exercises, whole_couplets
+from scripts.engine.report.exercises import item_of, whole_couplets
 
 BATCH_SIZE = 32  # of answers
 WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
@@ -93,6 +94,11 @@ class MeasureConfig:
         "with conversations",
         f"with {WHOLE_ROWS}",
     ] = 128
+    eval_format: Annotated[
+        Literal["auto", "choices", "poems", "open", "questions", "chat", "text"],
+        "what the rows of the files are; auto = by the fields of the first ones",
+        "with --eval-data",
+    ] = "auto"
     on_bad_row: Annotated[OnBadRow, "with --eval-data"] = "error"
     batch_size: Annotated[
         int | None,
@@ -164,27 +170,25 @@ def sources_of(paths: Sequence[Path], config: MeasureConfig) -> list[Source]:
     names = [path.name for path in paths]
     found = []
     for path in paths:
-        form = form_of(path, config.bad_rows)
+        form = form_of(path, config)
         name = path.name if names.count(path.name) == 1 else str(path)
         found.append(Source(name, path, form, config.eval_split if form in ("text", "chat") else "all"))
     return found
 
 
-def form_of(path: Path, bad: BadRows | None = None) -> str:
-    """The format of a file by the fields of its first row. Raise ValueError if it is unknown."""
-    if is_plain_text(path):
-        return "text"
-    number, first = next(read_rows(path, bad=bad))
-    fitting = [name for name, form in FORMS.items() if any(first.keys() >= set(fields) for fields in form.fields)]
-    if fitting[:1] == ["text"] and len(fitting) > 1:
-        fitting.remove("text")  # as in training and in the data doctor
-        print(f'{path}: read as {fitting[0]}; the field "text" is not', file=sys.stderr)
-    if fitting:
-        return fitting[0]
-    known = "; ".join(" or ".join(" + ".join(fields) for fields in form.fields) for form in FORMS.values())
-    raise ValueError(
-        f"{path}, row {number}: fields {', '.join(first) or 'none'} are of no known format; expected {known}"
-    )
+def form_of(path: Path, config: MeasureConfig) -> str:
+    """The format of a file, that of --eval-format or that of its first rows. Raise ValueError if it is unknown."""
+    kinds = kinds_of_rows(path, tuple(FORMS), config.bad_rows, config.eval_format)
+    if not kinds:
+        number, first = next(read_rows(path, bad=BadRows("skip")))
+        known = ", ".join(f"{name} ({WORDS[name]})" for name in FORMS)
+        raise ValueError(
+            f"{path}, row {number}: fields {', '.join(first) or 'none'} are of no known format; expected {known}"
+        )
+    note = "" if kinds[0] in ("text", "chat") else note_on_explanations(path)
+    for line in (note_on_others(path, kinds, "--eval-format"), note):
+        print(line, end="\n" if line else "", file=sys.stderr)
+    return kinds[0]
 
 
 def require_readable(sources: list[Source], config: MeasureConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -262,14 +266,7 @@ def _likelihoods(setup: Setup, source: Source, unscored: list[Document], windows
 
 def _measure_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
     config, check = setup.config.choosing(source, setup.config.max_rows), spelling_check(setup.tokenizer)
-    labels: dict[str, dict[str, str]] = {}
-
-    def labelled(row: dict[str, Any]) -> choices.Question:
-        question = choices.question_of(row, check)
-        labels[question.content] = labels_of(row)
-        return question
-
-    rows = (question for _, question in read_as(source.path, labelled, bad=bad))
+    rows = (question for _, question in read_questions(source.path, bad=bad, check=check))
     sample = chosen_rows(rows, config, lambda question: question.content)
     questions, too_long = choices.questions_that_fit(setup.tokenizer, sample, setup.config.max_seq_len, setup.asks)
     _require_any(questions, setup, source)
@@ -280,7 +277,7 @@ def _measure_choices(setup: Setup, source: Source, bad: BadRows) -> Section:
             {"nats": s.nats.tolist(), "variance": [or_none(v) for v in s.variance.tolist()]} for s in scores
         ]
     items = [
-        {"key": key_of(q.content), "lang": q.language, **labels[q.content]}
+        {"key": key_of(q.content), "lang": q.language, **q.labels}
         | {"question": q.text, "choices": q.choices, "answer": q.answer}
         for q in questions
     ]
@@ -295,7 +292,7 @@ def _measure_exercises(setup: Setup, source: Source, bad: BadRows) -> Section:
     limit = min(setup.config.questions, setup.config.max_rows or setup.config.questions)
     config, batch_size = setup.config.choosing(source, limit), setup.config.batch_size or BATCH_SIZE
     # 1. the complete rows  2. a random sample of them  3. those that fit the context; couplets whole or not at all
-    rows = list(read_exercises(source.path, source.form, bad, spelling_check(setup.tokenizer)))
+    rows = [row for _, row in read_exercises(source.path, source.form, bad=bad, check=spelling_check(setup.tokenizer))]
     complete = whole_couplets(rows, [row for row in rows if row.complete])
     sample = chosen_rows(complete, config, lambda row: row.couplet or f"{row.text}\n{row.reference}")
     sample = whole_couplets(complete, sample)
@@ -304,7 +301,7 @@ def _measure_exercises(setup: Setup, source: Source, bad: BadRows) -> Section:
     sample.sort(key=lambda row: row.key)  # a question's seed follows its place, which must not be that in the file
     fitting = whole_couplets(sample, [row for row in sample if _fits(setup, row.text)])
     _require_any(fitting, setup, source)
-    items = [row.item(setup.tokenizer) for row in fitting]
+    items = [item_of(row, setup.tokenizer) for row in fitting]
     results = {name: answers_of(setup, name, items, setup.sampler(name), batch_size) for name in setup.models}
     if source.form != "questions":
         _add_reference_nats(setup, source, items, results)
@@ -340,7 +337,7 @@ def _add_reference_nats(setup: Setup, source: Source, items: list[dict], results
     """Add the nats of the reference given the question, if both fit the context."""
     places, questions = [], []
     for place, item in enumerate(items):
-        question = choices.Question(item["question"], [item["reference"]], 0, item["lang"])
+        question = Question(item["question"], [item["reference"]], 0, item["lang"])
         if choices.questions_that_fit(setup.tokenizer, [question], setup.config.max_seq_len, setup.asks)[0]:
             places.append(place)
             questions.append(question)
@@ -368,31 +365,21 @@ def _require_any(questions: list, setup: Setup, source: Source) -> None:
 class Form(NamedTuple):
     """A format of rows."""
 
-    fields: tuple[tuple[str, ...], ...]  # a row has all fields of one of these tuples
     read: Callable[..., Iterable[Any]]  # (path, bad=, check=) -> its rows
     measure: Callable[[Setup, Source, BadRows], Section]
     description: str
 
 
-def _exercises(form: str, fields: tuple[str, ...], description: str) -> Form:
-    return Form((fields,), partial(read_exercises, form=form), _measure_exercises, description)
+def _exercises(form: str, description: str) -> Form:
+    return Form(partial(read_exercises, form=form), _measure_exercises, description)
 
 
-FORMS = {  # a row is of the first format that it fits
-    "text": Form((("text",),), read_documents, _measure_text, "documents: every token and the EOS"),
-    "choices": Form(
-        (("question", "choices"),), choices.read_questions, _measure_choices, "multiple choice by likelihood"
-    ),
-    "poems": _exercises(
-        "poems", ("prompt", "answer", "direction", "question"), "lines of poems, the next and the one before"
-    ),
-    "open": _exercises("open", ("question", "reference"), "answers compared with a reference"),
-    "questions": _exercises("questions", ("question", "answer"), "answers that hold the right one, or not"),
-    "chat": Form(
-        tuple(form.fields for form in CONVERSATIONS.values()),
-        read_conversations,
-        _measure_chat,
-        "replies and their EOS, given all before them",
-    ),
+FORMS = {  # a row is of the first kind that it fits
+    "choices": Form(read_questions, _measure_choices, "multiple choice by likelihood"),
+    "poems": _exercises("poems", "lines of poems, the next and the one before"),
+    "open": _exercises("open", "answers compared with a reference"),
+    "questions": _exercises("questions", "answers that hold the right one, or not"),
+    "chat": Form(read_conversations, _measure_chat, "replies and their EOS, given all before them"),
+    "text": Form(read_documents, _measure_text, "documents: every token and the EOS"),
 }
 ANSWERED = ("questions", "poems", "open")  # formats of exercises

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset.rows.choice_formats import Question
 from scripts.engine.decoding.answers import Answer, is_premature
-from scripts.engine.likelihood.choices import Question, outcome
+from scripts.engine.likelihood.choices import outcome
 from scripts.engine.report.measure import WRITTEN
 from scripts.engine.statistics import chrf, is_correct, longest_repeat
 

@@ -5,15 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from dataset.rows.choice_formats import Question, question_of, read_questions
 from dataset.tokenizer import encode, encode_chat
-from scripts.engine.likelihood.choices import (
-    Accuracy,
-    Question,
-    _windows_of,
-    evaluate_choices,
-    question_of,
-    read_questions,
-)
+from scripts.engine.likelihood.choices import Accuracy, _windows_of, evaluate_choices
 from scripts.engine.likelihood.documents import response_likelihood
 from scripts.engine.prompts import Prompt
 from scripts.eval import likelihood
@@ -120,7 +114,7 @@ def test_an_answer_is_an_index_a_letter_or_a_text_or_letter_and_text_of_one_choi
 
 def test_questions_are_grouped_by_their_stated_language_else_by_their_letters(workspace, file):
     rows = [QUESTIONS[0] | {"lang": "en"}, QUESTIONS[0], QUESTIONS[1], QUESTIONS[1] | {"lang": None}]
-    assert [q.language for q in read_questions(file(rows).eval_data)] == ["en", "other", "zh", "zh"]
+    assert [q.language for _, q in read_questions(file(rows).eval_data)] == ["en", "other", "zh", "zh"]
 
 
 def test_the_errors_of_an_accuracy_are_binomial_and_wilsons():
@@ -145,16 +139,16 @@ def test_questions_longer_than_the_context_are_left_out_whole_and_counted(tokeni
 
 
 BAD_QUESTIONS = {
-    'field "question" is missing': {"choices": ["a", "b"], "answer": 0},
+    "expected a question with its choices": {"choices": ["a", "b"], "answer": 0},
     'field "question" is a number': {"question": 5, "choices": ["a", "b"], "answer": 0},
-    'field "choices" is missing; fields present: question, answer': {"question": "?", "answer": 0},
+    "fields present: question, answer": {"question": "?", "answer": 0},
     'field "choices" is a string, expected an array': {"question": "?", "choices": "ab", "answer": 0},
     "expected at least 2 choices, found 0": {"question": "?", "choices": [], "answer": 0},
     "choice 2 is empty": {"question": "?", "choices": ["a", " "], "answer": 0},
     "choice 1 is a number": {"question": "?", "choices": [1, "b"], "answer": 0},
     "two choices are the same": {"question": "?", "choices": ["a", "a"], "answer": 0},
     'field "answer" is missing': {"question": "?", "choices": ["a", "b"]},
-    "answer 2 is out of range, expected 0 to 1": {"question": "?", "choices": ["a", "b"], "answer": 2},
+    "answer 3 is out of range, expected an index from 0 to 1": {"question": "?", "choices": ["a", "b"], "answer": 3},
     "answer -1 is out of range": {"question": "?", "choices": ["a", "b"], "answer": -1},
     'answer "C" is none of the choices': {"question": "?", "choices": ["a", "b"], "answer": "C"},
     "answer is a boolean": {"question": "?", "choices": ["a", "b"], "answer": True},

@@ -227,9 +227,9 @@ def test_the_command_takes_the_format_from_the_first_row(kind, argv, chats, file
 def test_the_format_asked_for_is_taken(argv, file, command, refused):
     rows = file([{"text": "the cat", "prompt": "the cat", "response": "sees"}])
     err = command(likelihood, argv("causal", rows)).err
-    assert "rows of chat" in err and "--eval-format text reads the field text instead" in err
+    assert "rows of chat" in err and "read as conversations; --eval-format text reads the field text" in err
     assert "rows of text" in command(likelihood, argv("causal", rows, "--eval-format", "text")).err
-    refused(likelihood, argv("causal", rows, "--eval-format", "choices"), 'row 1: field "question" is missing')
+    refused(likelihood, argv("causal", rows, "--eval-format", "choices"), "row 1: expected a question with its choices")
 
 
 def test_the_chat_template_is_asked_for_or_that_of_the_stage(argv, file, command):
@@ -277,5 +277,5 @@ def test_flags_without_effect_and_files_without_anything_to_score(kind, rows, fl
 def test_a_text_file_holds_neither_conversations_nor_choices(argv, workspace, refused, command):
     Path("a.txt").write_text("the cat sees the river.", encoding="utf-8")
     data = DataEvalConfig(eval_data=Path("a.txt"))
-    refused(likelihood, argv("causal", data, "--eval-format", "chat"), "a.txt has no fields")
+    refused(likelihood, argv("causal", data, "--eval-format", "chat"), "a.txt is plain text and has no fields")
     assert "rows of text" in command(likelihood, argv("causal", data)).err

@@ -15,7 +15,7 @@ from scripts.engine.decoding.generation import generate
 from scripts.engine.likelihood.documents import response_likelihood
 from scripts.engine.prompts import Prompt
 from scripts.engine.report import measure
-from scripts.engine.report.measure import form_of
+from scripts.engine.report.measure import MeasureConfig, form_of
 from scripts.engine.report.results import DIFFUSION, rows_of
 from scripts.engine.runtime import RuntimeConfig
 from scripts.eval import report
@@ -114,7 +114,10 @@ def test_without_files_the_bundled_rows_are_asked_and_what_training_held_out_is_
     assert command(report, argv).code == 0
     sections = sources_in("new")
     assert [section["format"] for section in sections] == ["questions", "choices", "text", "chat"]
-    assert all(section["bundled"] and section["format"] == form_of(Path(section["path"])) for section in sections)
+    assert all(
+        section["bundled"] and section["format"] == form_of(Path(section["path"]), MeasureConfig())
+        for section in sections
+    )
     held_out = [text for row in ROWS["text"] if is_validation(text := row["text"], 0.4)]
     assert 0 < len(held_out) < 12
     assert sorted(item["bytes"] for item in sections[2]["items"]) == sorted(len(text.encode()) for text in held_out)

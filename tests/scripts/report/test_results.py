@@ -191,7 +191,7 @@ def couplets(number: int, seed: int) -> tuple[dict, np.ndarray, np.ndarray]:
     draw = np.random.default_rng(seed)
     right, nats = draw.integers(0, 2, (number, 2)), draw.uniform(1, 9, (number, 2))
     tokens = draw.integers(2, 9, (number, 2))
-    wanted = {"reference": "a", "wanted": "a"}
+    wanted = {"question": "?", "reference": "a", "wanted": "a"}
     pairs = [({"couplet": "x", "direction": "forward", **wanted}, {"text": "a"})]
     for i in range(number):
         for way, direction in enumerate(("forward", "backward")):
