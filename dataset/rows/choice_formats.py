@@ -14,7 +14,7 @@ from dataset.reading.bad_rows import BadRows
 from dataset.reading.files import Observer
 from dataset.reading.parse import JSON_TYPES
 from dataset.reading.rows import Check, read_as, read_rows
-from dataset.rows.formats import TEXT_FIELDS, text_in
+from dataset.rows.formats import TEXT_FIELDS
 from dataset.rows.messages import (
     EXPLANATIONS,
     GROUPS,
@@ -24,6 +24,7 @@ from dataset.rows.messages import (
     labels_of,
     read_array,
     require_used,
+    text_in,
     without_null,
 )
 

@@ -31,6 +31,7 @@ from dataset.rows.messages import (
     require_used,
     without_null,
 )
+from dataset.rows.messages import text_in as _text
 
 SYSTEM_FIELDS = ("system", "system_prompt")
 CONTEXT_FIELDS = {*SYSTEM_FIELDS, *TOOL_FIELDS, "history"}  # beside a row of any format
@@ -41,13 +42,6 @@ class RowFormat(NamedTuple):
     fields: tuple[str, ...]  # that a row of this format has
     messages: Callable[[Row], Messages]
     optional: tuple[str, ...] = ()  # fields that it uses besides
-
-
-def text_in(row: Row, name: str) -> str:
-    """The text in a field. ValueError if it holds something else."""
-    if not isinstance(row[name], str):
-        raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected a string')
-    return row[name]
 
 
 def _exchange(prompt: str, response: str) -> Messages:
@@ -93,9 +87,9 @@ EXCHANGES = (  # fields of a prompt and of the reply to it, the first that a row
 
 def prompt_of(row: Row, name: str) -> Messages:
     """The prompt in a field of PROMPTS, and in those that follow it."""
-    below = [text_in(row, other) for other in PROMPTS.get(name, ()) if other in row and row[other] != ""]
+    below = [_text(row, other) for other in PROMPTS.get(name, ()) if other in row and row[other] != ""]
     if below:
-        return [{"role": "user", "content": "\n".join([text_in(row, name), *below])}]
+        return [{"role": "user", "content": "\n".join([_text(row, name), *below])}]
     return messages_in(row, name)
 
 
@@ -163,7 +157,7 @@ def _refuse_not_to_be_learnt(row: Row) -> None:
 
 def with_context(row: Row, messages: Messages) -> Messages:
     """A conversation with the system prompt, the tools and the earlier turns that stand beside it."""
-    systems = {text for name in SYSTEM_FIELDS if name in row and (text := text_in(row, name))}
+    systems = {text for name in SYSTEM_FIELDS if name in row and (text := _text(row, name))}
     if len(systems) > 1:
         raise ValueError(f"fields {' and '.join(SYSTEM_FIELDS)} are two system prompts; delete one of them")
     tools = [array for name in TOOL_FIELDS if name in row and (array := read_array(row[name], name))]

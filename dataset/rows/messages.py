@@ -97,6 +97,13 @@ def without_null(fields: Row) -> Row:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def text_in(row: Row, name: str) -> str:
+    """The text in a field. ValueError if it holds something else."""
+    if not isinstance(row[name], str):
+        raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected a string')
+    return row[name]
+
+
 def labels_of(row: Row) -> dict[str, str]:
     """The fields of GROUPS."""
     return {name: str(row[name]) for name in GROUPS if isinstance(row.get(name), str | bool)}
