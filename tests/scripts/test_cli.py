@@ -115,6 +115,14 @@ def test_advice_on_an_unknown_flag_is_a_slip_or_longer_name_of_it_or_absent(type
     assert (f"did you mean {near}? " in error) if near else ("did you mean" not in error)
 
 
+def test_files_that_a_shell_made_of_a_pattern_are_recognised(tmp_path, capsys):
+    (tmp_path / "b.jsonl").touch()
+    for name, advised in ((tmp_path / "b.jsonl", True), (tmp_path / "c.jsonl", False)):
+        with pytest.raises(SystemExit):
+            parse("--some-text", "a.jsonl", str(name))
+        assert ("between quotes" in capsys.readouterr().err) == advised
+
+
 def test_help_shows_help_text_default_and_aliases(capsys):
     with pytest.raises(SystemExit) as stop:
         parse("--help")

@@ -38,9 +38,9 @@ class DataEvalConfig:
     """Evaluation of a file."""
 
     eval_data: Annotated[Path | None, "what to evaluate: a file of rows or plain text"] = None
-    jsonl_field: Annotated[
-        str, "field of a row that holds the document", "with --eval-data", "with rows of text"
-    ] = "text"
+    jsonl_field: Annotated[str, "field of a row that holds the document", "with --eval-data", "with rows of text"] = (
+        "text"
+    )
     eval_split: Annotated[
         Literal["all", "validation"],
         "validation: the rows that training held out",
