@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.files import is_out_of_memory, replacing
+from model.files import DAMAGED, NO_CHECKPOINT, checkpoint_fault, is_out_of_memory, no_checkpoint, replacing
 from model.transformer import Transformer
 
 FORMAT, VERSION = "nano-llada", 4  # 2 added block_size to the config, 3 the seal, 4 head_dim and rope_variant
@@ -69,24 +69,18 @@ def read_archive(path: Path, device: torch.device | str = "cpu") -> Any:
     file; raise ValueError if the file is neither, or not as it was written."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path}; training writes <run>_state_dict.pt, and --save-dir says where"
-        )
+        raise FileNotFoundError(no_checkpoint(path))
     try:
         if path.suffix == ".safetensors":
             return load_file(path, device=str(device))
         with path.open("rb") as file:  # once: a run in training may replace it meanwhile
             return _read_torch(file, device)
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
-        ) from None
+        raise ValueError(checkpoint_fault(path, NO_CHECKPOINT)) from None
     except DAMAGE as error:
         if isinstance(error, PermissionError) or is_out_of_memory(error):
             raise
-        raise ValueError(
-            f"{path} is damaged or not a torch checkpoint; copy it again, or use the run's other files"
-        ) from None
+        raise ValueError(checkpoint_fault(path, DAMAGED)) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -96,6 +90,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
+        if not (folder / "config.json").is_file():
+            raise ValueError(no_checkpoint(folder))
         raise ValueError(
             f"{folder} holds neither model.safetensors nor model.safetensors.index.json; give a folder that "
             "transformers' save_pretrained wrote, or a checkpoint file"
@@ -109,12 +105,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 def read_folder(folder: Path) -> Any:
     """Return the tensors of all files of weights in a folder by name; raise ValueError if one is missing."""
+    files = weight_files(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"{folder} holds no config.json, which says how its weights compute; copy it there, or give a "
             "checkpoint file"
         )
-    files = weight_files(folder)
     if len(files) == 1 and files[0].name in ("model.safetensors", "pytorch_model.bin"):
         return read_archive(files[0])
     weights: dict[str, Tensor] = {}
@@ -195,7 +191,7 @@ def require_checkpoint(payload: Any, path: Path) -> Payload:
     if not is_checkpoint(payload):
         raise ValueError(
             f"{path} is not a nano-llada checkpoint; "
-            "weights of MiniMind or Hugging Face are read by --init-from-minimind"
+            "weights of MiniMind or Hugging Face are read by --load-from of the training commands"
         )
     if payload.get("version") not in range(1, VERSION + 1):
         raise ValueError(

@@ -1,9 +1,10 @@
-"""Files that are replaced whole, and what the system's errors mean."""
+"""Files that are replaced whole, what the system's errors mean, and what is where a checkpoint was expected."""
 
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,3 +52,43 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, RuntimeError):
         return bool(re.search("out of memory|can't allocate memory", str(error)))
     return isinstance(error, MemoryError)
+
+
+# How files begin that people take for checkpoints, and what to do about them.
+TAKEN_FOR_CHECKPOINTS = {
+    b"version https://git-lfs": "is the pointer of Git LFS to a file that was not fetched; run git lfs pull there",
+    b"GGUF": "is a GGUF file; give the safetensors or torch file that it was made from",
+    b"<": "is a web page; download the file itself",
+    b"{": "is JSON; give the file of the weights",
+}
+NO_CHECKPOINT = "is not a checkpoint of tensors and plain values; it may hold code, and is not opened"
+DAMAGED = "is damaged or not a torch checkpoint; copy it again, or use the run's other files"
+
+
+def checkpoint_fault(path: Path, otherwise: str) -> str:
+    """Return what the file at `path`, which cannot be read as a checkpoint, is instead."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    binary = b"\0" in head and not head.startswith(b"GGUF")  # may begin with any byte
+    found = (fault for start, fault in TAKEN_FOR_CHECKPOINTS.items() if head.startswith(start) and not binary)
+    return f"{path} {next(found, otherwise) if head else 'is empty; copy it again'}"
+
+
+def no_checkpoint(path: Path) -> str:
+    """Return why no checkpoint file is at `path`, and what may have been meant."""
+    folder = path if path.is_dir() else path.parent
+    files = sorted(folder.glob("*.pt"), key=lambda file: (not file.name.endswith("_state_dict.pt"), file.name))
+    if path.is_dir():
+        if files:
+            return f"{path} is a folder; give one of the checkpoints in it, such as {files[0]}"
+        if (path / "config.json").is_file():
+            return (
+                f"{path} is a folder of another program's weights, which the training commands read with --load-from; "
+                "this takes a file that training wrote, <run>_state_dict.pt"
+            )
+        return f"{path} is a folder, and no checkpoint is in it; give a file that training wrote, <run>_state_dict.pt"
+    names = [file.name for file in files]
+    near = [name for name in names if name.startswith(path.stem)] or get_close_matches(path.name, names, cutoff=0.8)
+    if near:
+        return f"there is no checkpoint {path}; did you mean {folder / near[0]}?"
+    return f"there is no checkpoint {path}; training writes <run>_state_dict.pt, and --save-dir says where"

@@ -91,6 +91,8 @@ SETTINGS = {
     "hidden_act": str,
     "tie_word_embeddings": bool,
 }
+# Under which name training programs save the weights beside other things.
+WRAPPERS = ("model_state_dict", "state_dict", "model")
 PLAIN_ROPE = {"rope_theta", "rope_type", "type"}
 # MiniMind's stretching of rotary positions in its present version; the earlier one had another formula.
 MINIMIND_YARN = {"beta_fast": 32, "beta_slow": 1, "attention_factor": 1}
@@ -209,7 +211,9 @@ def implied_settings(weights: dict[str, Tensor], num_heads: int | None) -> dict[
 def foreign_weights(payload: Any, path: Path) -> dict[str, Tensor]:
     """Return the tensors, under our names, of what another program wrote to `path`; raise ValueError if they are no
     weights of a model like ours."""
-    weights = payload.get("model_state_dict", payload) if isinstance(payload, dict) else payload
+    weights = payload if isinstance(payload, dict) else {}
+    weights = next((weights[name] for name in WRAPPERS if isinstance(weights.get(name), dict)), weights)
+    names = list(map(str, weights))[:3]
     if weight_faults(weights):
         weights = {}
     weights = {
@@ -223,7 +227,7 @@ def foreign_weights(payload: Any, path: Path) -> dict[str, Tensor]:
     if "embed_tokens.weight" not in weights:
         raise ValueError(
             f"{path} holds neither a nano-llada checkpoint nor weights named like MiniMind's "
-            "(model.embed_tokens.weight, ...)"
+            f"(model.embed_tokens.weight, ...); it begins with {', '.join(names) or 'no name'}"
         )
     needed = [f"layers.0.self_attn.{name}_proj.weight" for name in "qk"] + ["layers.0.mlp.gate_proj.weight"]
     missing = [name for name in needed if name not in weights]

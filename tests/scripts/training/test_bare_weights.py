@@ -75,6 +75,14 @@ def test_heads_come_from_the_flags_since_no_shape_tells_them(foreign, command, p
     assert load_checkpoint(Path("weights/ar.pt"))["config"]["num_attention_heads"] == 2
 
 
+@pytest.mark.parametrize("wrapper", ["model_state_dict", "state_dict", "model"])
+def test_weights_beside_other_things_are_found_by_their_name(wrapper, foreign, tmp_path):
+    model, config = foreign()
+    torch.save({"epoch": 3, wrapper: minimind_names(model), "optimizer": {}}, tmp_path / "theirs.pth")
+    imported = imported_from(tmp_path / "theirs.pth", config).state_dict()
+    assert all(torch.equal(imported[name], tensor) for name, tensor in model.state_dict().items())
+
+
 def test_a_vocabulary_without_the_mask_token_gets_the_mean_row_at_its_end(foreign, tmp_path):
     """As with MiniMind's own tokenizer directory when the mask token has to be added."""
     model, config = foreign()
@@ -99,6 +107,7 @@ def test_a_vocabulary_that_lacks_another_row_is_refused(foreign, tmp_path):
     [
         {"a": torch.zeros(2)},
         {"model": {"embed_tokens.weight": torch.zeros(2, 2)}},
+        {"model": {"transformer.wte.weight": torch.zeros(2, 2)}, "optimizer": {}},
         [1, 2],
         {1: torch.zeros(2), "model.embed_tokens.weight": torch.zeros(380, 32)},
         {"model.embed_tokens.weight": torch.zeros(380, 32), "epoch": 3},

@@ -179,7 +179,9 @@ def cut_short(file: Path) -> None:
 
 
 def test_a_folder_of_runs_is_no_folder_of_weights(refused, shapeless_argv, weights_of_one_step):
-    refused(train_pretrain, [*shapeless_argv, "--load-from", str(weights_of_one_step)], "config.json", "checkpoint")
+    refused(
+        train_pretrain, [*shapeless_argv, "--load-from", str(weights_of_one_step)], "is a folder", "ar_state_dict.pt"
+    )
 
 
 def test_fine_tuning_and_tuning_on_preferences_start_from_a_folder(folder, command, tokenizer_dir):
