@@ -19,7 +19,7 @@ from dataset.content import content_hash, language_of
 from dataset.conversations import Conversations
 from dataset.reading.bad_rows import BadRow, BadRows
 from dataset.reading.documents import numbered_documents
-from dataset.reading.files import describe_files
+from dataset.reading.files import describe_files, is_plain_text
 from dataset.reading.rows import chunked
 from dataset.rows.choice_formats import read_questions
 from dataset.rows.exercise_formats import read_exercises
@@ -210,6 +210,7 @@ class Survey:
     def _result(self, kind: str) -> dict[str, Any]:
         length, minus_file, minus_number = self.longest
         copies, first_copies = self._copies()
+        in_lines = is_plain_text(self.files[0])  # whose documents are cut from the lines that are not bad
         return {
             "file": describe_files(self.files),
             "kind": kind,
@@ -219,10 +220,11 @@ class Survey:
             "tokenizer": fingerprint(self.tokenizer),
             "max_seq_len": self.max_seq_len,
             "lines": self.observe.lines,
-            "rows": self.rows + self.empty + self.bad.count,
+            "rows": self.rows + self.empty + (0 if in_lines else self.bad.count),
             "used_rows": self.rows,
             "empty_rows": self.empty,
             "bad_rows": self.bad.count,
+            "bad_unit": "lines" if in_lines else "rows",
             "first_bad": self.bad.first,
             "bad_by_reason": dict(self.bad.reasons.most_common()),
             "copies": copies,

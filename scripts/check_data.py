@@ -137,9 +137,9 @@ COUNTS = {  # names of the counts of a survey, in words
 
 def page(result: dict[str, Any]) -> list[str]:
     """Lines for people on the result of a Survey."""
-    rows = (
-        f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty, {result['bad_rows']:,} bad"
-    )
+    of_lines = "" if result["bad_unit"] == "rows" else f" of {result['lines']:,} lines"
+    rows = f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty"
+    rows += f", {result['bad_rows']:,} bad{of_lines}"
     copies = "".join(f"; row {copy} repeats row {original}" for copy, original in result["first_copies"])
     lines = [
         f"{result['file']}: {WORDS[result['kind']]}",
@@ -205,7 +205,7 @@ def histogram(result: dict[str, Any]) -> list[str]:
 def bad_rows(result: dict[str, Any]) -> list[str]:
     reasons = [f"  {count:8,}  {reason}" for reason, count in result["bad_by_reason"].items()]
     first = [f"  {row}" for row in result["first_bad"]]
-    return [f"bad rows: {result['bad_rows']:,}", *reasons, f"the first {len(first)}:", *first]
+    return [f"bad {result['bad_unit']}: {result['bad_rows']:,}", *reasons, f"the first {len(first)}:", *first]
 
 
 # -- what to do --------------------------------------------------------------------------------------------------------
@@ -217,7 +217,8 @@ def fault_of(result: dict[str, Any]) -> str:
         remedy = "Correct them: without them there is nothing to train on."
         if has_content(result):
             remedy = "Correct or delete them, or leave them out with --on-bad-row skip."
-        return f"Bad rows: {result['bad_rows']:,} ({share(result['bad_rows'], result['rows'])}). {remedy}"
+        unit, number = result["bad_unit"], result["bad_rows"]
+        return f"Bad {unit}: {number:,} ({share(number, result[unit])}). {remedy}"
     return "" if has_content(result) else "Nothing to train on."
 
 
