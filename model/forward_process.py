@@ -55,7 +55,8 @@ class MaskSettings:
     ] = 1e-3
     mask_rate_min: Annotated[
         float,
-        "least mask rate in training; with a narrower band than 0 to 1 the training loss is no bound",
+        "least mask rate in training, of each row or block (LLaDA 2.0's released code: of a row, in blocks, too); with "
+        "a narrower band than 0 to 1 the training loss is no bound",
         "in [0, 1)",
         "--llada2-alpha-min",
         "without --mask-schedule wsd",
@@ -63,7 +64,7 @@ class MaskSettings:
     ] = 0.0
     mask_rate_max: Annotated[
         float,
-        "largest mask rate in training; validation is over the full range",
+        "largest mask rate in training, of each row or block; validation is over the full range",
         "in (0, 1]",
         "--llada2-alpha-max",
         "without --mask-schedule wsd",

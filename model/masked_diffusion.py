@@ -30,7 +30,9 @@ class BlockSchedule:
     block_size: Annotated[
         int | None,
         "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
-        "(none: as the starting weights were trained, at first the whole row)",
+        "(none: as the starting weights were trained, at first the whole row); each block has a mask rate of its own, "
+        "by whose inverse fixed_count and iid_t weigh its masked tokens (LLaDA 2.0 Eq. 1; the code released with it "
+        "draws one rate for a row, and takes the plain mean over masked tokens)",
         "at least 0",
         "--llada2-block-size",
         ("--llada2-enable-block-diffusion", 32),

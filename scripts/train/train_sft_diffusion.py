@@ -7,7 +7,8 @@ A conversation of several turns becomes one row for each reply, whose prompt is 
 reply come its EOS and a random number of further ones: the empty end of the canvas on which the decoder writes.
 
 From weights of block diffusion, or with --block-size, it learns block by block (LLaDA 2.0, section 5.1), and the EOS
-fill the reply's last block.
+fill the reply's last block. Every block has a mask rate of its own, by whose inverse its tokens weigh, and every reply
+counts the same. The code released with LLaDA 2.0 differs: one rate for a row, and the plain mean over masked tokens.
 """
 
 from dataclasses import replace
