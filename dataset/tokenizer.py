@@ -11,7 +11,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from operator import length_hint
 from pathlib import Path
 from typing import NamedTuple
 
@@ -220,9 +222,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int, mask_token: str = MASK_TOKE
         min_frequency=2,
         special_tokens=specials,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
-    backend.train_from_iterator((piece for text in _nonempty(texts) for piece in (text, *ROLES)), trainer)
+    pieces = (piece for text in _nonempty(texts) for piece in (text, *ROLES))
+    backend.train_from_iterator(pieces, trainer, length=length_hint(texts) * (1 + len(ROLES)))  # of the progress bar
     if backend.get_vocab_size() != vocab_size:
         raise ValueError(
             f"the training text fills only {backend.get_vocab_size()} of {vocab_size} vocabulary entries; "

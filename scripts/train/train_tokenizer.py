@@ -6,10 +6,11 @@
 A checkpoint works only with the tokenizer it was trained with, so train a new tokenizer before any model.
 A label file (--sources) names the source of each row of the data, one line per row, as SOURCE or SOURCE/LANGUAGE;
 with --keep-sources only rows of the sources listed there are used, SOURCE=N counting each of its rows N times.
+Of much text a random sample is used, since memory and time grow with it, and the tokenizer hardly changes.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,20 @@ from dataset.content import language_of
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
-from dataset.reading.files import container_of, open_unpacked, read_lines
+from dataset.reading.files import DATA_HELP, Observer, data_files, open_unpacked
+from dataset.reading.rows import chunked
+from dataset.sample import sample_texts, texts_of_sources
 from dataset.spelling import check_blanks
-from dataset.tokenizer import MASK_TOKEN, encode_batch, fingerprint, load_tokenizer, save_tokenizer, train_bpe
+from dataset.tokenise import CHUNK_CHARACTERS, Pass
+from dataset.tokenizer import (
+    MASK_TOKEN,
+    PreTrainedTokenizerFast,
+    encode_batch,
+    fingerprint,
+    load_tokenizer,
+    save_tokenizer,
+    train_bpe,
+)
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_writable
 
@@ -30,8 +42,13 @@ from scripts.engine.files import require_writable
 class TokenizerTraining:
     """What a tokenizer is trained on, and where it goes"""
 
-    data: Annotated[Path | None, "text to train on: .jsonl or .txt, also with .gz (none: the bundled corpus)"] = None
+    data: Annotated[Path | None, f"text to train on: {DATA_HELP} (none: the bundled corpus)"] = None
     jsonl_field: Annotated[str, "field of a row that holds its text"] = "text"
+    sample_megabytes: Annotated[
+        float,
+        "of larger data a random sample of so many megabytes is used; 16 of Chinese take 1.7 GB of memory",
+        "above 0",
+    ] = 16
     target_vocab_size: Annotated[
         int, "vocabulary entries in all: 16 control tokens, 256 bytes, merges", "at least 1"
     ] = 6400
@@ -61,30 +78,33 @@ class TokenizerTraining:
         return weights
 
 
-def training_texts(config: TokenizerTraining) -> Iterator[str]:
-    """Yield the texts to count pairs in; a row of weight N comes N times."""
+def training_texts(config: TokenizerTraining) -> list[str]:
+    """Return the texts to count pairs in, or a sample of them, and print how much they are."""
     if config.data is None:
         print("no --data, so the bundled corpus is used")
-    bad = BadRows(config.on_bad_row)
-    documents = read_documents(config.data or bundled_file("words"), config.jsonl_field, bad, check_blanks)
-    yield from documents if config.sources is None else _kept(documents, config, bad)
+    files = readable_files(config.data or bundled_file("words"))
+    bad = BadRows(config.on_bad_row, several_files=len(files) > 1)
+    with Pass(files, "reading") as observe:
+        documents = _documents(files, config.jsonl_field, bad, observe)
+        if config.sources:
+            documents = texts_of_sources(documents, config.sources, config.weights(), bad)
+        sample = sample_texts(documents, round(config.sample_megabytes * 1e6))
+    print(f"training on {sample.line()}")
     print_skipped(bad)
+    return sample.texts
 
 
-def _kept(documents: Iterator[str], config: TokenizerTraining, bad: BadRows) -> Iterator[str]:
-    """Yield the documents of the kept sources, each as often as its weight says."""
-    weights = config.weights()
-    labels = _read_labels(config.sources)
-    if unknown := weights.keys() - set(labels):
-        raise ValueError(f"{config.sources} has no row of {', '.join(sorted(unknown))} (--keep-sources)")
-    used = 0
-    for used, text in enumerate(documents, start=1):
-        rows = used + bad.count  # a bad row has a label, too
-        if rows <= len(labels):
-            yield from [text] * weights.get(labels[rows - 1], 0)
-    rows = used + bad.count
-    if rows != len(labels):
-        raise ValueError(f"{config.sources} has {len(labels)} lines, but {config.data} has {rows} rows; give one a row")
+def readable_files(data: Path) -> tuple[Path, ...]:
+    """Return the files that `data` names; one that cannot be read is refused before any work."""
+    files = data_files(data)
+    for file in files:
+        open_unpacked(file).close()
+    return files
+
+
+def _documents(files: tuple[Path, ...], field: str, bad: BadRows, observe: Observer | None = None) -> Iterator[str]:
+    for file in files:
+        yield from read_documents(file, field, bad, check_blanks, observe=observe)
 
 
 def print_skipped(bad: BadRows) -> None:
@@ -92,26 +112,18 @@ def print_skipped(bad: BadRows) -> None:
         print(skipped_line(bad.meta))
 
 
-def _read_labels(path: Path) -> list[str]:
-    """Return the source of each row: a line up to its first slash."""
-    return [line.decode("utf-8").partition("/")[0].strip() for _, line in read_lines(path)]
-
-
-def compression(tokenizer, texts: list[str]) -> tuple[float, float]:
-    """Return characters per token and UTF-8 bytes per token, over all texts together."""
-    tokens = sum(map(len, encode_batch(tokenizer, texts)))
-    return sum(map(len, texts)) / tokens, sum(len(text.encode()) for text in texts) / tokens
-
-
-def report(tokenizer, config: TokenizerTraining) -> None:
+def report(tokenizer: PreTrainedTokenizerFast, config: TokenizerTraining) -> None:
     """Print how well the tokenizer compresses --eval-data, by language."""
-    languages = defaultdict(list)
-    bad = BadRows(config.on_bad_row)
-    for text in filter(None, read_documents(config.eval_data, config.jsonl_field, bad, check_blanks)):
-        languages[language_of(text)].append(text)
-    for language, texts in sorted(languages.items(), reverse=True):
-        characters, size = compression(tokenizer, texts)
-        print(f"{language:5}  {len(texts):7,} rows  {characters:.3f} characters/token  {size:.3f} bytes/token")
+    counts = defaultdict(Counter)
+    files = readable_files(config.eval_data)
+    bad = BadRows(config.on_bad_row, several_files=len(files) > 1)
+    for texts in chunked(filter(None, _documents(files, config.jsonl_field, bad)), len, CHUNK_CHARACTERS):
+        for text, ids in zip(texts, encode_batch(tokenizer, texts), strict=True):
+            sizes = {"rows": 1, "characters": len(text), "bytes": len(text.encode()), "tokens": len(ids)}
+            counts[language_of(text)].update(sizes)
+    for language, count in sorted(counts.items(), reverse=True):
+        characters, size = count["characters"] / count["tokens"], count["bytes"] / count["tokens"]
+        print(f"{language:5}  {count['rows']:7,} rows  {characters:.3f} characters/token  {size:.3f} bytes/token")
     print_skipped(bad)
 
 
@@ -120,9 +132,8 @@ def main(argv: list[str] | None = None) -> None:
     if (config.out / "tokenizer.json").exists() and not config.overwrite:
         raise ValueError(f"{config.out} already holds a tokenizer; choose another --out, or add --overwrite")
     require_writable(config.out / "tokenizer.json", "--out")
-    if config.eval_data:  # a file that cannot be read is refused before the training, not after it
-        container_of(config.eval_data)
-        open_unpacked(config.eval_data).close()
+    if config.eval_data:
+        readable_files(config.eval_data)  # before the training, not after it
     save_tokenizer(train_bpe(training_texts(config), config.target_vocab_size, config.mask_token), config.out)
     tokenizer = load_tokenizer(config.out, config.mask_token)
     print(f"saved {config.out}: {len(tokenizer)} entries, fingerprint {fingerprint(tokenizer)}")

@@ -3,6 +3,7 @@ import re
 import pytest
 
 from dataset.corpus.bundled import words
+from dataset.sample import sample_texts
 from dataset.tokenizer import fingerprint, load_tokenizer, train_bpe
 from scripts.train import train_tokenizer
 from scripts.train.train_tokenizer import main
@@ -53,3 +54,17 @@ def test_a_tokenizer_is_not_trained_for_an_evaluation_that_cannot_be(refused, wo
     argv = ["--data", "corpus.jsonl", "--target-vocab-size", "300"]
     refused(train_tokenizer, [*argv, "--out", "tok", "--eval-data", "nowhere.jsonl"], "nowhere.jsonl")
     refused(train_tokenizer, [*argv, "--out", "corpus.jsonl/tok"], "--out")
+
+
+def test_of_much_text_a_sample_is_used_and_said(workspace, texts, command):
+    write_jsonl(workspace / "more.jsonl", texts[:20])
+    size = sum(len(text.encode()) for text in texts)
+    megabytes = size / 2e6
+    argv = ["--data", "corpus.jsonl", "--target-vocab-size", "290", "--sample-megabytes", megabytes]
+    result = command(train_tokenizer, [*argv, "--out", "half"])
+    sample = sample_texts(texts, round(megabytes * 1e6)).texts
+    assert 10 < len(sample) < 50 and f"random sample of {len(sample)} of {len(texts)} documents" in result.out
+    assert fingerprint(load_tokenizer("half")) == fingerprint(train_bpe(sample, 290))
+    argv[1], argv[-1] = "corpus.jsonl,more.jsonl", size / 1e6 * 2
+    assert f"training on {len(texts) + 20} documents" in command(train_tokenizer, [*argv, "--out", "all"]).out
+    assert fingerprint(load_tokenizer("all")) == fingerprint(train_bpe(texts + texts[:20], 290))
