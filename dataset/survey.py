@@ -19,7 +19,7 @@ from dataset.content import content_hash, language_of
 from dataset.conversations import Conversations
 from dataset.reading.bad_rows import BadRow, BadRows
 from dataset.reading.documents import numbered_documents
-from dataset.reading.files import describe_files, is_plain_text
+from dataset.reading.files import container_of, describe_files, is_plain_text
 from dataset.reading.rows import chunked
 from dataset.rows.choice_formats import read_questions
 from dataset.rows.exercise_formats import read_exercises
@@ -31,6 +31,7 @@ from dataset.tokenise import CHUNK_CHARACTERS, Pass, template_size
 from dataset.tokenizer import PreTrainedTokenizerFast, encode_batch, encode_conversations, fingerprint, render_chat
 
 MAX_REASONS = 1000  # counted separately
+IN_LINES = {".txt", ".jsonl"}  # containers that are read line by line
 MAX_EXAMPLES = 5  # of copies, and of rows that spell control tokens
 
 
@@ -219,7 +220,7 @@ class Survey:
             "data_sha256": self.observe.digest.hexdigest(),
             "tokenizer": fingerprint(self.tokenizer),
             "max_seq_len": self.max_seq_len,
-            "lines": self.observe.lines,
+            "lines": self.observe.lines if {*map(container_of, self.files)} <= IN_LINES else None,
             "rows": self.rows + self.empty + (0 if in_lines else self.bad.count),
             "used_rows": self.rows,
             "empty_rows": self.empty,

@@ -140,10 +140,11 @@ def page(result: dict[str, Any]) -> list[str]:
     of_lines = "" if result["bad_unit"] == "rows" else f" of {result['lines']:,} lines"
     rows = f"{result['rows']:,}: {result['used_rows']:,} used, {result['empty_rows']:,} empty"
     rows += f", {result['bad_rows']:,} bad{of_lines}"
+    in_lines = "" if result["lines"] is None else f"; {result['lines']:,} lines"
     copies = "".join(f"; row {copy} repeats row {original}" for copy, original in result["first_copies"])
     lines = [
         f"{result['file']}: {WORDS[result['kind']]}",
-        f"  file            {result['bytes']:,} bytes, {result['unpacked_bytes']:,} unpacked; {result['lines']} lines",
+        f"  file            {result['bytes']:,} bytes, {result['unpacked_bytes']:,} unpacked{in_lines}",
         f"  SHA-256         {result['data_sha256'][:16]}...",
         f"  rows            {rows}",
         f"  copies          {result['copies']:,}{copies}",
@@ -199,7 +200,7 @@ def histogram(result: dict[str, Any]) -> list[str]:
     half, most = (int(lengths[np.searchsorted(rows_up_to, part * rows_up_to[-1])]) for part in (0.5, 0.99))
     longest = result["longest"]
     limits = f"half of the rows have up to {half:,}, 99 % have up to {most:,}"
-    return [*lines, f"  tokens: {limits}, longest {longest['tokens']:,} (row {longest['row']:,})"]
+    return [*lines, f"  tokens: {limits}, longest {longest['tokens']:,} (row {longest['row']})"]
 
 
 def bad_rows(result: dict[str, Any]) -> list[str]:

@@ -104,6 +104,17 @@ def test_the_share_of_bad_rows_is_of_what_can_be_bad(suffix, num_bad, doctor):
     assert code == 1 and found["bad_rows"] == num_bad and found[found["bad_unit"]] == 60
     assert found["used_rows"] + found["empty_rows"] <= found["rows"]
     assert f"{found['bad_unit']}: {num_bad} ({num_bad / 60:.1%})." in told
+    assert found["lines"] == (None if suffix == ".csv" else 60) and ("lines" in told) == (suffix != ".csv")
+
+
+def test_of_several_files_rows_are_named_with_their_file(doctor):
+    Path("many").mkdir()
+    Path("many/a.jsonl").write_text('{"text": "one"}\n{"text": 5}\n')
+    Path("many/b.jsonl").write_text('{"text": "the river"}\n{"text": "one"}\n')
+    code, told, found = doctor(None, name="many")
+    assert code == 1 and (found["rows"], found["bad_rows"], found["lines"]) == (4, 1, 4)
+    assert "longest 5 (row 1 of b.jsonl)" in re.sub(r"longest \d+", "longest 5", told)
+    assert "row 2 of b.jsonl repeats row 1 of a.jsonl" in told and "a.jsonl, row 2: " in told and "(25.0%)" in told
 
 
 @pytest.mark.parametrize("limit", [16, 40, 512])
