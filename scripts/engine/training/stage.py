@@ -275,7 +275,8 @@ class Stage:
                 f"below {optim.learning_rate:g} to the end: the run of {total_steps:,} steps ends within its warm-up "
                 f"of {optim.warmup_steps:,}"
             )
-        tenth = "" if "warmup_steps" in self.configs.given else ", at most a tenth of the run unless given"
+        settled = "warmup_steps" not in self.configs.given and optim.warmup_steps == total_steps // 10
+        tenth = ", a tenth of the run, since --warmup-steps was left out" if settled else ""
         return f"{optim.learning_rate:g} after a warm-up of {optim.warmup_steps:,} steps{tenth}"
 
 

@@ -251,7 +251,7 @@ def test_a_warmup_that_was_not_typed_is_a_tenth_of_a_short_run_and_stays_so(comm
     """Also when the run is continued, with another length, too: what was settled is a setting like any other."""
     flags = [*short_argv, "--lr-schedule", "cosine"]
     whole = command(train_pretrain, [*flags, "--save-dir", "whole"])
-    assert whole.code == 0 and "warm-up of 3 steps, at most a tenth" in whole.out
+    assert whole.code == 0 and "warm-up of 3 steps, a tenth of the run" in whole.out
     settled = OptimConfig(lr_schedule="cosine", warmup_steps=3)
     assert rates_of("whole/ar") == pytest.approx([lr_at(step, 30, settled) for step in range(30)])
     at("_train_step", [7], send(signal.SIGTERM))
