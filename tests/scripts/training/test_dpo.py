@@ -136,7 +136,7 @@ REFUSED = {
     "own file": ("dpo_dm", "--reference-from weights/dpo_dm_best.pt", "a file that the run itself writes"),
     "no reference": ("dpo_dm", "--reference-from nowhere.pt", "there is no checkpoint nowhere.pt"),
     "no pairs": ("dpo_ar", "--data corpus.jsonl", "corpus.jsonl, row 1: expected the fields of a pair"),
-    "text": ("dpo_ar", "--data corpus.txt", "expected JSONL rows"),
+    "text": ("dpo_ar", "--data corpus.txt", "expected rows"),
 }
 
 

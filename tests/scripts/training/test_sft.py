@@ -244,7 +244,7 @@ REFUSED = {
     ),
     "cut rows": ("sft_dm", "--variable-length-prob 0.5", "--variable-length-prob"),
     "no conversations": ("sft_dm", "--data corpus.jsonl", "corpus.jsonl, row 1: expected the fields of a conversation"),
-    "text": ("sft_ar", "--data corpus.txt", "expected JSONL rows"),
+    "text": ("sft_ar", "--data corpus.txt", "expected rows"),
     "stream": ("sft_ar", "--streaming", "--steps-per-epoch"),
     "another name": ("sft_dm", "--mask-schedule random", "--mask-schedule random is fixed_count"),
 }
