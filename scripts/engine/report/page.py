@@ -202,11 +202,12 @@ def sampling_of(report: Report, model: dict[str, Any]) -> str:
     settings = in_effect(config)
     value = settings.get("gen_confidence_threshold", settings.get("gen_factor"))
     capped = "gen_cap_end_ratio" in settings
+    grid = " (and those that complete its last block)" if model["block_size"] else ""
     parts = [
         f"policy {policy}" + ("" if value is None else f" {value:g}"),
         _cap(config, min(block, length)) if capped else number_of_steps(policy, config.gen_steps),
-        "one block" if block >= length else f"blocks of {block} tokens from left to right",
-        f"canvas of {length} masked tokens, as many as may be written",
+        "one block" if block >= length and not grid else f"blocks of {block} tokens from left to right",
+        f"canvas of {length} masked tokens{grid}, as many as may be written",
         *_draw(config),
         f"EOS kept {ENDS[config.gen_eos]}",
         CACHES[config.gen_cache],

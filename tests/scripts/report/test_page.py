@@ -95,6 +95,14 @@ def test_the_page_says_how_answers_were_sampled(made, markdown):
         assert words in diffusion
 
 
+def test_blocks_that_a_model_was_trained_on_are_completed(made):
+    """They stand on a grid that begins with the prompt, so few new tokens may lie in two of them."""
+    model = made[1]["models"][1] | {"attention": "block", "block_size": 8}
+    words = page.sampling_of(made[1], model)
+    assert "one block" not in words and "blocks of 8 tokens" in words
+    assert "canvas of 6 masked tokens (and those that complete its last block)" in words
+
+
 CAP = {"gen_cap_start_ratio": 0.3, "gen_cap_end_ratio": 0.3, "gen_max_decode_per_step": 1}
 OTHERWISE = {"gen_steps": 5, "gen_confidence_threshold": 0.9, "gen_factor": 0.5} | CAP
 NAMED = {  # but for the steps over which a cap grows
