@@ -91,7 +91,9 @@ def array_rows(path: Path, observe: Observer | None) -> Iterator[tuple[int, Row 
     except json.JSONDecodeError as error:
         fault = f"not valid JSON ({error.msg})"
         raise ValueError(f"{path}, row {number}: {fault}, so its end is unknown; correct or delete that row") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}, somewhere after row {number}: not UTF-8; save the file as UTF-8") from None
+    except UnicodeDecodeError as error:
+        cut = error.reason == "unexpected end of data"
+        fault = "cut short; download it again" if cut else "not UTF-8; save the file as UTF-8"
+        raise ValueError(f"{path}, somewhere after row {number}: {fault}") from None
     except RecursionError:
         raise ValueError(f"{path}, row {number}: nested too deeply to be read; delete that row") from None

@@ -31,7 +31,8 @@ def csv_rows(path: Path, observe: Observer | None, delimiter: str) -> Iterator[t
         except (csv.Error, UnicodeEncodeError) as error:
             fault = _csv_fault(error)
             if names is None:
-                raise ValueError(f"{path}, row {number}: {fault}") from None
+                remedy = f"the first line must hold the names of columns, with {delimiter!r} between them"
+                raise ValueError(f"{path}, row {number}: {fault}; {remedy}") from None
             yield number, ValueError(fault)
             continue
         if not cells:

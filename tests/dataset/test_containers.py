@@ -142,6 +142,7 @@ def test_an_element_that_is_no_row_is_skipped_but_a_broken_array_ends_the_readin
     ("name", "text", "says"),
     [
         ("a.csv", "a;b\n1;2\n", "separated by ';'"),
+        ("a.csv", '"a";"b"\n"1";"2"\n', "with ',' between them"),
         ("a.csv", "a\tb\n1\t2\n", "rename it to end in .tsv"),
         ("a.csv", "a,b,a\n1,2,3\n", 'two columns of the first line have the name "a"'),
         ("a.csv", "a,b\n", "has no rows"),
@@ -152,6 +153,7 @@ def test_an_element_that_is_no_row_is_skipped_but_a_broken_array_ends_the_readin
         ("a.json", "[]", "has no rows"),
         ("a.json", '[{"a": 1}', 'expected "," or "]"'),
         ("a.json", '[{"a": 1} {"a": 2}]', 'row 2: expected "," or "]"'),
+        ("a.json", '[{"a": "\udce4\udcb8', "cut short"),
         ("a.json", '[{"a": 1}] x', "after the array of 1 rows stands 'x'"),
         ("a.jsonl", '[{"a": 1}]', "name a file of one array .json"),
         ("a.parquet", "text", "no Parquet file"),
@@ -162,7 +164,7 @@ def test_what_cannot_be_read_is_named(tmp_path, name, text, says):
     if name.endswith("parquet"):
         pytest.importorskip("pyarrow")
     path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, "utf-8", "surrogateescape")
     with pytest.raises(ValueError) as caught:
         values(path)
     assert str(path) in str(caught.value) and says in str(caught.value)
