@@ -92,8 +92,13 @@ def _json_rows(path: Path, observe: Observer | None) -> Iterator[tuple[int, Row 
     """The objects of an array; or one object per line, as many files with the name .json have them."""
     head = next(read_chunks(path), b"")
     refuse_other_encodings(path, head)
-    in_lines = head.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"{")
-    return _line_rows(path, observe) if in_lines else array_rows(path, observe)
+    beginning = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    if not beginning.startswith(b"{"):
+        return array_rows(path, observe)
+    first, end, _ = beginning.partition(b"\n")
+    if end and not first.rstrip().endswith(b"}"):
+        raise ValueError(f"{path} is a single object; expected an array of rows, so save the one inside it alone")
+    return _line_rows(path, observe)
 
 
 READERS = {
