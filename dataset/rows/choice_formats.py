@@ -155,7 +155,9 @@ def _in_columns(
 
 
 CHOICE_FORMATS = {  # the first that fits
-    "stem": ChoiceFormat(lambda row: isinstance(row.get("question"), dict) and "stem" in row["question"], _stem),
+    "stem": ChoiceFormat(
+        lambda row: isinstance(row.get("question"), dict) and {"stem", "choices"} <= row["question"].keys(), _stem
+    ),
     "choices": ChoiceFormat(_has(QUESTION_FIELDS, "choices"), partial(_with_choices, name="choices")),
     "options": ChoiceFormat(_has(QUESTION_FIELDS, "options"), partial(_with_choices, name="options")),
     "columns": _in_columns(*LETTERS[:10], by_index=False),

@@ -13,7 +13,7 @@ from dataset.rows.choice_formats import is_choice
 from dataset.rows.exercise_formats import EXERCISES
 from dataset.rows.exercise_formats import format_of as exercise_format_of
 from dataset.rows.formats import is_conversation
-from dataset.rows.messages import EXPLANATIONS, Row
+from dataset.rows.messages import EXPLANATIONS, Row, without_null
 from dataset.rows.pair_formats import is_pair
 
 FIRST_ROWS = 100  # by which the kind of rows is decided
@@ -44,11 +44,12 @@ FITS: dict[str, Callable[[Row], bool]] = {
     **{form: partial(_is_exercise, form=form) for form in EXERCISES},
     "chat": is_conversation,
 }
-ALONE = ("pairs", "choices")  # with a field unused, which would be a bad row of another kind
+ALONE = ("pairs", "choices", "poems")  # with a field unused, which would be a bad row of another kind
 
 
 def kinds_of(row: Row, field: str = "text") -> list[str]:
     """The kinds that a row has the fields of, in the order of WORDS."""
+    row = without_null(row)
     kinds = [kind for kind, fits in FITS.items() if fits(row)]
     alone = [kind for kind in kinds if kind in ALONE][:1]
     return [*(alone or kinds), *(["text"] if row.get(field) is not None else [])]
@@ -113,5 +114,6 @@ def note_on_training(path: Path | None, kind: str, field: str = "text") -> str:
     other = next((other for other in others if other != kind), None)
     if first != kind or other is None:
         return ""
-    unused = f'only their field "{field}" is' if kind == "text" else f'their field "{field}" is not'
-    return f"the rows are {WORDS[other]}, too: {unused} learnt; {TRAINERS[other]} reads {WORDS[other]}"
+    if other == "text":
+        return f'the rows have a field "{field}", too, which is not learnt; {TRAINERS[other]} reads it'
+    return f'only the field "{field}" is learnt; the rows are {WORDS[other]}, too, which {TRAINERS[other]} reads'

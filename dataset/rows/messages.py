@@ -58,6 +58,7 @@ METADATA = re.compile(
     r"language|license|copyright|url|link|avatarUrl|metadata|meta|extra|model|generator|author|annotator|date|created|at|"
     r"time|timestamp|split|subset|version|difficulty|level|quality|score|rating)s?"
 )
+ARRAYS = ("messages", "conversations", "rejected_messages", "choices", "options", "endings")
 EXPLANATIONS = (  # names of fields that explain the answer to a question, which is asked without them
     *("explanation", "explanations", "rationale", "rationales", "analysis", "cot_content"),
     *("solution", "lecture", "exp"),
@@ -93,8 +94,8 @@ def is_learnt(message: Message) -> bool:
 
 
 def without_null(fields: Row) -> Row:
-    """The fields that are not null, which is how merged files write absent ones."""
-    return {name: value for name, value in fields.items() if value is not None}
+    """The fields that are not null, which is how merged files write absent ones; a CSV file has "" for an array."""
+    return {name: v for name, v in fields.items() if v is not None and not (v == "" and name in ARRAYS)}
 
 
 def text_in(row: Row, name: str) -> str:

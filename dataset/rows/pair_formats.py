@@ -62,7 +62,7 @@ def _is_dialogue(text: Any) -> bool:
 def _dialogues(row: Row) -> list[str]:
     """Both sides as a dialogue in one string; the prompt may be the beginning of both."""
     beginning = row["prompt"] if _is_dialogue(row.get("prompt")) else ""
-    return [f"{beginning}{row[name]}" if isinstance(row[name], str) else "" for name in SIDES]
+    return [f"{beginning}{row[name]}" if isinstance(row.get(name), str) else "" for name in SIDES]
 
 
 def _spoken(dialogue: str) -> Messages:
@@ -83,8 +83,10 @@ def _prompt_field(row: Row) -> str | None:
 
 def _hold_prompt(row: Row) -> bool:
     """Return whether one of the replies is an array that holds its prompt, too."""
-    arrays = [row[name] for name in SIDES if isinstance(row[name], list)]
-    return any(len(array) != 1 for array in arrays) or (bool(arrays) and _prompt_field(row) is None)
+    arrays = [row[name] for name in SIDES if isinstance(row.get(name), list)]
+    return _has(*SIDES)(row) and (
+        any(len(array) != 1 for array in arrays) or (bool(arrays) and _prompt_field(row) is None)
+    )
 
 
 def _two_conversations(row: Row) -> Sides:
@@ -124,7 +126,7 @@ PAIR_FORMATS = {  # the first that fits
     "rejected_messages": PairFormat(_has("messages", "rejected_messages"), _two_lists),
     "dialogues": PairFormat(lambda row: all(map(_is_dialogue, _dialogues(row))), _two_dialogues),
     "conversations": PairFormat(_hold_prompt, _two_conversations),
-    "prompt": PairFormat(lambda row: _prompt_field(row) is not None, _replies_to_prompt),
+    "prompt": PairFormat(lambda row: _has(*SIDES)(row) and _prompt_field(row) is not None, _replies_to_prompt),
 }
 PAIR_FIELDS = (
     f"chosen + rejected as two conversations, or as replies to {', '.join(PROMPT_FIELDS)}; or a conversation with "
@@ -148,7 +150,9 @@ def pair_of(row: Row) -> Pair:
         raise ValueError(f"expected the fields of a pair ({PAIR_FIELDS}); fields present: {', '.join(row) or 'none'}")
     pair_format = next((pair_format for pair_format in PAIR_FORMATS.values() if pair_format.fits(row)), None)
     if pair_format is None:
-        raise ValueError(f"chosen and rejected stand without a prompt; expected {PAIR_FIELDS}")
+        raise ValueError(
+            f"chosen and rejected stand without a prompt, or one without the other; expected {PAIR_FIELDS}"
+        )
     sides = pair_format.sides(row)
     chosen, rejected = (with_context(row, side) for side in (sides.chosen, sides.rejected))
     prompt, other = ([(m["role"], m["content"]) for m in side[:-1]] for side in (chosen, rejected))

@@ -259,3 +259,17 @@ def test_a_field_without_default_is_positional(capsys):
         cli.parse_args("d", Group, argv=["--help"])
     told = capsys.readouterr().out
     assert "PLACE [FLAGS]" in told and re.search(r"PLACE +a place$", told, re.MULTILINE)
+
+
+def test_questions_are_evaluated_and_the_commands_say_so(doctor):
+    row = {"question": "1 + 1?", "choices": ["2", "3", "the river"], "answer": "A", "explanation": "a b"}
+    code, told, found = doctor([row, row, {**row, "answer": "D"}])
+    assert code == 1 and found["kind"] == "choices" and found["copies"] == 1 and found["bad_rows"] == 1
+    assert found["counts"]["questions with 3 choices"] == 2 and "explanation stands beside" in told
+    assert "scripts.eval.likelihood --checkpoint" in told and "--eval-data rows.jsonl --on-bad-row skip" in told
+    code, told, found = doctor([{"question": "1 + 1?", "answer": "It is\n#### 2"}], "--kind", "questions")
+    assert code == 0 and found["counts"]["wanted_end"] == 1 and "scripts.eval.report --minimind" in told
+    code, told, found = doctor(None)
+    assert found["kind"] == "chat" and "--kind questions reads questions with their answers" in told
+    code, error, _ = doctor([{**row, "answer": 1}, {**row, "answer": 3}])
+    assert code == 2 and "rows.jsonl: the answers seem to count from 1" in error

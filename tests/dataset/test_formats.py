@@ -335,6 +335,36 @@ def test_empty_and_equal_replies_are_left_out_and_counted(tmp_path, small):
     assert len(data.train) == 1 and "(1 of equal replies left out) (3 of empty replies left out)" in data.describe()
 
 
+@pytest.mark.parametrize("value, learnt", [("0", False), ("False", False), ("0.0", False), ("1", True), ("TRUE", True)])
+def test_marks_of_a_csv_file_are_strings(value, learnt):
+    row = {"instruction": "a", "output": "b"}
+    for field in ("weight", "loss", "train", "label"):
+        if learnt:
+            assert messages_of(row | {field: value}) == exchange("a", "b")
+        else:
+            with pytest.raises(ValueError, match=f'"{field}"'):
+                messages_of(row | {field: value})
+    with pytest.raises(ValueError, match='"weight" of the row is "half"; expected 0 or 1'):
+        messages_of(row | {"weight": "half"})
+
+
+@pytest.mark.parametrize("field", ["messages", "conversations"])
+@searched
+@given(some_text, some_text, some_text)
+def test_arrays_may_be_strings_of_json_and_absent_ones_empty(field, prompt, reply, other):
+    row = {field: json.dumps(LISTS["ShareGPT"](prompt, reply)), "choices": "", "system": "", "history": "[]"}
+    empty = {name: "" for name in ("messages", "conversations")} | row
+    assert messages_of(row) == messages_of(empty) == exchange(prompt, reply) and kinds_of(empty) == ["chat"]
+    sides = {"chosen": exchange(prompt, reply), "rejected": exchange(prompt, other)}
+    for pair in (
+        {name: json.dumps(side) for name, side in sides.items()},
+        {field: json.dumps([said("user", prompt)]), "chosen": reply, "rejected": other},
+    ):
+        assert tuple(pair_of(pair)) == ([said("user", prompt)], reply, other)
+    plain = {"prompt": prompt, "chosen": f'["{reply}"', "rejected": "[]"}
+    assert pair_of(plain).chosen == plain["chosen"], "a reply that looks like JSON is a reply"
+
+
 # -- readers -----------------------------------------------------------------------------------------------------------
 
 

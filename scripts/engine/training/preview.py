@@ -3,10 +3,12 @@
 import copy
 import sys
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from dataset.rows.pair_formats import SIDES
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
 from model.config import ModelConfig
 from model.forward_process import StepNoise
@@ -110,15 +112,27 @@ def show_batch(
     view = objective.view(batch, config, noise)
     marks = {kind: (colour, RESET) for kind, colour in COLOURS.items()} if sys.stdout.isatty() else MARKS
     print("  ".join(f"{start}{kind}{end}" for kind, (start, end) in marks.items()) + "  | document boundary")
+    sides = SIDES if len(batch["input_ids"]) > len(indices) else [""]  # pairs: chosen rows before the rejected ones
     for row, (scored, masked) in enumerate(zip(view.scored, view.masked, strict=True)):
+        ids = batch["input_ids"][row].tolist()
+        kinds = ["masked" if m else "scored" if s else "context" for m, s in zip(masked, scored, strict=True)]
+        kinds = ["padding" if id == tokenizer.pad_token_id else kind for id, kind in zip(ids, kinds, strict=True)]
         pieces = []
-        for i, token in enumerate(batch["input_ids"][row].tolist()):
-            kind = "masked" if masked[i] else "scored" if scored[i] else "context"
-            kind = "padding" if token == tokenizer.pad_token_id else kind
-            boundary = "|" if i and documents[row, i] != documents[row, i - 1] else ""
-            text = decode(tokenizer, [token], skip_special=False).replace("\n", "\\n")
-            pieces.append(f"{boundary}{marks[kind][0]}{text}{marks[kind][1]}")
+        for begin, end in _runs(kinds, documents[row].tolist()):
+            boundary = "|" if begin and documents[row, begin] != documents[row, begin - 1] else ""
+            text = decode(tokenizer, ids[begin:end], skip_special=False).replace("\n", "\\n")
+            pieces.append(f"{boundary}{marks[kinds[begin]][0]}{text}{marks[kinds[begin]][1]}")
         counts = f"{int(scored.sum())} scored tokens"
         if view.masked.any():
             counts = f"{int(masked.sum())} masked of {int(scored.sum())} maskable"
-        print(f"row {indices[row % len(indices)] % len(rows)}: {counts}\n{''.join(pieces)}\n")
+        side = f"{sides[row // len(indices)]} ".lstrip()
+        print(f"row {indices[row % len(indices)] % len(rows)}: {side}{counts}\n{''.join(pieces)}\n")
+
+
+def _runs(kinds: list[str], documents: list[int]) -> Iterator[tuple[int, int]]:
+    """(begin, end) of what is shown as one piece: a run of context in a document, or any other token."""
+    begin = 0
+    for i in range(1, len(kinds) + 1):
+        if i == len(kinds) or kinds[i - 1 : i + 1] != ["context"] * 2 or documents[i] != documents[i - 1]:
+            yield begin, i
+            begin = i

@@ -253,3 +253,26 @@ def test_the_record_says_which_files_were_measured_and_how_they_were_asked(made)
     for model, name, wrap in zip(made[1]["models"], ("ar", "dm"), (False, True), strict=True):
         content = (made[0] / f"{name}_state_dict.pt").read_bytes()
         assert (model["sha256"], model["chat_wrap"]) == (hashlib.sha256(content).hexdigest(), wrap)
+
+
+def test_the_format_asked_for_is_that_of_every_file(place, tokenizer_dir, command, refused, undrawn):
+    row = {"question": "the cat", "answer": "the river", "explanation": "a b"}
+    write_rows("rows.jsonl", [row])
+    argv = [
+        *BOTH,
+        "--tokenizer-dir",
+        str(tokenizer_dir),
+        "--device",
+        "cpu",
+        "--eval-data",
+        "rows.jsonl",
+        "--out",
+        "new",
+    ]
+    result = command(report, argv)
+    assert sources_in("new")[0]["format"] == "questions" and "explanation stands beside" in result.err
+    assert "--eval-format chat reads conversations" in result.err
+    write_rows("rows.jsonl", [{"question": "the cat", "answer": "the river"}])
+    assert command(report, [*argv, "--eval-format", "chat"]).code == 0
+    assert sources_in("new")[0]["format"] == "chat"
+    refused(report, [*argv, "--eval-format", "open"], 'row 1: field "reference" is missing')

@@ -1,5 +1,6 @@
 """Preference tuning from the command line: where it starts, what it learns, how it resumes, and what it refuses."""
 
+import re
 import shutil
 import signal
 from dataclasses import replace
@@ -156,3 +157,22 @@ def test_tuning_random_weights_or_resuming_with_another_reference_is_refused(dpo
     shutil.copy("pretrained/dm_state_dict.pt", "moved.pt")
     kept = command(train_dpo_diffusion, [*other, "--reference-from", "moved.pt"])
     assert kept.code == 0 and "--load-from was" in kept.out and "--reference-from was" in kept.out
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_batch_that_is_shown_has_both_replies_after_their_context(name, dpo_argv, command):
+    pair = {
+        "system": "the river",
+        "history": [["the cat", "sees"]],
+        "prompt": "老朋友",
+        "chosen": "likes",
+        "rejected": "a",
+    }
+    write_rows("pairs.jsonl", [pair])
+    said = (
+        command(RUNS[name][0], [*dpo_argv[name], "--show-batch", "--max-seq-len", "128"])
+        .out.replace("[", "")
+        .replace("]", "")
+    )
+    for side in ("chosen", "rejected"):
+        assert re.search(rf"row 0: {side} .*\n\(.*the river.*the cat.*sees.*老朋友.*\){pair[side]}<\|im_end\|>", said)

@@ -9,9 +9,9 @@ import pytest
 from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
-from scripts.train import diffusion, train_pretrain
+from scripts.train import diffusion, train_pretrain, train_sft_minimind
 from tests.scripts.commands import TRAINS
-from tests.scripts.conftest import snapshot, write_jsonl
+from tests.scripts.conftest import snapshot, write_jsonl, write_rows
 from tests.scripts.models import Terminal
 
 
@@ -106,3 +106,20 @@ def test_a_shown_batch_is_masked_as_the_first_step_masks_it(command, diffusion_a
     monkeypatch.setattr(masked_diffusion, "mask_tokens", spy)
     assert command(diffusion, argv).code == 0
     assert [(int(a), int(b)) for a, b in shown] == first[:4]
+
+
+def test_a_batch_of_conversations_shows_their_context_and_what_is_learnt(command, sft_argv):
+    turns = [
+        ("system", "the river"),
+        ("user", "the cat"),
+        ("assistant", "sees"),
+        ("user", "老朋友"),
+        ("assistant", "likes"),
+    ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    messages[2]["weight"] = 0
+    write_rows("chats.jsonl", [{"messages": messages}])
+    said = command(train_sft_minimind, [*sft_argv["sft_ar"], "--show-batch", "--max-seq-len", "128"]).out
+    shown = "".join(f"<|im_start|>{role}\\n{content}<|im_end|>\\n" for role, content in turns[:4])
+    (learnt,) = re.findall(rf"\({re.escape(shown)}<\|im_start\|>assistant\\n\)(.*)<\|im_end\|>", said)[:1]
+    assert learnt == "likes"
