@@ -66,7 +66,8 @@ class _Parser(argparse.ArgumentParser):
         typed = re.match("unrecognized arguments: ([-\u2013\u2014]+)([^ =]+)", message)  # also dashes of printed text
         near = meant(typed[2], self._option_string_actions) if typed else []
         advice = f"did you mean {' or '.join(near)}? " if near else ""
-        if os.path.exists(message.removeprefix("unrecognized arguments: ").split(" ")[0]):  # a shell has spelled it out
+        file = re.match("unrecognized arguments: ([^-].*)", message)
+        if file and os.path.exists(file[1].split(" ")[0]):  # a shell has spelled the pattern out
             advice = "a pattern that names several files goes between quotes; "
         _say(f"error: {message} ({advice}--help lists the flags)")
         self.exit(2)
