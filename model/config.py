@@ -1,6 +1,6 @@
 """Architecture of the shared transformer; saved inside every checkpoint."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from model.ranges import check_ranges
@@ -44,8 +44,9 @@ class ModelConfig:
     eos_token_id: int = 2
     mask_token_id: int = 3
     # Set by training: who saw whom, and so how the weights expect to be decoded.
-    attention: Literal["causal", "full", "block"] = "causal"
-    block_size: int = 0  # attention "block": tokens denoised together, each block given the clean ones before it
+    # "joint": causal and in blocks at once, see `kinds`; a token that is written sees itself and those before it.
+    attention: Literal["causal", "full", "block", "joint"] = "causal"
+    block_size: int = 0  # "block", "joint": tokens denoised together, each block given the clean ones before it
     # YaRN, arXiv:2309.00071; the context of the original weights and how far it is stretched.
     rope_original_length: int = 2048
     rope_factor: float = 16.0
@@ -78,12 +79,27 @@ class ModelConfig:
                 f"--num-attention-heads {self.num_attention_heads} is not a multiple of "
                 f"--num-key-value-heads {self.num_key_value_heads}"
             )
-        if (self.attention == "block") != (self.block_size > 0):
+        if (self.attention in ("block", "joint")) != (self.block_size > 0):
             raise ValueError(f"block_size {self.block_size} does not go with attention {self.attention!r}")
 
     @property
+    def kinds(self) -> tuple[str, ...]:
+        """The ways in which the weights can be used: "autoregressive", "diffusion", or both."""
+        return {"causal": ("autoregressive",), "joint": ("autoregressive", "diffusion")}.get(
+            self.attention, ("diffusion",)
+        )
+
+    def as_kind(self, kind: str) -> "ModelConfig":
+        """Return the config by which these weights are used as one of `kinds`: a joint model is causal, or in blocks
+        whose clean tokens attend causally. Raises ValueError for a kind that they are not."""
+        if kind not in self.kinds:
+            raise ValueError(f"attention {self.attention!r} is not {kind}")
+        return replace(self, attention="causal", block_size=0) if kind == "autoregressive" else self
+
+    @property
     def autoregressive(self) -> bool:
-        """True if a token is predicted at the one before it; else it is at its own place, by diffusion."""
+        """True if a token is predicted at the one before it; else it is at its own place, by diffusion. A joint model
+        is used by diffusion until `as_kind` says otherwise."""
         return self.attention == "causal"
 
     def require_length(self, length: int, what: str = "the sequence") -> None:
