@@ -1,7 +1,8 @@
 """softmax(q k^T / sqrt(D)) v, and the masks that say which key a query attends to.
 
 Shapes: B rows, H heads, L queries, K keys, D head_dim. Masks are bool (B or 1, 1, L, K), True = may attend. Each leaves
-every query at least one key, itself, so masks compose with `&`. FlexAttention has a BlockMask instead.
+every query at least one key, itself, so masks compose with `&`. FlexAttention has a BlockMask instead; a mask of which
+much is empty is cut into parts.
 """
 
 import math
@@ -16,7 +17,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from model.cpu_attention import attend_explicitly, is_explicit
 
-AttentionMask = Tensor | BlockMask
+
+class Part(NamedTuple):
+    """The next few queries of a pass, which attend to stretches of its keys alone."""
+
+    keys: tuple[slice, ...]
+    mask: Tensor  # bool (B or 1, 1, Q, K), to the stretches one after another
+
+
+AttentionMask = Tensor | BlockMask | tuple[Part, ...]
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -49,12 +58,17 @@ class Visibility(NamedTuple):
     attn_mask: AttentionMask | None = None
     is_causal: bool = False
     bias: Tensor | None = None  # the mask for explicit attention: 0 or -inf (B or 1, 1, L, K), added to the scores
+    # Or: of a few queries at a time, how many they are, the keys that they are given, and which of these they see.
+    parts: tuple[tuple[int, tuple[slice, ...], "Visibility"], ...] = ()
 
 
 def visibility(attn_mask: AttentionMask | None, is_causal: bool, x: Tensor) -> Visibility:
     """Return the mask of a pass over x (B, L, C) for `attend`, made once for all layers and heads."""
     if isinstance(attn_mask, BlockMask) or (attn_mask is None and not is_causal):
         return Visibility(attn_mask)
+    if isinstance(attn_mask, tuple):
+        parts = ((part.mask.shape[-2], part.keys, visibility(part.mask, False, x)) for part in attn_mask)
+        return Visibility(parts=tuple(parts))
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     num_keys = x.shape[1] if attn_mask is None else attn_mask.shape[-1]
@@ -67,6 +81,12 @@ def visibility(attn_mask: AttentionMask | None, is_causal: bool, x: Tensor) -> V
 
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
     """q (B, H, L, D), k and v (B, H_kv, K, D) -> (B, H, L, D), by the kernel that suits device, dtype and length."""
+    if visible.parts:
+        outputs, counts = [], [count for count, _, _ in visible.parts]
+        for queries, (_, stretches, seen) in zip(q.split(counts, dim=2), visible.parts, strict=True):
+            keys, values = (torch.cat([x[:, :, stretch] for stretch in stretches], dim=2) for x in (k, v))
+            outputs.append(attend(queries, keys, values, seen))
+        return torch.cat(outputs, dim=2)
     grouped = k.shape[1] != q.shape[1]
     if isinstance(visible.attn_mask, BlockMask):
         # Compiled only if there is a GPU to compile for: on a CPU it serves tests.

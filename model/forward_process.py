@@ -349,7 +349,7 @@ def mask_tokens(
 ) -> Noised:
     """Mask a batch at positions drawn from its loss_mask; elsewhere the weight is 0.
 
-    block_size > 0: a rate for each block of each document (LLaDA 2.0 Eq. 1, BD3-LM Alg. 1), see `number_blocks`.
+    block_size > 0: a rate for each block of each document (LLaDA 2.0 Eq. 1, BD3-LM Alg. 1), see `block_starts`.
     """
     maskable, draw = batch["loss_mask"], MASK_SCHEDULES[schedule]
     # 1. Scored positions and weights (B, L), count (B,), from a schedule whose rows are rows or blocks.

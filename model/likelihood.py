@@ -196,7 +196,8 @@ class _Network:
         self.position_ids = torch.arange(length, device=self.input_ids.device)[None]
         if 0 < model.config.block_size < length:
             documents = torch.zeros_like(self.input_ids[:1]) if documents is None else documents
-            mask = block_diffusion_mask(documents, model.config.block_size)  # queries and keys are [x_t, x_0]
+            # Queries and keys are [x_t, x_0].
+            mask = block_diffusion_mask(documents, model.config.block_size, model.config.attention == "joint")
             self.clean = _CleanKeys(length)
             self._hidden(self.input_ids, mask[:, :, length:, length:], self.position_ids[0, :0])
             self.clean.filled = True

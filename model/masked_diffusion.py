@@ -12,79 +12,15 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from model.block_diffusion import denoising_inputs
+from model.block_diffusion import BlockSchedule, denoising_inputs
 from model.config import ModelConfig
 from model.forward_process import MASK_SCHEDULES, MaskSettings, Noised, StepNoise, complement, mask_tokens, rate_range
 from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
-from model.objective import Averages, Batch, BatchView, Objective, Prepared, RowLoss, number_of, share_of
+from model.objective import Averages, Batch, BatchView, NextToken, Objective, Prepared, RowLoss, number_of, share_of
 from model.ranges import check_ranges
 from model.transformer import Transformer
 
 RATE_BINS = 10
-
-
-@dataclass(frozen=True)
-class BlockSchedule:
-    """Block sizes over a run; every field is a flag."""
-
-    block_size: Annotated[
-        int | None,
-        "denoise blocks of so many tokens, each given the clean ones before it; 0 = the whole row at once "
-        "(none: as the starting weights were trained, at first the whole row); each block has a mask rate of its own, "
-        "by whose inverse fixed_count and iid_t weigh its masked tokens (LLaDA 2.0 Eq. 1; the code released with it "
-        "draws one rate for a row, and takes the plain mean over masked tokens)",
-        "at least 0",
-        "--llada2-block-size",
-        ("--llada2-enable-block-diffusion", 32),
-    ] = None
-    use_block_curriculum: Annotated[
-        bool, "LLaDA 2.0's warm-up, stable and decay phase of the block size: from small blocks to whole rows and back"
-    ] = False
-    wsd_phase_ratios: Annotated[
-        tuple[float, ...], "share of the steps of its three phases", "in [0, 1]", "with --use-block-curriculum"
-    ] = (0.3, 0.5, 0.2)
-    wsd_block_sizes_up: Annotated[
-        tuple[int, ...],
-        "block sizes of its warm-up, in equal parts; one that holds the row is the whole row",
-        "at least 1",
-        "with --use-block-curriculum",
-    ] = (1, 4, 16, 64, 256)
-    wsd_block_sizes_down: Annotated[
-        tuple[int, ...],
-        "block sizes of its decay; at the last the weights are validated and decoded",
-        "at least 1",
-        "with --use-block-curriculum",
-    ] = (256, 128, 64, 32)
-
-    def __post_init__(self):
-        check_ranges(type(self), vars(self))
-        if self.use_block_curriculum:
-            self._require_curriculum()
-
-    def _require_curriculum(self) -> None:
-        if self.block_size is not None:
-            raise ValueError("--block-size and --use-block-curriculum contradict each other; leave one of them out")
-        ratios = self.wsd_phase_ratios
-        if len(ratios) != 3 or abs(sum(ratios) - 1) > 1e-6 or not ratios[2]:
-            raise ValueError(f"--wsd-phase-ratios {ratios}: expected three shares that add up to 1, the last above 0")
-        if not (self.wsd_block_sizes_up and self.wsd_block_sizes_down):
-            raise ValueError("--wsd-block-sizes-up and --wsd-block-sizes-down: expected numbers of tokens")
-
-    @property
-    def last_block_size(self) -> int:
-        """The block size at which a run ends; 0 = the whole row."""
-        return self.wsd_block_sizes_down[-1] if self.use_block_curriculum else self.block_size or 0
-
-    def block_size_at(self, progress: float) -> int:
-        """Return the block size when a share `progress` of the run is done; 0 = the whole row."""
-        if not self.use_block_curriculum:
-            return self.last_block_size
-        up, stable, down = self.wsd_phase_ratios
-        if progress < up:
-            return _part(self.wsd_block_sizes_up, progress / up)
-        if progress < up + stable:
-            return 0
-        return _part(self.wsd_block_sizes_down, (progress - up - stable) / down)
 
 
 @dataclass(frozen=True)
@@ -125,6 +61,9 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     With a block size it is block diffusion (LLaDA 2.0 Eq. 1): every block has a mask rate of its own and is predicted
     from itself and the clean blocks before it. block_size 1 is autoregressive, 0 the whole row at once.
 
+    With next_token_weight, x_0 attends causally, and from the same pass predicts its own next tokens: one set of
+    weights that writes in blocks and autoregressively.
+
     Mask rates may be confined to a band [a, b]. The weights stay as they are, so with g(t) the cross-entropy of a
     masked token at rate t the loss is then the mean of g over the band, (1 / (b - a)) times its integral from a to b,
     and bounds no likelihood.
@@ -158,6 +97,12 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     mask_embedding_noise_steps: Annotated[
         int, "steps over which it falls to nothing", "at least 1", "with --mask-embedding-noise above 0"
     ] = 500
+    next_token_weight: Annotated[
+        float | None,
+        "times the next-token loss of the clean tokens, which then attend causally: blocks that also write "
+        "autoregressively (none: 0; for weights that already do, it must be given)",
+        "at least 0",
+    ] = None
     variable_length_prob: Annotated[float, "share of steps whose rows are cut to a random length", "in [0, 1]"] = 0.01
     sequence_mean: bool = False  # every row counts the same, however many tokens it learns
 
@@ -190,6 +135,15 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         return self.mask_schedule != "iid_t" or low == self.iid_mask_eps or high == 1 - self.iid_mask_eps
 
     @property
+    def joint(self) -> bool:
+        """True if the weights also learn to predict the next token."""
+        return bool(self.next_token_weight)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return ("diffusion", "next_token") if self.joint else ()
+
+    @property
     def num_copies(self) -> int:
         """Rows of x_t for each row of a batch, R / B."""
         return 2 if self.complementary_masks else 1
@@ -201,12 +155,21 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     def settle(self, config: ModelConfig) -> tuple["MaskedDiffusion", ModelConfig]:
         """Take --block-size from the starting weights if it was left out; write the run's last one into the config.
 
-        The config then says how the weights at the end of the run are decoded.
+        The config then says how the weights at the end of the run are decoded. Raises ValueError if it is not said
+        whether joint weights stay joint, or if there are no blocks beside a next-token loss.
         """
+        if config.attention == "joint" and self.next_token_weight is None:
+            raise ValueError(
+                "the starting weights are joint: they write autoregressively, too; give --next-token-weight above 0 to "
+                "keep that, such as 0.5, or 0 to train the blocks alone"
+            )
         unsettled = self.block_size is None and not self.use_block_curriculum
         objective = replace(self, block_size=config.block_size) if unsettled else self
         size = objective.last_block_size
-        return objective, replace(config, attention="block" if size else "full", block_size=size)
+        if self.joint and not size:
+            raise ValueError("--next-token-weight goes with blocks; give --block-size or --use-block-curriculum")
+        attention = "joint" if self.joint else "block" if size else "full"
+        return objective, replace(config, attention=attention, block_size=size)
 
     def schedules_done(self, progress: float) -> bool:
         if self.use_block_curriculum and self.block_size_at(progress) != self.last_block_size:
@@ -215,8 +178,11 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         return self.mask_schedule != "wsd" or progress >= min(decay, 1.0)
 
     def for_validation(self) -> "MaskedDiffusion":
-        """Return the full-range bound by which every schedule is judged, at the block size of the run's end."""
-        return MaskedDiffusion(block_size=self.last_block_size, variable_length_prob=0.0)
+        """Return the full-range bound by which every schedule is judged, at the block size of the run's end; of a joint
+        model its weighted sum with the next-token loss, so that neither way of writing is chosen alone."""
+        return MaskedDiffusion(
+            block_size=self.last_block_size, variable_length_prob=0.0, next_token_weight=self.next_token_weight
+        )
 
     def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
         """Return what is masked in the first half of complementary masks."""
@@ -254,6 +220,7 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             "rate": masked / maskable.sum(dim=1).clamp(min=1),
             # 4. What the schedules say of this step.
             "block_size": self.block_size_at(noise.progress),
+            "joint": self.joint,
             "penalty_weight": self.penalty_weight_at(noise.step),
         }
         # 5. What not every step has.
@@ -264,13 +231,16 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         if size := self.embedding_noise_at(noise.step):
             draw = embedding_noise(noised.scored, self.num_copies, config.hidden_size, noise)
             prepared["perturbation"] = draw * size
+        if self.joint:
+            upcoming = NextToken().prepare(without_fill(batch), config)
+            prepared |= {f"next_{name}": upcoming[name] for name in ("positions", "targets", "count")}
         return prepared
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
         input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
         shape, penalty_weight = input_ids.shape, prepared["penalty_weight"]
-        # 1. Hidden states (N, C) at the masked positions.
-        hidden = predicted_states(model, prepared)
+        # 1. Hidden states (N, C) at the masked positions, and those before the tokens (M,) that a joint model predicts.
+        hidden, before_next = predicted_states(model, prepared).tensor_split([len(positions)])
         # 2. -log p(x_0 | x_t) of each (N,). Only CAP and the repetition penalty need the logits (N, V) themselves.
         if self.cap_weight or penalty_weight:
             logits = forbid(model.lm_head(hidden), model.config.mask_token_id)
@@ -294,9 +264,15 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         nats, count = (values.view(self.num_copies, -1).sum(dim=0) for values in (total, prepared["count"]))
         loss = RowLoss(nats, count, averages)
         if self.sequence_mean:
-            return loss.by_sequence()
-        # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
-        return replace(loss, count=prepared["reply_tokens"]) if "reply_tokens" in prepared else loss
+            loss = loss.by_sequence()
+        elif "reply_tokens" in prepared:
+            # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
+            loss = replace(loss, count=prepared["reply_tokens"])
+        # 6. The next-token loss.
+        if not self.joint:
+            return loss
+        upcoming = next_token_loss(before_next, model.lm_head.weight, prepared)
+        return weighted_sum(loss, upcoming.by_sequence() if self.sequence_mean else upcoming, self.next_token_weight)
 
 
 def shortened(batch: Batch, probability: float, noise: StepNoise) -> Batch:
@@ -319,14 +295,19 @@ def stacked(first: Noised, second: Noised) -> Noised:
 
 
 def predicted_states(model: Transformer, prepared: Prepared) -> Tensor:
-    """Return the hidden states (N, C) from which x_0 is predicted at the masked positions of x_t."""
+    """Return the hidden states (N, C) from which x_0 is predicted at the masked positions of x_t, for a joint model
+    followed by those (M, C) of x_0 from which the next token is."""
     ids, attention = denoising_inputs(
         prepared["noised_ids"],
         prepared["input_ids"],
         prepared.get("document_ids"),
         prepared["block_size"],
         prepared["positions"],
+        prepared["joint"],
     )
+    if prepared["joint"]:  # of complementary copies the first: x_0 is the same in both
+        place, length = prepared["next_positions"], prepared["input_ids"].shape[1]
+        attention["select"] = torch.cat([attention["select"], place + (place // length + 1) * length])
     noise = prepared.get("perturbation")
     if noise is not None:  # from units of the embeddings' root mean square
         noise = noise * model.embed_tokens.weight.detach().square().mean().sqrt()
@@ -352,6 +333,33 @@ def embedding_noise(masked: Tensor, num_copies: int, hidden_size: int, noise: St
     """
     draw = noise.normal("embedding", len(masked) // num_copies, masked.shape[1], hidden_size)
     return draw.repeat(num_copies, 1, 1) * masked[:, :, None]
+
+
+def without_fill(batch: Batch) -> Batch:
+    """Return a batch that does not learn the EOS after those of its replies: they are diffusion's canvas alone."""
+    if "reply_tokens" not in batch:
+        return batch
+    maskable = batch["loss_mask"]
+    return batch | {"loss_mask": maskable & (maskable.cumsum(dim=1) <= batch["reply_tokens"][:, None])}
+
+
+def next_token_loss(hidden: Tensor, head: Tensor, prepared: Prepared) -> RowLoss:
+    """Return the loss of `NextToken`, by row (B,), from the states (M, C) of the clean tokens before those scored."""
+    nats = linear_nats(hidden, head, prepared["next_targets"])
+    count = prepared["next_count"]
+    return RowLoss(sum_by_row(nats, prepared["next_positions"], len(count), prepared["input_ids"].shape[1]), count)
+
+
+def weighted_sum(diffusion: RowLoss, next_token: RowLoss, weight: float) -> RowLoss:
+    """Return the sum of two losses per token, for the log with the mean of either.
+
+    A row counts as it does in the first; a token that has none before it counts as much as the others of its row.
+    """
+    share = diffusion.count / next_token.count.clamp(min=1)
+    pairs = {"diffusion": diffusion, "next_token": next_token}
+    averages = {name: (loss.nats.detach().sum(), loss.count.sum()) for name, loss in pairs.items()}
+    nats = diffusion.nats + weight * share * next_token.nats
+    return RowLoss(nats, diffusion.count, diffusion.averages | averages)
 
 
 def confidence_loss(
@@ -383,8 +391,3 @@ def repetition_penalty(logits: Tensor, prepared: Prepared, min_run: int) -> Tens
     # 3. Where going on with it would be wrong.
     wrong = (run.flatten()[positions] >= min_run) & (previous != input_ids.flatten()[positions])
     return unlikelihood(logits, previous) * wrong
-
-
-def _part(sizes: tuple[int, ...], progress: float) -> int:
-    """Return the size whose turn it is when a share `progress` of their phase is done; all have equal parts of it."""
-    return sizes[min(int(progress * len(sizes) + 1e-9), len(sizes) - 1)]

@@ -44,7 +44,10 @@ class Preference(Objective):
         check_ranges(type(self), vars(self))
 
     def settle(self, config: ModelConfig) -> tuple["Preference", ModelConfig]:
-        """Leave both as they are. Raises ValueError if the reference is of another shape or kind than the weights."""
+        """Take joint weights as the kind that is tuned: autoregressive ones are causal from then on, and in blocks they
+        stay joint, although only the blocks are tuned. Raises ValueError if the reference is of another shape or kind.
+        """
+        config = config.as_kind("autoregressive" if self.autoregressive else "diffusion")
         theirs, ours = asdict(self.reference.config), asdict(config)
         different = [name for name in ours if name not in ADJUSTABLE and theirs[name] != ours[name]]
         if different:
@@ -174,7 +177,12 @@ def bound(model: Transformer, batch: Batch, mask: Prepared) -> Tensor:
     """Return weighted sums (2B,) of -log p(x_0 | x_t, clean blocks before) over the masked tokens."""
     input_ids, config, positions = batch["input_ids"], model.config, mask["positions"]
     ids, attention = denoising_inputs(
-        mask["noised_ids"], input_ids, batch.get("document_ids"), config.block_size, positions
+        mask["noised_ids"],
+        input_ids,
+        batch.get("document_ids"),
+        config.block_size,
+        positions,
+        config.attention == "joint",
     )
     hidden = model(ids, **attention, head=False)
     nats = linear_nats(hidden, model.lm_head.weight, mask["targets"], config.mask_token_id)

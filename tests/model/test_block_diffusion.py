@@ -14,7 +14,7 @@ from model.block_diffusion import (
     block_diffusion_flex_mask,
     block_diffusion_mask,
     denoising_inputs,
-    number_blocks,
+    block_starts,
 )
 from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens
@@ -27,6 +27,11 @@ DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] *
 
 def noised(ids, rate=0.5):
     return torch.where(torch.rand(ids.shape) < rate, MASK, ids)
+
+
+def number_blocks(documents, size):
+    """0, 1, 2, ... along each row."""
+    return (block_starts(documents, size) == torch.arange(documents.shape[1])).long().cumsum(dim=1) - 1
 
 
 def all_logits(model, noisy, clean, documents, size):
@@ -111,15 +116,17 @@ def test_flex_attention_gives_the_logits_of_the_dense_mask(documents, tiny_model
     monkeypatch.setattr(
         block_diffusion,
         "block_diffusion_attention",
-        lambda of, length, size, device: block_diffusion_flex_mask(one_document if of is None else of, size),
+        lambda of, length, size, causal, device: block_diffusion_flex_mask(
+            one_document if of is None else of, size, causal
+        ),
     )
     torch.testing.assert_close(all_logits(model, noisy, ids, documents, 4), dense, atol=1e-5, rtol=1e-5)
 
 
 def test_the_mask_of_rows_that_are_one_document_is_made_once():
-    first = block_diffusion_attention(None, 12, 4, torch.device("cpu"))
-    assert block_diffusion_attention(None, 12, 4, torch.device("cpu")) is first
-    assert torch.equal(first[0], block_diffusion_mask(DOCUMENTS[1:2], 4)[0])
+    first = block_diffusion_attention(None, 12, 4, False, torch.device("cpu"))
+    assert block_diffusion_attention(None, 12, 4, False, torch.device("cpu")) is first
+    assert block_diffusion_attention(None, 12, 4, True, torch.device("cpu")) is not first
 
 
 def test_a_packed_document_is_predicted_as_alone(tiny_model):
