@@ -35,7 +35,7 @@ from scripts.engine.decoding.trace_terminal import LiveView, on_screen
 from scripts.engine.decoding.watching import Typing
 from scripts.engine.files import require_output
 from scripts.engine.flags import in_effect, settings_of, spelling
-from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
+from scripts.engine.loaded import AnyCheckpointConfig, Loaded, circumstances
 from scripts.engine.prompts import (
     Blanks,
     Conversation,
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     chat, checkpoint, prompting, continuation, sampling, denoising, runtime, given = parse_args(
         __doc__,
         ChatConfig,
-        CheckpointConfig,
+        AnyCheckpointConfig,
         TypedPromptConfig,
         ContinuationConfig,
         SamplingConfig,
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         later=(SamplingConfig, DenoisingConfig),
         max_seq_len=512,
     )
-    loaded = checkpoint.load(runtime)
+    loaded = checkpoint.load_any(runtime)
     is_diffusion = loaded.kind == "diffusion"
     given.refuse_without({"a diffusion checkpoint": is_diffusion, "an autoregressive checkpoint": not is_diffusion})
     # What waits for another temperature or policy, the conversation may bring into effect.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from dataset.reading.files import read_chunks
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint, load_tokenizer
@@ -30,12 +30,29 @@ class CheckpointConfig:
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     max_seq_len: Annotated[int, "longest sequence the model is given, in tokens", "--seq-len", "at least 2"] = 256
 
-    def load(self, runtime: RuntimeConfig) -> "Loaded":
+    def load(self, runtime: RuntimeConfig, kind: str | None = None) -> "Loaded":
+        """Return the model; one of joint weights as `kind`, one of KINDS."""
         if self.checkpoint is None:
             raise ValueError(
                 "--checkpoint is missing: give a file that training wrote, such as weights/<run>_state_dict.pt"
             )
-        return load_for_use(self.checkpoint, load_tokenizer(self.tokenizer_dir), self.max_seq_len, runtime)
+        return load_for_use(self.checkpoint, load_tokenizer(self.tokenizer_dir), self.max_seq_len, runtime, kind)
+
+
+@dataclass(frozen=True)
+class AnyCheckpointConfig(CheckpointConfig):
+    """The model, of any kind."""
+
+    write_as: Annotated[
+        Literal[*KINDS] | None, "how joint weights are used, which can be either (none: diffusion, in their blocks)"
+    ] = None
+
+    def load_any(self, runtime: RuntimeConfig) -> "Loaded":
+        """Return the model; raise ValueError for --write-as without joint weights."""
+        loaded = self.load(runtime, self.write_as)
+        if self.write_as and len(loaded.kinds) == 1:
+            raise ValueError(f"--write-as has no effect: {loaded.path} is {loaded.described} alone; leave it out")
+        return loaded
 
 
 @dataclass(frozen=True)
@@ -77,6 +94,7 @@ class Loaded:
     sha256: str | None = None  # of the file
     stage: str = ""  # the module that trained it
     chat: bool = False  # trained on conversations, so a prompt belongs into the chat template
+    kinds: tuple[str, ...] = ()  # those of KINDS that its weights can be used as
     control_tokens: bool = False  # trained on documents in which a spelled control token is that token
 
     @property
@@ -86,9 +104,9 @@ class Loaded:
 
     @property
     def described(self) -> str:
-        """The kind, and the block size if there is one."""
-        size = self.model.config.block_size
-        return f"{self.kind} in blocks of {size} token{'s' * (size > 1)}" if size else self.kind
+        """The kind, the block size if there is one, and whether the weights are joint."""
+        size, joint = self.model.config.block_size, " (joint weights)" * (len(self.kinds) > 1)
+        return f"{self.kind}{f' in blocks of {size} token' + 's' * (size > 1) if size else ''}{joint}"
 
     @property
     def attention(self) -> dict[str, Any]:
@@ -101,12 +119,21 @@ class Loaded:
         return {"checkpoint": str(self.path), "sha256": self.sha256, "stage": self.stage}
 
 
-def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig) -> Loaded:
-    """Load a checkpoint. ValueError if the file is damaged or not one of ours, or was trained with another tokenizer or
-    for a shorter context."""
+def load_for_use(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    max_length: int,
+    runtime: RuntimeConfig,
+    kind: str | None = None,
+) -> Loaded:
+    """Load a checkpoint, joint weights as `kind` (none: diffusion). ValueError if the file is damaged or not one of
+    ours, or was trained with another tokenizer or for a shorter context."""
     payload = load_checkpoint(path, runtime.torch_device)
     model = model_of(payload, path, runtime.torch_device, fingerprint(tokenizer))
     model.set_context(max_length)
+    kinds = model.config.kinds
+    if kind in kinds:
+        model.config = model.config.as_kind(kind)
     settings = payload.get("settings", {})
     trained = settings.get("max_seq_len")
     if trained and max_length > trained:
@@ -123,6 +150,7 @@ def load_for_use(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int
         payload.sha256,
         payload["stage"],
         chat=payload["chat"],
+        kinds=kinds,
         control_tokens=bool(settings.get("control_tokens")),
     )
 
@@ -131,7 +159,7 @@ def load_kind(
     path: Path, kind: str, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig
 ) -> Loaded:
     """Load a checkpoint given with the flag of a kind. ValueError, with the right flag, if it is of the other kind."""
-    loaded = load_for_use(path, tokenizer, max_length, runtime)
+    loaded = load_for_use(path, tokenizer, max_length, runtime, kind)
     if loaded.kind != kind:
         raise ValueError(
             f"{path}, given as {KINDS[kind]}, is {loaded.described}; give it as {KINDS[loaded.kind]} "

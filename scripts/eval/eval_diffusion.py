@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     if request.prompt is None and request.infill is None and data.eval_data is None:
         raise ValueError("nothing to do: give --prompt, --infill or --eval-data")
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
-    loaded = checkpoint.load(runtime)
+    loaded = checkpoint.load(runtime, "diffusion")
     require_kind(loaded, "diffusion")
     given.refuse_without(facts_of_models(loaded))
     denoising = denoising.fitted(loaded.model.config)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("nothing to do: give --prompt, --eval-data or both")
     given.refuse_without({"a diffusion model": False})
     require_output(tracing.file, "--trace", checkpoint.checkpoint, data.eval_data, checkpoint.tokenizer_dir)
-    loaded = checkpoint.load(runtime)
+    loaded = checkpoint.load(runtime, "autoregressive")
     require_kind(loaded, "autoregressive")
     configs = checkpoint, data, prompting, continuation, sampling
     command = command_line(__spec__.name, argv)

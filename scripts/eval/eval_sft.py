@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load_judge(path: Path, tokenizer: PreTrainedTokenizerFast, max_length: int, runtime: RuntimeConfig) -> Loaded:
-    loaded = load_for_use(path, tokenizer, max_length, runtime)
+    loaded = load_for_use(path, tokenizer, max_length, runtime, "autoregressive")
     if not loaded.model.config.autoregressive:
         raise ValueError(f"--judge {path} is {loaded.described}; give an autoregressive checkpoint")
     return loaded

@@ -32,7 +32,7 @@ from scripts.engine.likelihood.documents import (
     facts_of_models,
 )
 from scripts.engine.likelihood.windows import DIFFUSION, WHOLE_ROWS, DataEvalConfig, report_skipped
-from scripts.engine.loaded import CheckpointConfig, Loaded, circumstances
+from scripts.engine.loaded import AnyCheckpointConfig, Loaded, circumstances
 from scripts.engine.prompts import PromptConfig
 from scripts.engine.runtime import RuntimeConfig, command_line
 
@@ -63,13 +63,13 @@ class RowsConfig(PromptConfig):
 
 
 def main(argv: list[str] | None = None) -> None:
-    groups = Output, CheckpointConfig, DataEvalConfig, RowsConfig, RuntimeConfig
+    groups = Output, AnyCheckpointConfig, DataEvalConfig, RowsConfig, RuntimeConfig
     needs = dict.fromkeys(("chat_wrap", "system"), "with multiple choice")
     output, checkpoint, data, rows, runtime, given = parse_args(__doc__, *groups, argv=argv, needs=needs)
     if data.eval_data is None:
         raise ValueError("--eval-data is missing: give a file of rows or plain text")
     require_output(output.json, "--json", data.eval_data, checkpoint.checkpoint, checkpoint.tokenizer_dir)
-    loaded, bad = checkpoint.load(runtime), BadRows(data.on_bad_row)
+    loaded, bad = checkpoint.load_any(runtime), BadRows(data.on_bad_row)
     form = format_of(data, rows.eval_format)
     facts = {"rows of text": form == "text", "conversations": form == "chat", "multiple choice": form == "choices"}
     given.refuse_without(facts_of_models(loaded) | facts)

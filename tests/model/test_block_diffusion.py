@@ -13,8 +13,8 @@ from model.block_diffusion import (
     block_diffusion_attention,
     block_diffusion_flex_mask,
     block_diffusion_mask,
-    denoising_inputs,
     block_starts,
+    denoising_inputs,
 )
 from model.config import ModelConfig
 from model.forward_process import StepNoise, complement, mask_tokens

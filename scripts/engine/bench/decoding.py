@@ -124,8 +124,9 @@ def trained(config: DecodingBenchmarkConfig, runtime: RuntimeConfig) -> Exam:
     longest = max(map(len, prompts)) + config.decoding_new_tokens
     models = {}
     for kind, path in config.checkpoints.items():
-        models[kind] = load_for_use(path, tokenizer, longest, runtime).model.eval()
-        attention = models[kind].config.attention
+        way = "autoregressive" if kind == "AR" else "diffusion"
+        models[kind] = load_for_use(path, tokenizer, longest, runtime, way).model.eval()
+        attention = models[kind].config.attention.replace("joint", "block")
         if attention != ATTENTION[kind]:
             raise ValueError(
                 f"{path}, given as --decoding-{kind.lower()}, has {attention} attention, not {ATTENTION[kind]}"

@@ -103,6 +103,8 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     training = "training (mean over rows)" if by_row else "training"
     draw("train", lambda row: row["loss"], training, linewidth=0.8, alpha=0.6)
     draw("eval", lambda row: row["loss"], "validation", marker="o", markersize=3)
+    draw("eval", lambda row: row.get("diffusion"), "validation, diffusion", linestyle="--")
+    draw("eval", lambda row: row.get("next_token"), "validation, next token", linestyle="--")
     draw("eval", at_rate(0), "masked tokens, mask rate up to 10 %", linestyle=":")
     draw("eval", at_rate(-1), "masked tokens, mask rate above 90 %", linestyle=":")
     loss = "loss (nats per token)" if unit == "nats per token" else f"loss ({unit})"

@@ -48,13 +48,14 @@ def reference_model(
 ) -> Transformer:
     """Return the frozen reference on the device of the run; raise ValueError if it is of the kind that the other
     command tunes."""
-    if start.config.autoregressive != autoregressive:
+    way = "autoregressive" if autoregressive else "diffusion"
+    if way not in start.config.kinds:
         kind, command = AUTOREGRESSIVE if start.config.autoregressive else DIFFUSION
         there = shlex.join(["uv", "run", "python", "-m", command, "--load-from", str(start.path)])
         raise ValueError(
             f"{start.path} is {kind}, which {command} tunes; give another checkpoint here, or it there: {there}"
         )
-    model = start.model(start.config)
+    model = start.model(start.config.as_kind(way))
     model.set_context(max_seq_len)
     return model.eval().to(configs.runtime.torch_device)
 

@@ -102,7 +102,7 @@ class Stage:
     def _starting_model(self) -> Transformer:
         """Settle the objective; return the saved run's model, that of --load-from, or a new one seeded by --seed.
 
-        Raises ValueError for diffusion weights in an autoregressive stage; diffusion does start from AR weights.
+        Raises ValueError for weights of diffusion alone in an autoregressive stage; diffusion does start from AR ones.
         """
         configs, path = self.configs, self.configs.run.load_from
         torch.manual_seed(configs.runtime.seed)
@@ -112,7 +112,7 @@ class Stage:
         elif path:
             start = self.start or read_start(path, configs, self.tokenizer)
             config = start.config
-            if self.objective.autoregressive and not config.autoregressive:
+            if self.objective.autoregressive and "autoregressive" not in config.kinds:
                 raise ValueError(
                     f"{path} was trained by diffusion and sees both sides of a token; "
                     "an autoregressive stage needs an autoregressive checkpoint; train it on by "

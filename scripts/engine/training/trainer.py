@@ -244,6 +244,7 @@ class Trainer:
         best or among the best."""
         progress, loss = self.state.progress, float(nats.sum() / counts.sum())
         self.guard.require_finite_loss(loss)
+        values = meter.read()
         variance = (nats - loss * counts).square().sum() * len(nats) / max(len(nats) - 1, 1)
         if loss < progress.stop_loss - self.config.early_stop_min_delta:
             # Moves on improvements that count alone, so that small ones add up.
@@ -262,10 +263,11 @@ class Trainer:
             standard_error=float(variance.sqrt() / counts.sum()),
             best_loss=or_none(progress.best_loss),
             best_step=progress.best_step,
-            **meter.read(),
+            **values,
         )
         best = f"best_val {progress.best_loss:.4f}@{progress.best_step}"
-        self.files.say(f"step {self.step}: val loss {loss:.4f} {self.objective.unit}, {best}")
+        terms = self._terms(values)
+        self.files.say(f"step {self.step}: val loss {loss:.4f}{terms} {self.objective.unit}, {best}")
         self.files.plot()
 
     # -- log, files and end --------------------------------------------------------------------------------------
@@ -285,8 +287,8 @@ class Trainer:
         best = f", best_val {progress.best_loss:.4f}@{progress.best_step}" if progress.best_step else ""
         seconds_left = (self.total_steps - self.step) * progress.tokens / self.step / max(tokens_per_second, 1e-9)
         self.files.say(
-            f"step {self.step}: train loss {loss}, lr {learning_rate:.2e}{best}, {tokens_per_second:.0f} tok/s, "
-            f"{progress.seconds:.0f} s, {seconds_left:.0f} s to go"
+            f"step {self.step}: train loss {loss}{self._terms(values)}, lr {learning_rate:.2e}{best}, "
+            f"{tokens_per_second:.0f} tok/s, {progress.seconds:.0f} s, {seconds_left:.0f} s to go"
         )
         usual = None if values["loss"] is None else self.guard.health.spike(values["loss"])
         if usual:
@@ -297,6 +299,11 @@ class Trainer:
                 "log lines before"
             )
         self.bar.set_postfix(loss=loss, lr=f"{learning_rate:.1e}", tok_s=f"{tokens_per_second:.0f}")
+
+    def _terms(self, values: dict[str, Any]) -> str:
+        """Return what the loss is the weighted sum of, in words, if there are several terms."""
+        terms = [f"{name.replace('_', ' ')} {values[name]:.4f}" for name in self.objective.terms if values[name]]
+        return f" ({', '.join(terms)})" if terms else ""
 
     def save(self) -> None:
         """Save the run; raise ValueError instead if the weights are not finite.
