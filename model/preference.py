@@ -47,7 +47,8 @@ class Preference(Objective):
         """Take joint weights as the kind that is tuned: autoregressive ones are causal from then on, and in blocks they
         stay joint, although only the blocks are tuned. Raises ValueError if the reference is of another shape or kind.
         """
-        config = config.as_kind("autoregressive" if self.autoregressive else "diffusion")
+        kind = "autoregressive" if self.autoregressive else "diffusion"
+        config = config.as_kind(kind) if kind in config.kinds else config
         theirs, ours = asdict(self.reference.config), asdict(config)
         different = [name for name in ours if name not in ADJUSTABLE and theirs[name] != ours[name]]
         if different:

@@ -1,6 +1,7 @@
 """Every evaluation with every kind of checkpoint: it works, or the refusal holds a command or a flag that does."""
 
 import io
+import json
 import re
 import shlex
 import shutil
@@ -24,25 +25,26 @@ from tests.scripts.conftest import write_rows
 from tests.scripts.decoding.test_prompts_are_data import FILES
 from tests.scripts.models import ready, save
 
-KINDS = {"ar": "causal", "full": "full", "blocks": "block 3"}
+KINDS = {"ar": "causal", "full": "full", "blocks": "block 3", "joint": "joint 3"}
 STAGES = {
     "ar": ("train_pretrain", "train_sft_minimind", "train_dpo_minimind"),
     "full": ("diffusion", "train_sft_diffusion", "train_dpo_diffusion"),
     "blocks": ("diffusion", "train_sft_diffusion", "train_dpo_diffusion"),
+    "joint": ("diffusion", "train_sft_diffusion", "train_dpo_diffusion"),
 }
 MODELS = [(kind, stage) for kind, stages in STAGES.items() for stage in stages]
 SHORT = ["--max-new-tokens", "4"]
 PROMPT, TEXT = ["--prompt", "a", *SHORT], ["--eval-data", "text.jsonl"]
 CHATS = ["--eval-data", "chat.jsonl", "--max-new-tokens", "90"]
 TAKES = {  # module, flag of the checkpoint, what else it needs, kinds that it works with
-    "eval_minimind": (eval_minimind, "--checkpoint", PROMPT, ("ar",)),
-    "eval_diffusion": (eval_diffusion, "--checkpoint", PROMPT, ("full", "blocks")),
+    "eval_minimind": (eval_minimind, "--checkpoint", PROMPT, ("ar", "joint")),
+    "eval_diffusion": (eval_diffusion, "--checkpoint", PROMPT, ("full", "blocks", "joint")),
     "likelihood": (likelihood, "--checkpoint", TEXT, tuple(KINDS)),
     "chat": (chat, "--checkpoint", SHORT, tuple(KINDS)),
-    "one prompt, AR": (eval_sft_one_prompt, "--minimind-checkpoint", PROMPT, ("ar",)),
-    "one prompt, diffusion": (eval_sft_one_prompt, "--diffusion-checkpoint", PROMPT, ("full", "blocks")),
-    "eval_sft, AR": (eval_sft, "--minimind-checkpoint", CHATS, ("ar",)),
-    "report, diffusion": (report, "--diffusion-checkpoint", TEXT, ("full", "blocks")),
+    "one prompt, AR": (eval_sft_one_prompt, "--minimind-checkpoint", PROMPT, ("ar", "joint")),
+    "one prompt, diffusion": (eval_sft_one_prompt, "--diffusion-checkpoint", PROMPT, ("full", "blocks", "joint")),
+    "eval_sft, AR": (eval_sft, "--minimind-checkpoint", CHATS, ("ar", "joint")),
+    "report, diffusion": (report, "--diffusion-checkpoint", TEXT, ("full", "blocks", "joint")),
 }
 
 
@@ -96,6 +98,29 @@ def test_a_checkpoint_is_used_or_the_refusal_says_how(name, kind, stage, tried, 
         assert words in result.err
         given = shlex.split(result.err.partition("; give it as ")[2])
         assert tried(module, [given[0], path, *more]).code == 0
+
+
+def answers(path, tried):
+    """The text that autoregressive weights write, and how likely they find one."""
+    found = json.loads(tried(eval_minimind, ["--checkpoint", path, *PROMPT, *TEXT, "--json"]).out)
+    return found["generation"]["text"], found["likelihood"]
+
+
+def test_joint_weights_are_used_autoregressively_as_if_they_were_causal(tried, tokenizer):
+    loaded = ready(tokenizer, "joint 3")
+    save("joint.pt", loaded)
+    likely = {
+        way: tried(likelihood, ["--checkpoint", "joint.pt", *TEXT, "--write-as", way]).out
+        for way in ("autoregressive", "diffusion")
+    }
+    loaded.model.config = loaded.model.config.as_kind("autoregressive")
+    save("causal.pt", loaded)
+    assert answers("joint.pt", tried) == answers("causal.pt", tried)
+    assert (
+        tried(likelihood, ["--checkpoint", "causal.pt", *TEXT]).out == likely["autoregressive"] != likely["diffusion"]
+    )
+    refused = tried(likelihood, ["--checkpoint", "causal.pt", *TEXT, "--write-as", "autoregressive"])
+    assert refused.code == 2 and "--write-as has no effect" in refused.err
 
 
 @pytest.mark.parametrize("kind", ["ar", "blocks"])

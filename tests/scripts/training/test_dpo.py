@@ -30,9 +30,10 @@ def dpo_argv(workspace, weights_of_one_step, tokenizer_dir, texts):
     write_rows(workspace / "pairs.jsonl", rows)
     shutil.copytree(weights_of_one_step, workspace / "pretrained")
     payload = load_checkpoint(workspace / "pretrained" / "dm_state_dict.pt")
-    config = replace(ModelConfig(**payload["config"]), attention="block", block_size=8)
     named = {name: payload[name] for name in ("weights", "tokenizer", "stage")}
-    save_checkpoint(workspace / "pretrained" / "block_state_dict.pt", config, **named)
+    for kind in ("block", "joint"):
+        config = replace(ModelConfig(**payload["config"]), attention=kind, block_size=8)
+        save_checkpoint(workspace / "pretrained" / f"{kind}_state_dict.pt", config, **named)
     flags = (
         "--data pairs.jsonl --max-seq-len 40 --batch-size 4 --val-fraction 0.2 --dtype float32 --device cpu --lr 3e-3"
     )
@@ -53,6 +54,14 @@ def test_the_weights_that_it_starts_from_are_read_once(name, dpo_argv, command, 
     assert len(paths) == 1
     tuned = load_checkpoint(f"weights/{name}.pt")
     assert (tuned["chat"], tuned["unit"]) == (True, "per pair")
+
+
+@pytest.mark.parametrize("name, attention", [("dpo_ar", "causal"), ("dpo_dm", "joint")])
+def test_joint_weights_are_tuned_as_either_kind(name, attention, dpo_argv, command):
+    argv = [*dpo_argv[name], "--load-from", "pretrained/joint_state_dict.pt", "--max-iters", "1"]
+    result = command(RUNS[name][0], argv)
+    assert result.code == 0, result.err
+    assert load_checkpoint(f"weights/{name}.pt")["config"]["attention"] == attention
 
 
 def logged(name, event):

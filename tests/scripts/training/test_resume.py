@@ -44,6 +44,16 @@ RUNS = {
         "--cap-weight 0.5 --dropout 0.1 --ema-decay 0.9 --lr-schedule cosine",
     ),
     "sft-streaming": (train_sft_diffusion, "--streaming --steps-per-epoch 5"),
+    "joint": (
+        diffusion,
+        "--next-token-weight 0.5 --use-block-curriculum --wsd-block-sizes-up 1,4 --wsd-block-sizes-down 8,4 "
+        "--accumulation-steps 2 --ema-decay 0.9 --variable-length-prob 0.5",
+    ),
+    "sft-joint": (
+        train_sft_diffusion,
+        "--next-token-weight 0.3 --block-size 4 --no-quantize-effective-length --complementary-masks --streaming "
+        "--steps-per-epoch 5",
+    ),
 }
 
 
