@@ -25,7 +25,14 @@ class Part(NamedTuple):
     mask: Tensor  # bool (B or 1, 1, Q, K), to the stretches one after another
 
 
-AttentionMask = Tensor | BlockMask | tuple[Part, ...]
+class Parts(NamedTuple):
+    """A mask cut into parts, in the order of their queries."""
+
+    parts: tuple[Part, ...]
+    selected: int  # of them, from the first on, that hold all positions whose output is selected
+
+
+AttentionMask = Tensor | BlockMask | Parts
 
 
 def document_mask(document_ids: Tensor) -> Tensor:
@@ -60,15 +67,20 @@ class Visibility(NamedTuple):
     bias: Tensor | None = None  # the mask for explicit attention: 0 or -inf (B or 1, 1, L, K), added to the scores
     # Or: of a few queries at a time, how many they are, the keys that they are given, and which of these they see.
     parts: tuple[tuple[int, tuple[slice, ...], "Visibility"], ...] = ()
+    num_selected: int = 0  # see Parts
+
+    def of_selected(self) -> "Visibility":
+        """Return what is needed for the positions alone whose output is selected; others get zeros."""
+        return self._replace(parts=self.parts[: self.num_selected])
 
 
 def visibility(attn_mask: AttentionMask | None, is_causal: bool, x: Tensor) -> Visibility:
     """Return the mask of a pass over x (B, L, C) for `attend`, made once for all layers and heads."""
     if isinstance(attn_mask, BlockMask) or (attn_mask is None and not is_causal):
         return Visibility(attn_mask)
-    if isinstance(attn_mask, tuple):
-        parts = ((part.mask.shape[-2], part.keys, visibility(part.mask, False, x)) for part in attn_mask)
-        return Visibility(parts=tuple(parts))
+    if isinstance(attn_mask, Parts):
+        parts = ((part.mask.shape[-2], part.keys, visibility(part.mask, False, x)) for part in attn_mask.parts)
+        return Visibility(parts=tuple(parts), num_selected=attn_mask.selected)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     num_keys = x.shape[1] if attn_mask is None else attn_mask.shape[-1]
@@ -83,10 +95,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
     """q (B, H, L, D), k and v (B, H_kv, K, D) -> (B, H, L, D), by the kernel that suits device, dtype and length."""
     if visible.parts:
         outputs, counts = [], [count for count, _, _ in visible.parts]
-        for queries, (_, stretches, seen) in zip(q.split(counts, dim=2), visible.parts, strict=True):
+        rest = q.shape[2] - sum(counts)
+        for queries, (_, stretches, seen) in zip(q.split([*counts, rest], dim=2), visible.parts, strict=False):
             keys, values = (torch.cat([x[:, :, stretch] for stretch in stretches], dim=2) for x in (k, v))
             outputs.append(attend(queries, keys, values, seen))
-        return torch.cat(outputs, dim=2)
+        together = torch.cat(outputs, dim=2)
+        return F.pad(together, (0, 0, 0, rest)) if rest else together
     grouped = k.shape[1] != q.shape[1]
     if isinstance(visible.attn_mask, BlockMask):
         # Compiled only if there is a GPU to compile for: on a CPU it serves tests.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from model.attention import AttentionMask, Part, document_mask
+from model.attention import AttentionMask, Part, Parts, document_mask
 from model.ranges import check_ranges
 
 GOLDEN = (5**0.5 - 1) / 2
@@ -175,11 +175,12 @@ def block_diffusion_mask(document_ids: Tensor, block_size: int, causal: bool = F
     return TwoHalves.of(document_ids, block_size, causal).dense(every, every)
 
 
-def block_diffusion_parts(document_ids: Tensor, block_size: int, causal: bool) -> tuple[Part, ...]:
+def block_diffusion_parts(document_ids: Tensor, block_size: int, causal: bool) -> Parts:
     """Return the same mask cut into parts, each with the few keys that its queries may see: from a noisy block the
     noisy tokens near it and the clean ones before its end, from a clean one the clean tokens up to its end.
 
-    Half or less of the 2L x 2L pairs is computed, and what is left out is never seen.
+    Half or less of the 2L x 2L pairs is computed, and what is left out is never seen. Of a causal clean half outputs
+    may be selected, too.
     """
     halves, length = TwoHalves.of(document_ids, block_size, causal), document_ids.shape[1]
     column = torch.arange(2 * length, device=document_ids.device)
@@ -193,7 +194,7 @@ def block_diffusion_parts(document_ids: Tensor, block_size: int, causal: bool) -
         noisy.append(Part(keys, mask))
         keys = slice(length, length + (last if causal else near.stop))
         clean.append(Part((keys,), halves.dense(column[length + first : length + last], column[keys])))
-    return *noisy, *clean
+    return Parts((*noisy, *clean), len(noisy) * (1 + causal))
 
 
 def block_diffusion_flex_mask(document_ids: Tensor, block_size: int, causal: bool) -> BlockMask:

@@ -190,6 +190,7 @@ class Transformer(nn.Module):
         rotary, visible = self._rotary(position_ids), visibility(attn_mask, is_causal, x)
         for layer in self.layers[:-1]:
             x = layer(x, rotary, visible, cache)
+        visible = visible if select is None else visible.of_selected()
         x = self.norm(self.layers[-1](x, rotary, visible, cache, select=select))
         # 4. Logits.
         return self.lm_head(x) if head else x
