@@ -37,7 +37,8 @@ class Request:
     def __post_init__(self):
         if self.redraw is None and not self.checkpoints:
             raise ValueError("give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from")
-        for paths in ([path for _, path in self.checkpoints], self.eval_data or ()):
+        # Joint weights may be given as both kinds, each once.
+        for paths in filter(None, (self.minimind_checkpoint, self.diffusion_checkpoint, self.eval_data)):
             for path in paths:
                 if [other.resolve() for other in paths].count(path.resolve()) > 1:
                     raise ValueError(f"{path} is given twice; leave one out")

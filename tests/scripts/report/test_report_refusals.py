@@ -55,7 +55,7 @@ ASKED = (*BOTH, "--eval-data", "questions.jsonl")
     [
         ((), "give --minimind-checkpoint, --diffusion-checkpoint or both; or a report.json as --from"),
         (("--from", "nowhere.json"), "nowhere.json does not exist"),
-        ((*BOTH[:3], "ar_state_dict.pt"), "ar_state_dict.pt is given twice"),
+        ((*BOTH[:3], "ar_state_dict.pt"), "ar_state_dict.pt, given as --diffusion-checkpoint, is autoregressive"),
         ((*BOTH, "--eval-data", "odd.jsonl"), "odd.jsonl, row 1: fields a, b are of no known format"),
         ((*BOTH, "--eval-data", "nowhere.jsonl"), "nowhere.jsonl does not exist"),
         ((*BOTH, "--eval-data", "text.jsonl", "--gen-temp", "1"), "--gen-temp has no effect without"),
