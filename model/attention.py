@@ -94,13 +94,7 @@ def visibility(attn_mask: AttentionMask | None, is_causal: bool, x: Tensor) -> V
 def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
     """q (B, H, L, D), k and v (B, H_kv, K, D) -> (B, H, L, D), by the kernel that suits device, dtype and length."""
     if visible.parts:
-        outputs, counts = [], [count for count, _, _ in visible.parts]
-        rest = q.shape[2] - sum(counts)
-        for queries, (_, stretches, seen) in zip(q.split([*counts, rest], dim=2), visible.parts, strict=False):
-            keys, values = (torch.cat([x[:, :, stretch] for stretch in stretches], dim=2) for x in (k, v))
-            outputs.append(attend(queries, keys, values, seen))
-        together = torch.cat(outputs, dim=2)
-        return F.pad(together, (0, 0, 0, rest)) if rest else together
+        return _attend_in_parts(q, k, v, visible)
     grouped = k.shape[1] != q.shape[1]
     if isinstance(visible.attn_mask, BlockMask):
         # Compiled only if there is a GPU to compile for: on a CPU it serves tests.
@@ -111,6 +105,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=visible.attn_mask, is_causal=visible.is_causal, enable_gqa=grouped
     )
+
+
+@torch.compiler.disable  # whose graphs would hold the numbers of queries and keys of one length
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Visibility) -> Tensor:
+    """Return `attend` of every part, one after another, and zeros for the queries after the last one."""
+    outputs, counts = [], [count for count, _, _ in visible.parts]
+    rest = q.shape[2] - sum(counts)
+    for queries, (_, stretches, seen) in zip(q.split([*counts, rest], dim=2), visible.parts, strict=False):
+        keys, values = (torch.cat([x[:, :, stretch] for stretch in stretches], dim=2) for x in (k, v))
+        outputs.append(attend(queries, keys, values, seen))
+    together = torch.cat(outputs, dim=2)
+    return F.pad(together, (0, 0, 0, rest)) if rest else together
 
 
 @lru_cache(maxsize=1)
