@@ -25,6 +25,7 @@ EXPECTED = f"{', '.join(CONTAINERS)}, or {' or '.join(PACKED)} after it"
 BESIDE_DATA = re.compile(r"\..*|(?:README|LICENSE|LICENCE).*", re.IGNORECASE)  # in a folder, without being data
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BUFFER = 1 << 20  # bytes of text that are unpacked at a time
+HEAD = 1 << 16  # bytes by which an encoding is recognised
 
 
 # -- names -------------------------------------------------------------------------------------------------------------
@@ -116,7 +117,7 @@ def open_unpacked(path: Path) -> io.BufferedReader:
         if path.suffix.lower() == ".zst":
             pyarrow = arrow(path)
             return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd"), BUFFER)
-        return path.open("rb", buffering=BUFFER)
+        return path.open("rb", buffering=HEAD)
     except FileNotFoundError:
         remedy = "check the path, or download the file as README.md shows"
         raise FileNotFoundError(f"{path} does not exist; {remedy}") from None
@@ -190,7 +191,6 @@ WIDE_MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-HEAD = 1 << 16  # bytes by which an encoding is recognised
 FEW_LINES = 2  # that are not UTF-8: a fault of rows, not of the file
 
 

@@ -19,6 +19,7 @@ from dataset.cache import ArrayFiles, cached_directory, map_array
 from dataset.content import content_hash
 from dataset.preferences import PreferenceData, PreferenceDataset
 from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.reading import files
 from dataset.reading.rows import chunked
 from dataset.rows.pair_formats import pair_of
 from dataset.sft import DiffusionSFTData, SFTDataset
@@ -158,6 +159,7 @@ def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokeni
     """While the cache is made and while rows are read in the order of training: numbers alone stay in memory."""
     monkeypatch.setattr(tokenise, "CHUNK_CHARACTERS", 1000)
     monkeypatch.setattr(cache, "STRETCH", 100)
+    monkeypatch.setattr(files, "HEAD", 1000)
     flags = {"packing": False} if kind == "documents" else {}
 
     def peak(count):
