@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,11 +75,30 @@ class PretrainData:
 
 
 @dataclass(frozen=True)
+class DiffusionPretrainData(PretrainData):
+    """Where the corpus is and how it becomes rows; every field is a flag."""
+
+    quantize_effective_length: Annotated[
+        bool,
+        "EOS fill a document's last block, as decoding ends there; without it that block ends with the document",
+        "with block diffusion",
+        "--llada2-quantize-effective-length",
+    ] = True
+
+
+@dataclass(frozen=True)
 class TokenSplit:
     """One stream: `tokens` (uint16 or uint32) and `starts` (int64, ascending), the position of each document's BOS."""
 
     tokens: np.ndarray
     starts: np.ndarray
+
+
+class BlockFill(NamedTuple):
+    """EOS behind each document, up to the end of its last block."""
+
+    block_size: int
+    eos_id: int
 
 
 class PackedRows:
@@ -89,22 +108,37 @@ class PackedRows:
     last row has padding. packing=False: each document alone, in as many rows as it needs, each padded.
     Either way every token of the stream is in exactly one row.
     separate_documents=False: the documents of a row see each other, so all of them get id 0.
+
+    fill: rows are cut out of the stream in which each document goes on to the end of its last block. Rows are whole
+    blocks, so that every block of every row is whole, and begins where it would if its document were alone.
     """
 
-    def __init__(self, split: TokenSplit, seq_len: int, packing: bool, pad_id: int, separate_documents: bool = True):
+    def __init__(
+        self,
+        split: TokenSplit,
+        seq_len: int,
+        packing: bool,
+        pad_id: int,
+        separate_documents: bool = True,
+        fill: BlockFill | None = None,
+    ):
         self.split, self.seq_len, self.pad_id = split, seq_len, pad_id
-        self.separate_documents = separate_documents
-        total = len(split.tokens)
-        # Packed rows need nothing in memory; unpacked ones 8 bytes for each document.
-        self._first_rows = None if packing else _first_rows(split.starts, total, seq_len)
-        self._num_rows = -(-total // seq_len) if packing else int(self._first_rows[-1])
+        self.separate_documents, self.fill = separate_documents, fill
+        # Where documents begin in the stream that rows are cut out of, and its length. Packed rows without fill need
+        # nothing in memory, others 8 bytes for each document, or 16.
+        self._starts, self._total = split.starts, len(split.tokens)
+        if fill:
+            filled = _filled_starts(split, fill.block_size)
+            self._starts, self._total = filled[:-1], int(filled[-1])
+        self._first_rows = None if packing else _first_rows(self._starts, self._total, seq_len)
+        self._num_rows = -(-self._total // seq_len) if packing else int(self._first_rows[-1])
 
     def __len__(self) -> int:
         return self._num_rows
 
     @property
     def real_token_share(self) -> float:
-        """Tokens that are not padding, as a share of all positions of all rows; 0 without rows."""
+        """Tokens that are neither padding nor fill, as a share of all positions of all rows; 0 without rows."""
         return len(self.split.tokens) / (len(self) * self.seq_len) if len(self) else 0.0
 
     def order(self, seed: int, rows_per_step: int) -> RowOrder:
@@ -113,8 +147,9 @@ class PackedRows:
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
         """The rows `indices` (B,) as (B, L) tensors.
 
-        input_ids int64; loss_mask bool, True on every real token, BOS and EOS included; document_ids int64, 0, 1, 2...
-        along each row (all 0 unless separate_documents), -1 on padding. IndexError for a row that does not exist.
+        input_ids int64; loss_mask bool, True on every real token, BOS and EOS included, and on the fill; document_ids
+        int64, 0, 1, 2... along each row (all 0 unless separate_documents), -1 on padding. If there is a fill, `fill`
+        bool, True on the EOS that are learnt but count as no tokens. IndexError for a row that does not exist.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not (indices.min() >= 0 and indices.max() < len(self)):
@@ -122,33 +157,49 @@ class PackedRows:
         starts, ends = self._extent(indices)
         positions = starts[:, None] + np.arange(self.seq_len)
         real = positions < ends[:, None]
+        owners = self._owners(starts, ends)
+        if self.fill:
+            positions = positions - self._starts[owners] + self.split.starts[owners]
+            fill = real & (positions >= _document_ends(self.split.starts, len(self.split.tokens), owners))
         # After the row's end stands padding: what is read there is overwritten, but must exist.
         ids = self.split.tokens[np.minimum(positions, len(self.split.tokens) - 1)].astype(np.int64)
         ids[~real] = self.pad_id
-        documents = self._count_documents(starts, ends) if self.separate_documents else np.zeros_like(ids)
+        documents = owners - owners[:, :1] if self.separate_documents else np.zeros_like(ids)
         documents[~real] = -1
         arrays = {"input_ids": ids, "loss_mask": real, "document_ids": documents}
+        if self.fill:
+            ids[fill] = self.fill.eos_id
+            arrays["fill"] = fill
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
     def _extent(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the stream of the first token of each row, and of the one after its last."""
         if self._first_rows is None:
-            starts, ends = indices * self.seq_len, len(self.split.tokens)
+            starts, ends = indices * self.seq_len, self._total
         else:
             documents = np.searchsorted(self._first_rows, indices, side="right") - 1
-            starts = self.split.starts[documents] + (indices - self._first_rows[documents]) * self.seq_len
-            ends = _document_ends(self.split.starts, len(self.split.tokens), documents)
+            starts = self._starts[documents] + (indices - self._first_rows[documents]) * self.seq_len
+            ends = _document_ends(self._starts, self._total, documents)
         return starts, np.minimum(starts + self.seq_len, ends)
 
-    def _count_documents(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """(B, L): number of documents that begin in the row after its first token, up to each position."""
-        first = np.searchsorted(self.split.starts, starts, side="right")
-        counts = np.searchsorted(self.split.starts, ends, side="left") - first
+    def _owners(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """(B, L): the number in the stream of each position's document; behind the row's end that of its last."""
+        first = np.searchsorted(self._starts, starts, side="right")
+        counts = np.searchsorted(self._starts, ends, side="left") - first
         rows = np.repeat(np.arange(len(starts)), counts)
         within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         boundaries = np.zeros((len(starts), self.seq_len), dtype=np.int64)
-        boundaries[rows, self.split.starts[first[rows] + within] - starts[rows]] = 1
-        return np.cumsum(boundaries, axis=1)
+        boundaries[rows, self._starts[first[rows] + within] - starts[rows]] = 1
+        return first[:, None] - 1 + np.cumsum(boundaries, axis=1)
+
+
+def _filled_starts(split: TokenSplit, block_size: int) -> np.ndarray:
+    """(documents + 1,) where each document begins if all go on to the end of a block, and where the last one ends."""
+    starts = np.zeros(len(split.starts) + 1, dtype=np.int64)
+    for documents in stretches(len(split.starts)):
+        lengths = _document_ends(split.starts, len(split.tokens), documents) - split.starts[documents]
+        starts[documents + 1] = starts[documents[0]] + np.cumsum(lengths + -lengths % block_size)
+    return starts
 
 
 def _first_rows(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
@@ -161,7 +212,7 @@ def _first_rows(starts: np.ndarray, total: int, seq_len: int) -> np.ndarray:
 
 
 def _document_ends(starts: np.ndarray, total: int, documents: np.ndarray) -> np.ndarray:
-    """One past the last token of each of `documents` (N,)."""
+    """One past the last token of each of `documents`, of any shape."""
     following = starts[np.minimum(documents + 1, len(starts) - 1)]
     return np.where(documents + 1 < len(starts), following, total)
 
@@ -267,13 +318,18 @@ class PretrainDataset:
     and skipped_rows; skipped_first, the reasons for the first of those; for each split train_documents, train_tokens
     (BOS and EOS included), train_characters and train_bytes (UTF-8) of their text; real_token_share of the training
     rows. ValueError if nothing is left to train on.
+
+    block_size > 0: every document ends with a block, and every row: a shorter one if max_seq_len ends within a block.
     """
 
-    def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast, block_size: int = 0):
         tokeniser = DocumentTokeniser(config, tokenizer)
         self.config, self.source = config, tokeniser.source
         streams, self.meta = tokeniser.streams(config.cache_dir)
-        layout = config.max_seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask
+        size = min(block_size, config.max_seq_len)
+        seq_len = config.max_seq_len - (config.max_seq_len % size if size else 0)
+        self.fill = BlockFill(size, tokenizer.eos_token_id) if size else None
+        layout = seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask, self.fill
         self.train = PackedRows(streams["train"], *layout)
         self.validation = PackedRows(streams["validation"], *layout)
         self.meta["real_token_share"] = self.train.real_token_share
@@ -292,7 +348,8 @@ class PretrainDataset:
             f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
-            f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens; "
+            f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens"
+            f"{' (EOS fill the last block of every document)' if self.fill else ''}; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
         )
         note = note_on_training(self.config.data, "text", self.config.jsonl_field)

@@ -205,7 +205,7 @@ class ReplyRows:
 
     def batch(self, visits: np.ndarray) -> dict[str, Tensor]:
         """(B, W) tensors: input_ids int64; loss_mask bool, True on replies, their EOS and the fill; for diffusion also
-        document_ids int64, 0 or -1 on padding. And reply_tokens (B,) int64: learnt tokens without the fill.
+        document_ids int64, 0 or -1 on padding. And fill bool, True on the EOS that are learnt but count as no tokens.
         """
         visits = np.asarray(visits, dtype=np.int64)
         rows = visits % len(self)
@@ -218,11 +218,12 @@ class ReplyRows:
         tokens = self.chats.tokens[np.minimum(items.begin[:, None] + place, len(self.chats.tokens) - 1)]
         ends = np.where(place < lengths, self.layout.eos_id, self.layout.pad_id)
         ids = np.where(place < own, tokens, ends).astype(np.int64)
-        scored = self._is_reply(items, rows, width) | ((place >= own) & (place < lengths))
+        filled = (place >= own) & (place < lengths)
+        scored = self._is_reply(items, rows, width) | filled
         batch = {
             "input_ids": torch.from_numpy(ids),
             "loss_mask": torch.from_numpy(scored),
-            "reply_tokens": torch.from_numpy(scored.sum(axis=1) - fill),
+            "fill": torch.from_numpy(filled),
         }
         if not self.layout.all_replies:  # a causal model does not see what comes after a row
             batch["document_ids"] = torch.from_numpy(np.where(place < lengths, 0, -1))

@@ -215,7 +215,7 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             "targets": input_ids.flatten()[positions],
             "weight": noised.weight.flatten()[positions],
             # 3. By row (R,): tokens that its loss stands for, masks, and mask rate.
-            "count": noised.count,
+            "count": noised.count if self.sequence_mean else of_text(noised.count, batch),
             "masked": masked,
             "rate": masked / maskable.sum(dim=1).clamp(min=1),
             # 4. What the schedules say of this step.
@@ -226,8 +226,6 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         # 5. What not every step has.
         if "document_ids" in batch:
             prepared["document_ids"] = batch["document_ids"].repeat(self.num_copies, 1)
-        if "reply_tokens" in batch:
-            prepared["reply_tokens"] = batch["reply_tokens"].float()
         if size := self.embedding_noise_at(noise.step):
             draw = embedding_noise(noised.scored, self.num_copies, config.hidden_size, noise)
             prepared["perturbation"] = draw * size
@@ -265,9 +263,6 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         loss = RowLoss(nats, count, averages)
         if self.sequence_mean:
             loss = loss.by_sequence()
-        elif "reply_tokens" in prepared:
-            # The empty end of a reply's canvas costs nats but is no text: these bound what the reply alone costs.
-            loss = replace(loss, count=prepared["reply_tokens"])
         # 6. The next-token loss.
         if not self.joint:
             return loss
@@ -336,11 +331,18 @@ def embedding_noise(masked: Tensor, num_copies: int, hidden_size: int, noise: St
 
 
 def without_fill(batch: Batch) -> Batch:
-    """Return a batch that does not learn the EOS after those of its replies: they are diffusion's canvas alone."""
-    if "reply_tokens" not in batch:
-        return batch
-    maskable = batch["loss_mask"]
-    return batch | {"loss_mask": maskable & (maskable.cumsum(dim=1) <= batch["reply_tokens"][:, None])}
+    """Return a batch that does not learn the EOS behind its texts: they are diffusion's canvas alone."""
+    return batch | {"loss_mask": batch["loss_mask"] & ~batch["fill"]} if "fill" in batch else batch
+
+
+def of_text(count: Tensor, batch: Batch) -> Tensor:
+    """Return counts of tokens (R,) without the share of the fill: the empty end of a canvas costs nats but is no text,
+    so that the loss bounds what the text alone costs."""
+    if "fill" not in batch:
+        return count
+    maskable, text = (values["loss_mask"].sum(dim=1).float() for values in (batch, without_fill(batch)))
+    copies = len(count) // len(maskable)
+    return count * text.repeat(copies) / maskable.clamp(min=1).repeat(copies)
 
 
 def next_token_loss(hidden: Tensor, head: Tensor, prepared: Prepared) -> RowLoss:

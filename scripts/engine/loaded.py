@@ -96,6 +96,7 @@ class Loaded:
     chat: bool = False  # trained on conversations, so a prompt belongs into the chat template
     kinds: tuple[str, ...] = ()  # those of KINDS that its weights can be used as
     control_tokens: bool = False  # trained on documents in which a spelled control token is that token
+    whole_blocks: bool = False  # trained on texts whose last block is filled with EOS
 
     @property
     def kind(self) -> str:
@@ -152,6 +153,7 @@ def load_for_use(
         chat=payload["chat"],
         kinds=kinds,
         control_tokens=bool(settings.get("control_tokens")),
+        whole_blocks=bool(settings.get("quantize_effective_length")),
     )
 
 

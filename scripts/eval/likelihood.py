@@ -27,6 +27,8 @@ from scripts.engine.likelihood.choices import evaluate_choices
 from scripts.engine.likelihood.documents import (
     as_json,
     as_trained,
+    document_record,
+    ends_given,
     evaluate_file,
     evaluate_replies,
     facts_of_models,
@@ -101,8 +103,10 @@ Report = tuple[list[str], dict[str, Any]]  # lines, and the record for the resul
 def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
     data = as_trained(data, loaded)
     likelihoods = evaluate_file(loaded, data, bad)
-    record = {"likelihood": as_json(likelihoods), "documents_hold_control_tokens": data.control_tokens}
-    return [f"{name}: {value.line()}" for name, value in likelihoods.items()], record
+    lines = [f"{name}: {value.line()}" for name, value in likelihoods.items()]
+    if ends_given(loaded):
+        lines += ["given where each document ends, which an autoregressive model is not"]
+    return lines, document_record(likelihoods, data, loaded)
 
 
 def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:

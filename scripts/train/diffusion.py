@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-from dataset.pretrain import PretrainData, PretrainDataset
+from dataset.pretrain import DiffusionPretrainData, PretrainDataset
 from dataset.reading.bad_rows import BadRows
 from dataset.reading.documents import read_documents
 from dataset.spelling import check_blanks
@@ -64,7 +64,7 @@ class DiffusionRun:
 GENERATION = {"tokenizer_dir", "max_seq_len", "run_name", "save_dir", "weights_path"}  # uses these fields, too
 ONLY_TRAINING = (
     *(MaskedDiffusion, ModelConfig, OptimConfig, TrainerConfig),
-    *(f.name for group in (PretrainData, RunConfig) for f in fields(group) if f.name not in GENERATION),
+    *(f.name for group in (DiffusionPretrainData, RunConfig) for f in fields(group) if f.name not in GENERATION),
 )
 
 
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     what, data, continuation, denoising, objective, *configs = parse_args(
         __doc__,
         DiffusionRun,
-        PretrainData,
+        DiffusionPretrainData,
         ContinuationConfig,
         DenoisingConfig,
         MaskedDiffusion,
@@ -103,7 +103,10 @@ def main(argv: list[str] | None = None) -> None:
         with stage.opened():
             denoising.fitted(stage.model.config)  # what does not go with the weights to come is refused before training
             keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-            model = stage.train(stage.build(PretrainDataset), before=keep)
+            block_size = stage.model.config.block_size
+            configs.given.refuse_without({"block diffusion": block_size > 0})
+            dataset = stage.build(PretrainDataset, block_size=block_size if data.quantize_effective_length else 0)
+            model = stage.train(dataset, before=keep)
         if model is None:
             return
     else:
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def find_tokenizer(
-    what: DiffusionRun, data: PretrainData, configs: StageConfigs
+    what: DiffusionRun, data: DiffusionPretrainData, configs: StageConfigs
 ) -> tuple[PreTrainedTokenizerFast, bool]:
     """Return the tokenizer in --tokenizer-dir, or the run's own, and whether it is new, made from --data."""
     own = configs.run.path("_tokenizer")

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from dataset import tokenise
 from dataset.content import content_hash, is_validation
-from dataset.pretrain import DocumentTokeniser, PackedRows, PretrainData, TokenSplit
+from dataset.pretrain import BlockFill, DocumentTokeniser, PackedRows, PretrainData, TokenSplit
 from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode, train_characters
+from model.block_diffusion import block_starts
 
 ALPHABET = "abc 中文\n🙂"
 PAD = 0
@@ -101,6 +102,44 @@ def test_a_batch_is_its_rows_in_the_order_asked_for(lengths, seq_len, packed, ra
     whole = rows.batch(np.arange(len(rows)))
     for name, tensor in rows.batch(indices).items():
         assert torch.equal(tensor, whole[name][indices])
+
+
+# Rows of whole blocks
+
+EOS = 65_535  # no position of a stream
+
+
+@given(lengths, st.integers(1, 6), st.integers(1, 4), st.booleans(), st.randoms())
+def test_with_fill_every_token_is_in_one_row_and_every_block_is_whole(lengths, size, blocks, packed, random):
+    """EOS stand behind every document's last token up to the end of its block, learnt, and nothing else is added."""
+    rows = PackedRows(split_of(lengths), size * blocks, packed, PAD, True, BlockFill(size, EOS))
+    batch = rows.batch(np.arange(len(rows)))
+    ids, scored, documents, fill = batch.values()
+    text = scored & ~fill
+    assert ids[text].tolist() == list(range(1, sum(lengths) + 1))
+    assert rows.real_token_share == pytest.approx(text.double().mean().item())
+    assert (ids[fill] == EOS).all() and scored[fill].all() and torch.equal(scored, documents >= 0)
+    assert int(fill.sum()) == sum(-length % size for length in lengths)
+    # 1. The first token of a filled stretch stands behind its document's last token, in the same document.
+    ends = set(np.cumsum(lengths).tolist())
+    for row, column in zip(*(fill & ~fill.roll(1, dims=1)).nonzero(as_tuple=True), strict=True):
+        assert column > 0 and int(ids[row, column - 1]) in ends
+        assert documents[row, column] == documents[row, column - 1]
+    # 2. Blocks as the model lays them: whole, wherever its document begins in its row, and of one document.
+    starts = block_starts(documents, size)[scored].view(-1, size)
+    assert (starts == starts[:, :1]).all() and (starts % size == 0).all()
+    # 3. Any rows in any order.
+    chosen = np.array([random.randrange(len(rows)) for _ in range(3)])
+    assert all(torch.equal(tensor, batch[name][chosen]) for name, tensor in rows.batch(chosen).items())
+
+
+@given(lengths, st.integers(1, 17), st.booleans())
+def test_blocks_of_one_token_change_nothing(lengths, seq_len, packed):
+    plain, filled = (
+        PackedRows(split_of(lengths), seq_len, packed, PAD, True, fill) for fill in (None, BlockFill(1, EOS))
+    )
+    ours, theirs = (rows.batch(np.arange(len(plain))) for rows in (plain, filled))
+    assert not theirs.pop("fill").any() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_batch_has_the_types_of_the_data_contract():

@@ -86,7 +86,7 @@ def test_every_format_gives_the_golden_string(name, all_replies, dataset, tokeni
     assert shown(tokenizer, batch) == GOLDEN.replace("2 。<|im_end|>", "[2 。<|im_end|>]")
     ids = batch["input_ids"][0][batch["input_ids"][0] != tokenizer.pad_token_id].tolist()
     assert ids == GOLDEN_IDS == encode_chat(tokenizer, messages_of(ROWS[name]), False)[:-1]
-    assert batch["loss_mask"][0].sum() == batch["reply_tokens"][0]
+    assert not batch["fill"].any()
 
 
 def test_an_instruction_with_input_and_the_fill_give_their_golden_string(dataset, tokenizer):
@@ -183,11 +183,11 @@ def test_the_fill_is_eos_learnt_and_of_every_length_up_to_the_allowed_one(datase
     fills = []
     for visit in range(400):
         batch = rows.batch(np.array([visit]))
-        fill = int(batch["loss_mask"].sum() - batch["reply_tokens"].sum())
+        fill = int(batch["fill"].sum())
         assert shown(tokenizer, batch) == GOLDEN.replace("2 。<|im_end|>", f"[2 。<|im_end|>{'<|im_end|>' * fill}]")
         assert rows.lengths(np.array([visit]))[0] == (batch["document_ids"] == 0).sum()
         fills.append(fill)
-    reply = int(batch["reply_tokens"][0])
+    reply = int((batch["loss_mask"] & ~batch["fill"]).sum())
     assert set(fills) == set(range(7))
     # Log-uniform: P(reply + fill < x) = log(x / reply) / log((reply + 7) / reply).
     for fill in range(7):
@@ -208,7 +208,7 @@ def test_for_blocks_eos_fill_the_replys_last_block_and_nothing_more(size, datase
         assert effective == min(-(-own // size) * size, 42) == rows.lengths(np.array([visit]))[0]
         assert (batch["input_ids"][0, own:effective] == tokenizer.eos_token_id).all()
         assert batch["loss_mask"][0, own:effective].all() and not batch["loss_mask"][0, effective:].any()
-        assert int(batch["loss_mask"].sum() - batch["reply_tokens"]) == effective - own
+        assert batch["fill"][0].nonzero()[:, 0].tolist() == list(range(own, effective))
         lengths.add(effective - own)
     assert size == 1 or len(lengths) > 1
 

@@ -163,7 +163,7 @@ ROWS = {
         torch.where(torch.arange(12) < 11, 0, -1).expand(3, 12),
         (torch.arange(12) >= torch.tensor([[3], [5], [6]])) & (torch.arange(12) < 11),
     )
-    | {"reply_tokens": torch.tensor([4, 6, 2])},
+    | {"fill": (torch.arange(12) >= torch.tensor([[7], [11], [8]])) & (torch.arange(12) < 11)},
 }
 
 

@@ -16,8 +16,8 @@ from scripts.engine.likelihood.windows import (
     WHOLE_ROWS,
     DataEvalConfig,
     Document,
-    ReplyCanvas,
     ReplyWindows,
+    TextCanvas,
     Window,
     batches,
     collate,
@@ -99,7 +99,7 @@ def evaluate_file(loaded: Loaded, config: DataEvalConfig, bad: BadRows | None = 
     Every token but BOS is scored exactly once, EOS included. A document longer than the context is scored in windows,
     each beginning with the last token of the one before as context.
     """
-    documents, windows = windows_of(loaded.tokenizer, config, loaded.max_length, bad)
+    documents, windows = windows_of(loaded.tokenizer, config, loaded.max_length, bad, document_canvas(loaded))
     return _likelihoods(loaded, documents, windows, config)
 
 
@@ -108,8 +108,16 @@ def evaluate_documents(loaded: Loaded, config: DataEvalConfig) -> tuple[dict[str
     stderr."""
     config, bad = as_trained(config, loaded), BadRows(config.on_bad_row)
     likelihoods = evaluate_file(loaded, config, bad)
-    record = {"likelihood": as_json(likelihoods), "documents_hold_control_tokens": config.control_tokens}
-    return likelihoods, record | report_skipped(config.eval_data, bad)
+    return likelihoods, document_record(likelihoods, config, loaded) | report_skipped(config.eval_data, bad)
+
+
+def document_record(likelihoods: dict[str, Likelihood], config: DataEvalConfig, loaded: Loaded) -> dict[str, Any]:
+    """What a result file says of `evaluate_file`."""
+    return {
+        "likelihood": as_json(likelihoods),
+        "documents_hold_control_tokens": config.control_tokens,
+        "documents_ends_given": ends_given(loaded),
+    }
 
 
 def as_trained(config: DataEvalConfig, loaded: Loaded) -> DataEvalConfig:
@@ -131,10 +139,20 @@ def evaluate_replies(
     return _likelihoods(loaded, replies.conversations, replies.windows, config), replies
 
 
-def reply_canvas(loaded: Loaded, size: int) -> ReplyCanvas:
+def document_canvas(loaded: Loaded) -> TextCanvas:
+    """The canvas on which this model scores a document: whole blocks, if it was trained on whole ones."""
+    return TextCanvas(block_size=loaded.model.config.block_size if loaded.whole_blocks else 0)
+
+
+def ends_given(loaded: Loaded) -> bool:
+    """Whether this model is told where a document ends, so that it bounds less than what a chain rule costs."""
+    return kind_of(loaded.model) != "exact" and not document_canvas(loaded).block_size
+
+
+def reply_canvas(loaded: Loaded, size: int) -> TextCanvas:
     """The canvas on which this model scores a reply."""
     config = loaded.model.config
-    return ReplyCanvas(size if config.attention == "full" else 0, config.block_size)
+    return TextCanvas(size if config.attention == "full" else 0, config.block_size)
 
 
 def masked_cross_entropy(loaded: Loaded, config: DataEvalConfig, ratio: float) -> float:

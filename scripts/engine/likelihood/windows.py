@@ -160,12 +160,31 @@ def report_skipped(path: Path, bad: BadRows) -> dict[str, Any]:
 # -- where they are cut ------------------------------------------------------------------------------------------------
 
 
+class TextCanvas(NamedTuple):
+    """What a text stands on: `size` tokens, or the rest of its last block; 0 and 0: its own length."""
+
+    size: int = 0
+    block_size: int = 0
+
+    def fill(self, begin: int, end: int) -> int:
+        """Tokens that the canvas has left after a text from `begin` to `end`; negative if the text is longer."""
+        return -end % self.block_size if self.block_size else self.size - (end - begin)
+
+
+OWN_LENGTH = TextCanvas()
+
+
 def windows_of(
-    tokenizer: PreTrainedTokenizerFast, config: DataEvalConfig, max_length: int, bad: BadRows | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    config: DataEvalConfig,
+    max_length: int,
+    bad: BadRows | None = None,
+    canvas: TextCanvas = OWN_LENGTH,
 ) -> tuple[list[Document], list[Window]]:
     """Documents and their windows: of all chosen documents, or of as many as fill eval_max_batches batches.
 
-    A diffusion model is told where a window ends, a block model within its last block, which may be short.
+    The last window of a document ends with EOS, and behind it with those that fill the canvas, which are scored but not
+    counted. Without them a diffusion model is told where the text ends, a block model within its last block.
     """
     texts = chosen_texts(config, spelling_check(tokenizer, config.control_tokens), bad)
     documents, windows = [], []
@@ -176,7 +195,10 @@ def windows_of(
         for start in range(0, len(ids) - 1, max_length - 1):
             # The masks follow the text, not its place in the file.
             seed = (content_hash(text) + start) % 2**63
-            windows.append(Window(len(documents), ids[start : start + max_length], seed))
+            some = ids[start : start + max_length]
+            room = max_length - len(some) if start + max_length >= len(ids) else 0
+            fill = max(min(canvas.fill(1, len(some)), room), 0)
+            windows.append(Window(len(documents), some + [tokenizer.eos_token_id] * fill, seed, 1, fill))
         documents.append(Document(language_of(text), len(text.encode("utf-8"))))
     return documents, windows
 
@@ -186,17 +208,6 @@ def _encoded(rows: list[Row], encode: Callable[[list[Row]], Iterable[Any]]) -> I
     for first in tqdm(range(0, len(rows), ROWS_AT_A_TIME), "tokenising", disable=None, leave=False):
         some = rows[first : first + ROWS_AT_A_TIME]
         yield from zip(some, encode(some), strict=True)
-
-
-class ReplyCanvas(NamedTuple):
-    """What a reply stands on: `size` tokens, or the rest of its last block; 0 and 0: its own length."""
-
-    size: int = 0
-    block_size: int = 0
-
-    def fill(self, begin: int, end: int) -> int:
-        """Tokens that the canvas has left after a reply from `begin` to `end`; negative if the reply is longer."""
-        return -end % self.block_size if self.block_size else self.size - (end - begin)
 
 
 class ReplyWindows(NamedTuple):
@@ -213,7 +224,7 @@ def reply_windows(
     tokenizer: PreTrainedTokenizerFast,
     config: DataEvalConfig,
     max_length: int,
-    canvas: ReplyCanvas,
+    canvas: TextCanvas,
     bad: BadRows | None = None,
 ) -> ReplyWindows:
     """Replies with their EOS, each on a canvas: `size` tokens for a model of whole rows; for a block model up to the

@@ -26,7 +26,7 @@ from model.denoiser import DenoisingConfig
 from scripts.engine.decoding.answers import Answer, answer_all
 from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices
-from scripts.engine.likelihood.documents import add_nats, reply_canvas
+from scripts.engine.likelihood.documents import add_nats, document_canvas, ends_given, reply_canvas
 from scripts.engine.likelihood.windows import (
     DIFFUSION,
     DRAWN_MASKS,
@@ -229,9 +229,13 @@ def _measure_text(setup: Setup, source: Source, bad: BadRows) -> Section:
         note = "some models were trained with --control-tokens, others were not: all are given plain text"
         print(f"{source.path}: {note}", file=sys.stderr)
     config = replace(setup.config.choosing(source, setup.config.max_rows), control_tokens=control == {True})
-    documents, windows = windows_of(setup.tokenizer, config, setup.config.max_seq_len, bad)
-    section = _likelihoods(setup, source, documents, dict.fromkeys(setup.models, windows))
-    return section | {"left_out": {}, "documents_hold_control_tokens": config.control_tokens}
+    canvases, limit = {name: document_canvas(loaded) for name, loaded in setup.models.items()}, setup.config.max_seq_len
+    documents = {canvas: windows_of(setup.tokenizer, config, limit, bad, canvas) for canvas in {*canvases.values()}}
+    windows = {name: documents[canvas][1] for name, canvas in canvases.items()}
+    section = _likelihoods(setup, source, next(iter(documents.values()))[0], windows)
+    told = [name for name, loaded in setup.models.items() if ends_given(loaded)]
+    record = {"left_out": {}, "documents_hold_control_tokens": config.control_tokens, "documents_ends_given": told}
+    return section | record
 
 
 def _measure_chat(setup: Setup, source: Source, bad: BadRows) -> Section:

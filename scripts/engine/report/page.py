@@ -145,6 +145,9 @@ def _head(report: Report) -> list[str]:
     facts["rows"] = f"the same for all models, within {settings['max_seq_len']} tokens"
     if DIFFUSION in {model["kind"] for model in report["models"]}:
         facts["diffusion likelihoods"] = _masks(report)
+    told = {name for section in report["sources"] for name in section.get("documents_ends_given", ())}
+    if told:
+        facts["ends of documents"] = f"given to {', '.join(sorted(told))}, so that its bound there is too low"
     if any(section["format"] in ANSWERED for section in report["sources"]):
         facts |= _samplings(report)
     return [

@@ -155,8 +155,11 @@ class Stage:
             raise ValueError(
                 f"{run.state_path} was trained with another tokenizer; give its directory with --tokenizer-dir"
             )
-        # Flags that came after the run was saved had their defaults.
-        defaults = {name: value for name, value in defaults_of(*self.groups).items() if name in self.settings}
+        # Flags that came after the run was saved had their defaults; but documents' last blocks were not filled then.
+        defaults = defaults_of(*self.groups)
+        if state["config"]["block_size"]:
+            defaults["quantize_effective_length"] = False
+        defaults = {name: value for name, value in defaults.items() if name in self.settings}
         return compare_settings(defaults | state["settings"], self.settings, run.state_path)
 
     def _check_dataset(self, dataset: Dataset) -> None:

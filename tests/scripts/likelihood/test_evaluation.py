@@ -11,13 +11,15 @@ import torch
 from dataset.content import language_of
 from dataset.tokenizer import encode, encode_chat
 from model.checkpoint import load_checkpoint, write_archive
+from model.likelihood import row_nats
 from scripts.engine.likelihood.documents import (
     Likelihood,
+    ends_given,
     evaluate_file,
     masked_cross_entropy,
     response_likelihood,
 )
-from scripts.engine.likelihood.windows import DataEvalConfig, windows_of
+from scripts.engine.likelihood.windows import DataEvalConfig, TextCanvas, Window, collate, windows_of
 from scripts.engine.loaded import load_for_use
 from scripts.engine.prompts import Prompt
 from scripts.eval import eval_diffusion, eval_minimind, likelihood
@@ -273,3 +275,37 @@ def test_a_response_is_said_to_be_exact_or_bounded(size, sign, saved, command):
 def test_blanks_saved_are_filled_and_what_they_do_not_see_is_said(saved, command):
     said = command(eval_diffusion, saved("block 3", "--infill", "the cat ___ the river.", "--blank-tokens", "2"))
     assert said.code == 0 and "note: blanks are filled in blocks of 3 tokens: what stands behind" in said.err
+
+
+# -- whole blocks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 8])
+@pytest.mark.parametrize("max_length", [8, 32, 400])
+def test_a_canvas_of_whole_blocks_adds_eos_behind_the_last_window_alone(size, max_length, tokenizer, texts, data):
+    """Up to the end of its last block, or of the context; scored, not counted, and under the same masks."""
+    documents, plain = windows_of(tokenizer, data(texts), max_length)
+    others, filled = windows_of(tokenizer, data(texts), max_length, canvas=TextCanvas(block_size=size))
+    assert documents == others and len(plain) == len(filled)
+    for ours, theirs in zip(plain, filled, strict=True):
+        last = ours.ids[-1] == tokenizer.eos_token_id
+        fill = min(-len(ours.ids) % size, max_length - len(ours.ids)) if last else 0
+        assert theirs == ours._replace(ids=ours.ids + [tokenizer.eos_token_id] * fill, fill=fill)
+    assert size == 1 or any(window.fill for window in filled)
+
+
+def test_documents_are_scored_on_whole_blocks_if_the_training_had_them(tokenizer, data):
+    """The bound of text, EOS and fill is the chain of its blocks; the text's tokens are counted. And it is said where
+    a model is told instead where the text ends."""
+    text, size = "the cat sees", 3
+    given, whole = (replace(ready(tokenizer, f"block {size}"), whole_blocks=whole) for whole in (False, True))
+    ids = [tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]
+    filled = ids + [tokenizer.eos_token_id] * (-len(ids) % size)
+    assert len(filled) > len(ids)
+    for loaded, scored in ((given, ids), (whole, filled)):
+        found = evaluate_file(loaded, data([text]))["all"]
+        batch = collate([Window(0, scored, 1)], tokenizer.pad_token_id)
+        assert found.tokens == len(ids) - 1
+        assert close(found.nats_per_token * found.tokens, float(row_nats(loaded.model, batch, 1).nats))
+    assert [ends_given(loaded) for loaded in (given, whole)] == [True, False]
+    assert [ends_given(ready(tokenizer, kind)) for kind in ("causal", "full", "block 1")] == [False, True, False]

@@ -11,7 +11,7 @@ import torch
 from dataset.sft import SFTData, SFTDataset
 from dataset.tokenizer import encode, encode_chat
 from scripts.engine.likelihood.documents import evaluate_replies
-from scripts.engine.likelihood.windows import DataEvalConfig, ReplyCanvas, reply_windows
+from scripts.engine.likelihood.windows import DataEvalConfig, TextCanvas, reply_windows
 from scripts.eval import likelihood
 from tests.model.bounds import block_bound, enumerated_bound
 from tests.scripts.conftest import sentences
@@ -47,7 +47,7 @@ def replies_of(tokenizer, conversations=CHATS) -> list[tuple[list[int], list[int
 
 @pytest.mark.parametrize("canvas", [0, 7, 40])
 def test_a_reply_is_scored_after_the_ids_of_the_template_on_a_canvas_of_eos(canvas, tokenizer, chats):
-    windows = reply_windows(tokenizer, chats(), 256, ReplyCanvas(canvas)).windows
+    windows = reply_windows(tokenizer, chats(), 256, TextCanvas(canvas)).windows
     assert len(windows) == 4
     for window, (given, reply) in zip(windows, replies_of(tokenizer), strict=True):
         fill = max(canvas - len(reply), 0)
@@ -58,7 +58,7 @@ def test_a_reply_is_scored_after_the_ids_of_the_template_on_a_canvas_of_eos(canv
 def test_the_canvas_ends_with_the_context_and_replies_beyond_it_are_counted(tokenizer, chats):
     lengths = [(len(given), len(reply)) for given, reply in replies_of(tokenizer)]
     for limit in range(min(map(sum, lengths)), max(map(sum, lengths)) + 20):
-        found = reply_windows(tokenizer, chats(), limit, ReplyCanvas(16))
+        found = reply_windows(tokenizer, chats(), limit, TextCanvas(16))
         fitting = [(given, reply) for given, reply in lengths if given + reply <= limit]
         assert [len(w.ids) for w in found.windows] == [max(g + r, min(g + 16, limit)) for g, r in fitting]
         assert found.too_long == len(lengths) - len(fitting)
@@ -67,7 +67,7 @@ def test_the_canvas_ends_with_the_context_and_replies_beyond_it_are_counted(toke
 
 
 def test_an_empty_reply_is_left_out_and_counted(tokenizer, chats):
-    found = reply_windows(tokenizer, chats([turns("the cat", "", "the river", "likes")]), 256, ReplyCanvas())
+    found = reply_windows(tokenizer, chats([turns("the cat", "", "the river", "likes")]), 256, TextCanvas())
     assert found.empty == 1 and len(found.windows) == 1 and found.conversations[0].bytes == len("likes")
 
 
@@ -79,7 +79,7 @@ def test_the_four_row_formats_mean_the_same_conversation(tokenizer, file):
         {"instruction": prompt, "input": "", "output": reply},
         {"prompt": prompt, "response": reply},
     ]
-    windows = reply_windows(tokenizer, file(rows), 256, ReplyCanvas(8)).windows
+    windows = reply_windows(tokenizer, file(rows), 256, TextCanvas(8)).windows
     assert len(windows) == 4 and {(tuple(w.ids), w.seed, w.begin) for w in windows} == {
         (tuple(windows[0].ids), windows[0].seed, windows[0].begin)
     }
@@ -127,7 +127,7 @@ def test_the_validation_split_of_conversations_is_what_training_holds_out(tokeni
     trained = SFTDataset(SFTData(data=config.eval_data, val_fraction=0.3), tokenizer, False, 4).validation
     batch = trained.batch(np.arange(len(trained)))
     expected = [ids[mask].tolist() for ids, mask in zip(batch["input_ids"], batch["loss_mask"], strict=True)]
-    found = reply_windows(tokenizer, config, 256, ReplyCanvas()).windows
+    found = reply_windows(tokenizer, config, 256, TextCanvas()).windows
     assert 0 < len(found) < 40 and sorted(w.ids[w.begin :] for w in found) == sorted(expected)
 
 
@@ -135,7 +135,7 @@ def test_a_limit_on_batches_is_a_sample_of_the_conversations(tokenizer, chats):
     many = [turns(f"{number} the cat", text) for number, text in enumerate(sentences(40))]
     limit = {"eval_batch_size": 3, "eval_max_batches": 4}
     there, back = (
-        reply_windows(tokenizer, chats(rows, **limit), 256, ReplyCanvas()).windows for rows in (many, many[::-1])
+        reply_windows(tokenizer, chats(rows, **limit), 256, TextCanvas()).windows for rows in (many, many[::-1])
     )
     assert len(there) == 12 and [w.ids for w in there] == [w.ids for w in back]
 
@@ -143,7 +143,7 @@ def test_a_limit_on_batches_is_a_sample_of_the_conversations(tokenizer, chats):
 @pytest.mark.parametrize("size", [1, 4, 32])
 def test_the_canvas_of_a_block_model_ends_with_the_block_as_in_its_fine_tuning(size, tokenizer, chats):
     """Whatever --canvas says; the blocks are counted from the beginning of the conversation."""
-    windows = reply_windows(tokenizer, chats(), 256, ReplyCanvas(99, size)).windows
+    windows = reply_windows(tokenizer, chats(), 256, TextCanvas(99, size)).windows
     for window, (given, reply) in zip(windows, replies_of(tokenizer), strict=True):
         fill = -(len(given) + len(reply)) % size
         assert window.ids == given + reply + [tokenizer.eos_token_id] * fill
@@ -158,10 +158,10 @@ def test_the_context_may_cut_the_last_block(tokenizer, chats):
     (given, reply), size = replies_of(tokenizer)[0], 64
     length = len(given) + len(reply)
     for limit in (length, length + 2, 256):
-        found = reply_windows(tokenizer, chats(CHATS[:1]), limit, ReplyCanvas(0, size))
+        found = reply_windows(tokenizer, chats(CHATS[:1]), limit, TextCanvas(0, size))
         assert [len(w.ids) for w in found.windows] == [min(size, limit)]
         assert found.unfilled == (limit == length)
-    whole = reply_windows(tokenizer, chats(CHATS[:1]), 256, ReplyCanvas(0, length))  # the reply ends with its block
+    whole = reply_windows(tokenizer, chats(CHATS[:1]), 256, TextCanvas(0, length))  # the reply ends with its block
     assert whole.windows[0].fill == whole.unfilled == 0
 
 

@@ -145,9 +145,10 @@ def test_validation_counts_the_reply_and_one_eos_but_pays_for_the_fill(rows, wei
     objective = MaskedDiffusion(sequence_mean=True).for_validation()
     with torch.no_grad():
         made = objective(model, batch, StepNoise(0, 0, 8, width=40))
-        bare = {name: tensor for name, tensor in batch.items() if name != "reply_tokens"}
+        bare = {name: tensor for name, tensor in batch.items() if name != "fill"}
         other = objective(model, bare, StepNoise(0, 0, 8, width=40))
-    assert torch.equal(made.count, batch["reply_tokens"].float()) and torch.equal(made.nats, other.nats)
+    replies = (batch["loss_mask"] & ~batch["fill"]).sum(dim=1).float()
+    assert torch.equal(made.count, replies) and torch.equal(made.nats, other.nats)
     assert torch.equal(other.count, batch["loss_mask"].sum(dim=1).float()) and (other.count > made.count).any()
 
 
