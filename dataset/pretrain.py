@@ -4,6 +4,9 @@ Each document becomes [BOS] + ids + [EOS] and goes, whole, to the training or to
 flat files: the tokens of all its documents back to back, and the position of each document's first token. Batches are
 gathered straight from there, so memory does not grow with the corpus.
 
+A block that ended with its document would give away the end: its length alone says where EOS stands, but a decoder
+opens whole blocks. So for block diffusion EOS fill the last block, which costs half a block for each document.
+
 Shapes: B rows of a batch, L = seq_len tokens per row.
 """
 
@@ -138,8 +141,13 @@ class PackedRows:
 
     @property
     def real_token_share(self) -> float:
-        """Tokens that are neither padding nor fill, as a share of all positions of all rows; 0 without rows."""
-        return len(self.split.tokens) / (len(self) * self.seq_len) if len(self) else 0.0
+        """Tokens that are not padding, fill included, as a share of all positions of all rows; 0 without rows."""
+        return self._total / (len(self) * self.seq_len) if len(self) else 0.0
+
+    @property
+    def fill_share(self) -> float:
+        """Fill as a share of these tokens."""
+        return 1 - len(self.split.tokens) / max(self._total, 1)
 
     def order(self, seed: int, rows_per_step: int) -> RowOrder:
         return RowOrder(len(self), seed)
@@ -328,8 +336,8 @@ class PretrainDataset:
         streams, self.meta = tokeniser.streams(config.cache_dir)
         size = min(block_size, config.max_seq_len)
         seq_len = config.max_seq_len - (config.max_seq_len % size if size else 0)
-        self.fill = BlockFill(size, tokenizer.eos_token_id) if size else None
-        layout = seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask, self.fill
+        fill = BlockFill(size, tokenizer.eos_token_id) if size else None
+        layout = seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask, fill
         self.train = PackedRows(streams["train"], *layout)
         self.validation = PackedRows(streams["validation"], *layout)
         self.meta["real_token_share"] = self.train.real_token_share
@@ -344,12 +352,13 @@ class PretrainDataset:
         text_tokens -= 2 * (meta["train_documents"] + meta["validation_documents"])  # without BOS and EOS
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
         bundled = "" if self.config.data else "no --data, so the bundled corpus is used: "
+        real = f"{self.train.real_token_share:.1%} real tokens"
+        real += f", {self.train.fill_share:.1%} of them EOS that fill last blocks" if self.train.fill else ""
         lines = (
             f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"
             f"train {meta['train_documents']:,} documents, {meta['train_tokens']:,} tokens, "
-            f"{len(self.train):,} rows of {self.train.seq_len} with {self.train.real_token_share:.1%} real tokens"
-            f"{' (EOS fill the last block of every document)' if self.fill else ''}; "
+            f"{len(self.train):,} rows of {self.train.seq_len} with {real}; "
             f"validation {meta['validation_documents']:,} documents, {meta['validation_tokens']:,} tokens"
         )
         note = note_on_training(self.config.data, "text", self.config.jsonl_field)

@@ -11,7 +11,8 @@ Eq. 1), over the same tokens. The rows of a file are one of
               byte (acc_norm)
     chat      a conversation in any format of fine-tuning (dataset/rows/formats.py): every reply and its EOS, given all
               before it in the chat template
-    text      {"text": ...}: every token of the document and its EOS
+    text      {"text": ...}: every token of the document and its EOS; by a model that was trained on whole blocks with
+              the EOS that fill the last one, while other diffusion models are told where a document ends
 """
 
 import sys

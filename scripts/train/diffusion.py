@@ -4,6 +4,8 @@
         --init-from-minimind weights/minimind_pretrain_state_dict.pt --run-name diffusion
     uv run python -m scripts.train.diffusion --use-tokenizer --run-name diffusion --prompt "Once upon a time"
 
+With --block-size, EOS fill the last block of every document, because a decoder opens whole blocks.
+
 Without --use-tokenizer it works on characters, with a vocabulary of those in --data, kept in
 <save-dir>/<run>_tokenizer.
 """

@@ -117,7 +117,8 @@ def test_with_fill_every_token_is_in_one_row_and_every_block_is_whole(lengths, s
     ids, scored, documents, fill = batch.values()
     text = scored & ~fill
     assert ids[text].tolist() == list(range(1, sum(lengths) + 1))
-    assert rows.real_token_share == pytest.approx(text.double().mean().item())
+    assert rows.real_token_share == pytest.approx(scored.double().mean().item())
+    assert rows.fill_share == pytest.approx(float(fill.sum() / scored.sum()))
     assert (ids[fill] == EOS).all() and scored[fill].all() and torch.equal(scored, documents >= 0)
     assert int(fill.sum()) == sum(-length % size for length in lengths)
     # 1. The first token of a filled stretch stands behind its document's last token, in the same document.

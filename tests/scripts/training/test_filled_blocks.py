@@ -110,7 +110,7 @@ def test_a_run_that_is_older_than_the_fill_goes_on_without_it(diffusion_argv, co
     argv, without = [*diffusion_argv, "--block-size", "4"], "--no-quantize-effective-length"
     refused(diffusion, [*diffusion_argv, without], "--quantize-effective-length has no effect without block diffusion")
     path, loaded = Path("weights/dm.pt"), []
-    for flags in ([], ["--resume", "never", without]):
+    for flags in ([], ["--overwrite", without]):
         assert command(diffusion, [*argv, *flags]).code == 0
         loaded.append(load_for_use(path, tokenizer, 32, RUNTIME).whole_blocks)
     assert loaded == [True, False]
