@@ -4,8 +4,6 @@
         --init-from-minimind weights/minimind_pretrain_state_dict.pt --run-name diffusion
     uv run python -m scripts.train.diffusion --use-tokenizer --run-name diffusion --prompt "Once upon a time"
 
-With --block-size, EOS fill the last block of every document, because a decoder opens whole blocks.
-
 Without --use-tokenizer it works on characters, with a vocabulary of those in --data, kept in
 <save-dir>/<run>_tokenizer.
 """
@@ -105,10 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         with stage.opened():
             denoising.fitted(stage.model.config)  # what does not go with the weights to come is refused before training
             keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-            block_size = stage.model.config.block_size
-            configs.given.refuse_without({"block diffusion": block_size > 0})
-            dataset = stage.build(PretrainDataset, block_size=block_size if data.quantize_effective_length else 0)
-            model = stage.train(dataset, before=keep)
+            configs.given.refuse_without({"block diffusion": stage.model.config.block_size > 0})
+            size = stage.model.config.block_size if data.quantize_effective_length else 0
+            model = stage.train(stage.build(PretrainDataset, block_size=size), before=keep)
         if model is None:
             return
     else:
