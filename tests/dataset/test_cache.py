@@ -173,7 +173,7 @@ def test_a_further_row_takes_less_memory_than_it_has_text(kind, tmp_path, tokeni
             tracemalloc.stop()
 
     peak(10)
-    few, many = 200, 700
+    few, many = 300, 1200
     assert peak(many) - peak(few) < 48 * (many - few)
 
 
