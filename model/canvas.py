@@ -5,7 +5,7 @@ open or padding; an open one is masked until it is written, once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -96,6 +96,9 @@ class DecodingStep:
     # repetition penalty and forbidden tokens, before temperature, top-k and top-p. 0 elsewhere.
     confidence: Tensor
     num_forward_passes: int  # network calls so far
+    rejected: Tensor | None = None  # (B, L) int64: drafts that were taken back in this step, [MASK] elsewhere
+    num_drafted: int = 0  # tokens drafted and verified so far; 0: the decoder does not draft
+    num_accepted: int = 0  # those of them that were written
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class Decoded:
     ended: list[bool]  # EOS is among them
     num_forward_passes: int  # network calls of the whole batch
     row_passes: list[int]  # per row, calls made while it was active: what it would have cost alone
+    row_drafted: list[int] = field(default_factory=list)  # per row, tokens drafted and verified; empty: no drafts
+    row_accepted: list[int] = field(default_factory=list)  # per row, those of them that were written
 
 
 class CanvasState:
@@ -134,6 +139,7 @@ class CanvasState:
         self.end = [length - more - 1 for length, more in zip(canvas.lengths.tolist(), canvas.surplus, strict=True)]
         self.active_rows = [row for row, masked in enumerate(self.masked_columns) if masked]
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
+        self.drafted, self.accepted = list[int](), list[int]()  # see Decoded
 
     @property
     def masked(self) -> Tensor:
@@ -153,11 +159,13 @@ class CanvasState:
 
     def uniform(self, counts: list[int], *shape: int) -> Tensor:
         """(sum of counts, *shape) float64 in [0, 1), counts[i] of them from the i-th active row's generator."""
-        generators = [self._generators[row] for row in self.active_rows]
-        draws = []
-        for count, generator in zip(counts, generators, strict=True):
-            draws.append(torch.rand(count, *shape, generator=generator, dtype=torch.float64, device=generator.device))
+        draws = [self.uniform_of(row, count, *shape) for row, count in zip(self.active_rows, counts, strict=True)]
         return torch.cat(draws) if len(draws) > 1 else draws[0]
+
+    def uniform_of(self, row: int, *shape: int) -> Tensor:
+        """float64 in [0, 1) from a row's own generator."""
+        generator = self._generators[row]
+        return torch.rand(*shape, generator=generator, dtype=torch.float64, device=generator.device)
 
     @cached_property
     def _generators(self) -> list[torch.Generator]:
@@ -172,6 +180,16 @@ class CanvasState:
         ids, written, columns = (values.to(logits.device) for values in (self.ids[rows], self.written[rows], columns))
         return penalise_repeats(logits, ids, written, columns, draw, exempt=self.eos_token_id)
 
+    def penalise_left(self, logits: Tensor, rows: Tensor, columns: Tensor, strength: float) -> Tensor:
+        """logits (N, V) of positions rows, columns (N,), `strength` off that of the token just to the left, unless that
+        is EOS or not known."""
+        if strength == 0:
+            return logits
+        left = self.ids[rows, (columns - 1).clamp(min=0)]
+        strengths = strength * ((left != self.eos_token_id) & (left != self.mask_token_id))
+        left, strengths = (values[:, None].to(logits.device) for values in (left, strengths))
+        return logits.scatter_add(1, left, -strengths.to(logits.dtype))
+
     def sample(self, logits: Tensor, counts: list[int], draw: Draw) -> tuple[Tensor, Tensor]:
         """logits (N, V), counts[i] of them of the i-th active row -> tokens and their probabilities, both (N,)."""
         uniform = None
@@ -179,7 +197,9 @@ class CanvasState:
             uniform = self.uniform(counts, noise_width(logits.shape[1], draw.top_k))
         return sample_tokens(logits, draw.temperature, draw.top_k, draw.top_p, uniform)
 
-    def write(self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor) -> DecodingStep:
+    def write(
+        self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor, rejected: Tensor | None = None
+    ) -> DecodingStep:
         """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it becomes inactive.
 
         ValueError for a position that is not masked, or a [MASK] to be written.
@@ -199,7 +219,8 @@ class CanvasState:
         written, probability = torch.zeros(self.ids.shape, dtype=torch.bool), torch.zeros(self.ids.shape)
         written.view(-1)[places] = True
         probability.view(-1)[places] = confidence
-        return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes)
+        drafts = rejected, sum(self.drafted), sum(self.accepted)
+        return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes, *drafts)
 
     def _has_ended(self, row: int) -> bool:
         masked = self.masked_columns[row]
@@ -215,7 +236,7 @@ class CanvasState:
             tokens = [row[column] for column in columns[: len(columns) - more]]
             ended.append(self.eos_token_id in tokens)
             new.append(tokens[: tokens.index(self.eos_token_id) + 1] if ended[-1] else tokens)
-        return Decoded(ids, new, ended, self.num_forward_passes, list(self.row_passes))
+        return Decoded(ids, new, ended, self.num_forward_passes, list(self.row_passes), self.drafted, self.accepted)
 
 
 class Decoder:

@@ -31,6 +31,9 @@ from model.transformer import Transformer
 
 # On larger canvases a small model writes the EOS at their end first: report, section 10.
 DEFAULT_BLOCK_SIZE = 8
+SELF_SPECULATIVE = "self_speculative"  # no policy of denoising: SpeculativeDecoder in model/decode.py
+REMASKING = (*POLICIES, SELF_SPECULATIVE)
+DENOISING = f"without --gen-remasking {SELF_SPECULATIVE}"  # what flags need that have no effect there
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,10 @@ class DenoisingConfig:
     gen_steps: Annotated[
         int,
         "denoising steps for the whole continuation, in blocks to the end of the last one; at least one per block, at "
-        "most one per token; "
-        "threshold, factor: those over which the cap grows; hybrid: the most",
+        "most one per token; hybrid: the most; threshold, factor: those over which the cap changes",
         "at least 1",
+        "with --gen-remasking low_confidence, random, hybrid, margin, entropy or left_to_right or "
+        "--gen-cap-start-ratio below 1 or --gen-cap-end-ratio below 1",
     ] = 64
     gen_block_size: Annotated[
         int | None,
@@ -51,8 +55,10 @@ class DenoisingConfig:
         "in [0, 2^31)",
     ] = None
     gen_remasking: Annotated[
-        Literal[*POLICIES],
-        "which predictions a step keeps; hybrid: as threshold, without the cap, but as many as --gen-steps asks for",
+        Literal[*REMASKING],
+        "which predictions a step keeps; hybrid: as threshold, but as many as --gen-steps asks for; "
+        "self_speculative (joint checkpoints): those that the same weights would write autoregressively, so that the "
+        "text is theirs",
         ("--llada2-enable-parallel-decoding", "hybrid"),
     ] = "low_confidence"
     gen_confidence_threshold: Annotated[
@@ -64,21 +70,30 @@ class DenoisingConfig:
         "above 0",
         "with --gen-remasking factor",
     ] = 1.0
+    gen_entropy_bound: Annotated[
+        float,
+        "keep predictions from the surest on, until the entropies of those before are more than this, in nats",
+        "at least 0",
+        "with --gen-remasking entropy_bound",
+    ] = 0.1
     gen_cap_start_ratio: Annotated[
         float,
         "keep at most this share of a block's masked tokens in its first step, ...",
         "in (0, 1]",
         "with --gen-remasking threshold or factor",
-    ] = 0.08
+    ] = 1.0
     gen_cap_end_ratio: Annotated[
         float,
         "... and this share in the last of its steps; linear between",
         "in (0, 1]",
         "with --gen-remasking threshold or factor",
-    ] = 0.5
+    ] = 1.0
     gen_max_decode_per_step: Annotated[
-        int, "keep at most so many tokens per step", "at least 1", "with --gen-remasking threshold or factor"
-    ] = 32
+        int | None,
+        "keep at most so many tokens per step (none: no limit)",
+        "at least 1",
+        "with --gen-remasking threshold or factor",
+    ] = None
     gen_temp: Annotated[float, "temperature, 0 = the likeliest token", "at least 0"] = 0.8
     gen_top_k: Annotated[
         int, "sample among the k likeliest tokens (0 = all)", "at least 0", "with --gen-temp above 0"
@@ -95,7 +110,15 @@ class DenoisingConfig:
     gen_repeat_window: Annotated[
         int, "tokens to either side that are nearby", "in [1, 2^31)", "with --gen-repeat-penalty above 0"
     ] = 128
-    gen_cfg_scale: Annotated[float, "classifier-free guidance; above 0 a step costs two passes", "at least 0"] = 0.0
+    gen_penalty_lambda: Annotated[
+        float,
+        "taken off the logit of the token that stands just to the left, against stutter (0 = off)",
+        "at least 0",
+        DENOISING,
+    ] = 0.0
+    gen_cfg_scale: Annotated[
+        float, "classifier-free guidance; above 0 a step costs two passes", "at least 0", DENOISING
+    ] = 0.0
     gen_eos: Annotated[
         Literal["free", "confidence", "never"],
         "the end of the text: like any token, kept only after all others of its block, or never",
@@ -105,11 +128,13 @@ class DenoisingConfig:
         "keys and values kept between steps; block: those of finished blocks, exact (checkpoints of block diffusion); "
         "prefix, dual: approximate (those of full attention): what is before a block, dual: and behind it, stays as it "
         "was in the block's first step; auto: block or none",
+        DENOISING,
     ] = "auto"
     gen_fuse_commit: Annotated[
         bool,
         "compute a finished block's keys and values in the first pass of the next block, not in one of their own",
         "with --gen-cache auto or block",
+        DENOISING,
     ] = True
 
     def __post_init__(self):
@@ -126,8 +151,15 @@ class DenoisingConfig:
         """
         if model.autoregressive:
             raise ValueError("this checkpoint is autoregressive; denoising needs one that was trained by diffusion")
+        if self.gen_remasking == SELF_SPECULATIVE and model.attention != "joint":
+            raise ValueError(
+                f"--gen-remasking {SELF_SPECULATIVE} needs a joint checkpoint, whose weights are autoregressive, too; "
+                f"this one has {model.attention} attention"
+            )
+        if self.gen_remasking == SELF_SPECULATIVE and self.gen_eos == "confidence":
+            raise ValueError(f"--gen-eos confidence is not for --gen-remasking {SELF_SPECULATIVE}; give free or never")
         # 1. What goes with the checkpoint, the default first: K/V are kept exactly in blocks, else on request.
-        in_blocks = model.attention == "block"
+        in_blocks = model.block_size > 0
         caches = ("block", "none") if in_blocks else ("none", "prefix", "dual")
         default_size = model.block_size if in_blocks else DEFAULT_BLOCK_SIZE
         # 2. What it is decoded with.
@@ -157,7 +189,7 @@ class DenoisingConfig:
         progress = min(1.0, step / max(1, num_steps - 1))
         ratio = self.gen_cap_start_ratio + (self.gen_cap_end_ratio - self.gen_cap_start_ratio) * progress
         # Rounded before the ceiling: 25 tokens at a ratio of 0.08 are 2, even if float arithmetic gives a bit more.
-        return max(1, min(math.ceil(round(num_masked * ratio, 9)), self.gen_max_decode_per_step))
+        return max(1, min(math.ceil(round(num_masked * ratio, 9)), self.gen_max_decode_per_step or num_masked))
 
 
 @dataclass(frozen=True)
@@ -194,7 +226,7 @@ class Denoiser(Decoder):
         self.cache = cache_of(model.config, canvas, config)
         if config.gen_cfg_scale > 0:
             self.unprompted_cache, self.given = cache_of(model.config, canvas, config), canvas.given.cpu()
-        self.on_grid = model.config.attention == "block"
+        self.on_grid = model.config.block_size > 0
         self.block_size = config.gen_block_size or max(map(len, self.state.open_columns)) or 1
         self.blocks = [Block(row, length) for row, length in enumerate(canvas.lengths.tolist())]
 
@@ -216,6 +248,7 @@ class Denoiser(Decoder):
             # 2. Logits (N, V), less what may not or should not be written.
             logits = self._guided_logits(blocks)
             logits = self.state.penalise(logits, rows, columns, self.config.draw)
+            logits = self.state.penalise_left(logits, rows, columns, self.config.gen_penalty_lambda)
             if self.config.gen_eos == "never" or not self.may_end:
                 forbid(logits, self.model.config.eos_token_id)
             forbid(logits, self.model.config.mask_token_id)
@@ -301,6 +334,7 @@ class Denoiser(Decoder):
             budget=torch.tensor(budgets),
             threshold=self.config.gen_confidence_threshold,
             factor=self.config.gen_factor,
+            entropy_bound=self.config.gen_entropy_bound,
             logits=logits,
             noise=lambda: self.state.uniform(counts).float(),
         )
@@ -311,7 +345,7 @@ def cache_of(model: ModelConfig, canvas: Canvas, config: DenoisingConfig) -> Den
     """The cache that a fitted config names."""
     device = canvas.ids.device
     if config.gen_cache == "none":
-        return NoCache(model.block_size, device)
+        return NoCache(model, device)
     block = BlockCache if config.gen_fuse_commit else UnfusedBlockCache
     caches = {"block": block, "prefix": PrefixCache, "dual": DualCache}
     return caches[config.gen_cache](model, canvas.ids.shape, device)

@@ -3,11 +3,15 @@
 Shapes: R active rows of a batch of B, L columns, W of them fed, N masked positions of the active blocks, V vocabulary.
 Rows are at different places of their texts; in a pass each feeds what it needs, padded to the widest.
 
-A DenoiserCache plans the forward passes of a step, and Denoiser runs and counts them. Two things may be visible: under
-full attention the whole row, under block-causal attention the blocks of the grid up to the active one. Block-causal
-K/V of a finished block never change, so keeping them is exact; under full attention they depend on everything that is
-yet to be written, and keeping them is approximate (unless there is one layer, whose K/V depend on their own tokens
-alone).
+A DenoiserCache plans the forward passes of a step, and Denoiser runs and counts them. Three things may be visible:
+
+    full attention    the whole row
+    in blocks         the blocks of the grid up to one's own
+    joint             for the active block all of it and what is before it; before it, a token sees those up to itself
+
+In blocks, or joint, the K/V of what is before the active block never change, so keeping them is exact; under full
+attention they depend on everything that is yet to be written, and keeping them is approximate (unless there is one
+layer, whose K/V depend on their own tokens alone).
 """
 
 from collections.abc import Sequence
@@ -82,42 +86,6 @@ def flat_places(blocks: list[Block], first: Sequence[int], width: int) -> Tensor
     return torch.tensor(places, dtype=torch.long)
 
 
-def visibility(columns: Tensor, stops: list[int], block_size: int) -> Tensor | None:
-    """Return what queries at `columns` (R or 1, W) see of the keys 0 to max(stops) - 1: those of their row before
-    stops[r], and with a block_size those of blocks up to their own. Bool (R or 1, 1, W or 1, keys), None = everything.
-
-    Padding sees no less than the row's first block, so that no query is blind.
-    """
-    attn_mask, ragged = None, min(stops) < max(stops)
-    if not ragged and not block_size:
-        return None
-    keys = torch.arange(max(stops), device=columns.device)
-    # 1. Nothing past the end of the row's visible text: (R, 1, 1, keys).
-    if ragged:
-        attn_mask = (keys < torch.tensor(stops, device=columns.device)[:, None])[:, None, None]
-    # 2. No later block of the grid: (R or 1, 1, W, keys).
-    if block_size:
-        no_later = (keys // block_size <= columns[:, :, None] // block_size)[:, None]
-        attn_mask = no_later if attn_mask is None else attn_mask & no_later
-    return attn_mask
-
-
-class NoCache:
-    """The whole row in one pass, or with a block_size all of it up to the end of the active block."""
-
-    def __init__(self, block_size: int, device: torch.device):
-        self.block_size, self.device = block_size, device
-
-    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
-        rows = [block.row for block in blocks]
-        stops = [block.stop if self.block_size else block.length for block in blocks]
-        width = max(stops)
-        columns = torch.arange(width, device=self.device)[None]
-        attn_mask = visibility(columns, stops, self.block_size if width > self.block_size else 0)
-        select = flat_places(blocks, [0] * len(blocks), width).to(self.device)
-        return [ForwardPass(rows, ids[rows, :width].to(self.device), select, attn_mask)]
-
-
 class Span(NamedTuple):
     """The columns that a row feeds in a pass: first to last - 1, which see those before `stop`."""
 
@@ -126,12 +94,65 @@ class Span(NamedTuple):
     stop: int
 
 
+def reach(config: ModelConfig, columns: Tensor, blocks: list[Block]) -> Tensor | None:
+    """The last column (R or 1, W) that queries at `columns` (R or 1, W) see, if that is not all of the visible text."""
+    if config.attention == "joint":
+        starts = torch.tensor([block.start for block in blocks], device=columns.device)[:, None]
+        return columns.where(columns < starts, max(block.stop for block in blocks) - 1)
+    size = config.block_size
+    return columns // size * size + size - 1 if size else None
+
+
+def several(config: ModelConfig, span: Span, block: Block) -> bool:
+    """True if the queries of a span of columns do not all see the same keys."""
+    if config.attention == "joint":
+        return span.first < block.start
+    size = config.block_size
+    return size > 0 and span.first // size < (span.last - 1) // size
+
+
+def visibility(columns: Tensor, stops: list[int], last_seen: Tensor | None) -> Tensor | None:
+    """Return what queries at `columns` (R or 1, W) see of the keys 0 to max(stops) - 1: those of their row before
+    stops[r], up to last_seen (R or 1, W) if it is given. Bool (R or 1, 1, W or 1, keys), None = everything.
+
+    Padding sees no less than the row's first token, so that no query is blind.
+    """
+    attn_mask, ragged = None, min(stops) < max(stops)
+    if not ragged and last_seen is None:
+        return None
+    keys = torch.arange(max(stops), device=columns.device)
+    # 1. Nothing past the end of the row's visible text: (R, 1, 1, keys).
+    if ragged:
+        attn_mask = (keys < torch.tensor(stops, device=columns.device)[:, None])[:, None, None]
+    # 2. Nothing past what the query may see: (R or 1, 1, W, keys).
+    if last_seen is not None:
+        no_later = (keys <= last_seen[:, :, None])[:, None]
+        attn_mask = no_later if attn_mask is None else attn_mask & no_later
+    return attn_mask
+
+
+class NoCache:
+    """The whole row in one pass, or in blocks all of it up to the end of the active one."""
+
+    def __init__(self, config: ModelConfig, device: torch.device):
+        self.config, self.device = config, device
+
+    def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
+        rows, size = [block.row for block in blocks], self.config.block_size
+        stops = [block.stop if size else block.length for block in blocks]
+        width = max(stops)
+        columns = torch.arange(width, device=self.device)[None]
+        attn_mask = visibility(columns, stops, reach(self.config, columns, blocks) if width > size else None)
+        select = flat_places(blocks, [0] * len(blocks), width).to(self.device)
+        return [ForwardPass(rows, ids[rows, :width].to(self.device), select, attn_mask)]
+
+
 class SpanCache:
     """K/V of every column of every active row. A pass feeds a span of each row and overwrites its K/V; a subclass
     decides which span."""
 
     def __init__(self, config: ModelConfig, shape: torch.Size, device: torch.device):
-        self.device, self.block_size = device, config.block_size
+        self.device, self.config = device, config
         self.rows = list(range(shape[0]))  # numbers in the batch of the rows in the cache
         self.cache = ColumnCache(config, *shape)
 
@@ -161,14 +182,15 @@ class SpanCache:
             columns[columns >= torch.tensor(last)[:, None]] = self.cache.scratch_column
             ids = ids[rows].gather(1, columns.clamp(max=ids.shape[1] - 1))
             target = columns.to(self.device)
-        # 3. What they see: a mask of blocks is needed only if a row feeds more than one.
-        columns, size = columns.to(self.device), self.block_size
-        several = size and any(span.first // size < (span.last - 1) // size for span in spans)
+        # 3. What they see: a mask within rows is needed only if a row feeds more than one block.
+        columns, last_seen = columns.to(self.device), None
+        if any(several(self.config, span, block) for span, block in zip(spans, blocks, strict=True)):
+            last_seen = reach(self.config, columns, blocks)
         return ForwardPass(
             rows=rows,
             ids=ids.to(self.device),
             select=flat_places(blocks, first, ids.shape[1]).to(self.device),
-            attn_mask=visibility(columns, stops, size if several else 0),
+            attn_mask=visibility(columns, stops, last_seen),
             position_ids=columns,
             cache=self.cache.view(places, target, max(stops)),
         )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class Step:
     budget: Tensor  # (R,) int64, the most that a policy without a schedule may keep
     threshold: float  # of `threshold` and `hybrid`
     factor: float  # of `factor`
+    entropy_bound: float  # of `entropy_bound`
     logits: Tensor  # (N, V) at the masked positions, row by row
     noise: Callable[[], Tensor]  # () -> (N,) uniform in [0, 1), each row's from its own generator
 
@@ -60,7 +62,20 @@ def margin(step: Step) -> Choice:
 
 def entropy(step: Step) -> Choice:
     """The distributions of least entropy stay."""
-    return -step.padded(torch.special.entr(step.logits.float().softmax(dim=-1)).sum(dim=-1)), step.quota
+    return -_entropies(step), step.quota
+
+
+def entropy_bound(step: Step) -> Choice:
+    """DiffusionGemma: from the least entropy up, a prediction stays while the entropies of those before it add up to no
+    more than the bound, which limits what is lost by drawing them independently."""
+    spread = _entropies(step)
+    before = F.pad(spread.gather(1, ranking(-spread, step)).cumsum(dim=1)[:, :-1], (1, 0))
+    return -spread, (before <= step.entropy_bound).sum(dim=1)
+
+
+def _entropies(step: Step) -> Tensor:
+    """(R, W), in nats."""
+    return step.padded(torch.special.entr(step.logits.float().softmax(dim=-1)).sum(dim=-1))
 
 
 def left_to_right(step: Step) -> Choice:
@@ -97,6 +112,7 @@ POLICIES: dict[str, Callable[[Step], Choice]] = {
     "hybrid": hybrid,
     "margin": margin,
     "entropy": entropy,
+    "entropy_bound": entropy_bound,
     "left_to_right": left_to_right,
 }
 
@@ -104,12 +120,14 @@ POLICIES: dict[str, Callable[[Step], Choice]] = {
 def choose(policy: str, step: Step) -> Tensor:
     """bool (R, W): the masked positions of every row that are kept; ties go to the left."""
     keys, numbers = POLICIES[policy](step)
-    # 1. The order (R, W): what is held back after all others, padding last.
-    keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)
-    best = keys.argsort(dim=1, descending=True, stable=True)
-    # 2. The first `numbers` of it, at least one.
     few = torch.arange(keys.shape[1], device=keys.device) < numbers.clamp(min=1)[:, None]
-    return torch.zeros_like(few).scatter_(1, best, few) & step.masked
+    return torch.zeros_like(few).scatter_(1, ranking(keys, step), few) & step.masked
+
+
+def ranking(keys: Tensor, step: Step) -> Tensor:
+    """(R, W): the places of a row from the largest key down, what is held back after all others, padding last."""
+    keys = keys.masked_fill(step.held_back, torch.finfo(keys.dtype).min).masked_fill(~step.masked, -torch.inf)
+    return keys.argsort(dim=1, descending=True, stable=True)
 
 
 def transfer_schedule(num_masked: int, num_steps: int) -> list[int]:

@@ -17,8 +17,7 @@ from typing import Annotated, Any, NamedTuple
 
 from model.canvas import Canvas
 from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES
+from model.denoiser import REMASKING, DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,
@@ -197,7 +196,7 @@ class Chat:
         _refuse_rest("/help", rest)
         print(HELP)
         if self.is_diffusion:
-            print(DIFFUSION_HELP.format(policies=", ".join(POLICIES)))
+            print(DIFFUSION_HELP.format(policies=", ".join(REMASKING)))
         values = settings_of(self.sampler, self.continuation)
         flags = [f"{spelling(name)} {value}" for name, value in values.items() if value is not None]
         print(textwrap.fill(", ".join(flags), 110, break_on_hyphens=False))
@@ -289,7 +288,7 @@ def _finite(text: str) -> float:
 
 
 def _policy(text: str) -> str:
-    if text not in POLICIES:
+    if text not in REMASKING:
         raise ValueError
     return text
 
@@ -298,7 +297,7 @@ SETTINGS = {
     "/steps": Setting("gen_steps", None, int, "a whole number such as 32"),
     "/temp": Setting("gen_temp", "ar_temperature", _finite, "a number such as 0.8"),
     "/block": Setting("gen_block_size", None, int, "a whole number such as 32"),
-    "/policy": Setting("gen_remasking", None, _policy, f"one of {', '.join(POLICIES)}"),
+    "/policy": Setting("gen_remasking", None, _policy, f"one of {', '.join(REMASKING)}"),
 }
 COMMAND_OF = {  # flag -> command, which replaces it in what the model's code says about a mistake
     "--gen-steps": "/steps",
@@ -332,7 +331,7 @@ def main(argv: list[str] | None = None) -> None:
     given.refuse_without({"a diffusion checkpoint": is_diffusion, "an autoregressive checkpoint": not is_diffusion})
     # What waits for another temperature or policy, the conversation may bring into effect.
     given.refuse_idle(replace(sampling, ar_temperature=1.0))
-    given.refuse_idle(*(replace(denoising, gen_temp=1.0, gen_remasking=policy) for policy in POLICIES))
+    given.refuse_idle(*(replace(denoising, gen_temp=1.0, gen_remasking=policy) for policy in REMASKING))
     config = denoising.fitted(loaded.model.config) if is_diffusion else sampling
     talk = Chat(loaded, config, continuation, prompting, chat, command_line(__spec__.name, argv))
     print(f"{checkpoint.checkpoint}, {loaded.described}; /help lists the commands")

@@ -19,13 +19,12 @@ from model.remasking import transfer_schedule
 from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 SIZE, NEW = 4, 11  # prompts of 3, 1, 6, 5 and 3 tokens: ragged at both ends, some shorter than a block
-EAGER = {"gen_cap_start_ratio": 1.0, "gen_cap_end_ratio": 1.0}
 CONFIGS = {
     "greedy": GREEDY,
     "few steps": replace(GREEDY, gen_steps=4),
     "hot": replace(HOT, gen_steps=6),
-    "threshold": replace(HOT, gen_remasking="threshold", gen_confidence_threshold=0.4, **EAGER),
-    "factor, hot": replace(HOT, gen_remasking="factor", gen_factor=1.5, **EAGER),
+    "threshold": replace(HOT, gen_remasking="threshold", gen_confidence_threshold=0.4),
+    "factor, hot": replace(HOT, gen_remasking="factor", gen_factor=1.5),
     "hybrid, greedy": replace(GREEDY, gen_remasking="hybrid", gen_confidence_threshold=0.6, gen_steps=6),
     "random": replace(HOT, gen_remasking="random", gen_steps=7),
     "guided": replace(HOT, gen_cfg_scale=0.8, gen_steps=8),
@@ -309,7 +308,7 @@ def test_what_they_keep_is_that_of_the_blocks_first_step(cache, tiny_model):
     """Against attention to the K/V of a full pass at the block's start, outside of what is computed anew."""
     model, size, compared = tiny_model(attention="full", num_hidden_layers=3), 4, 0
     canvas = continuing(model, num_new=NEW)
-    eager = replace(GREEDY, gen_remasking="threshold", gen_confidence_threshold=0.2, **EAGER)
+    eager = replace(GREEDY, gen_remasking="threshold", gen_confidence_threshold=0.2)
     config = replace(eager, gen_block_size=size, gen_cache=cache, gen_eos="never")
     denoiser, kept, apart = Denoiser(model, canvas, config, range(5)), {}, 0
     while not denoiser.finished:
@@ -350,14 +349,12 @@ def test_hybrid_at_a_threshold_that_nothing_reaches_follows_the_schedule(block_m
 
 
 @pytest.mark.parametrize("policy", ["threshold", "hybrid"])
-def test_at_a_threshold_that_all_reach_a_block_takes_one_step_once_the_cap_is_off(policy, block_model):
+def test_at_a_threshold_that_all_reach_a_block_takes_one_step_unless_a_cap_is_typed(policy, block_model):
     model = block_model()
-    config = replace(GREEDY, gen_remasking=policy, gen_confidence_threshold=1e-6, gen_eos="never")
-    capped, free = (
-        decode(model, continuing(model, [[1, 7, 8]], 13), setting, [0]).num_forward_passes
-        for setting in (config, replace(config, **EAGER))
-    )
-    assert free == 4 and (capped == 4 if policy == "hybrid" else capped > 4)
+    free = replace(GREEDY, gen_remasking=policy, gen_confidence_threshold=1e-6, gen_eos="never")
+    for cap in ({}, {"gen_max_decode_per_step": 2}, {"gen_cap_start_ratio": 0.5}):
+        decoded = decode(model, continuing(model, [[1, 7, 8]], 13), replace(free, **cap), [0])
+        assert (decoded.num_forward_passes > 4) == (bool(cap) and policy == "threshold")
 
 
 # -- what fits a checkpoint --------------------------------------------------------------------------------------------

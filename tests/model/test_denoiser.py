@@ -83,8 +83,7 @@ def test_the_end_of_the_text_is_free_last_or_never(policy, eos, ending_model):
         gen_block_size=4,
         gen_steps=6,
         gen_confidence_threshold=0.3,
-        gen_cap_start_ratio=1.0,
-        gen_cap_end_ratio=1.0,
+        gen_entropy_bound=3.0,
     )
     denoiser = Denoiser(model, continuing(model, PROMPTS * 3), config, range(15))
     while not denoiser.finished:

@@ -9,7 +9,7 @@ from model.denoiser import DenoisingConfig
 from model.remasking import POLICIES, Step, choose, transfer_schedule
 
 
-def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, logits=None):
+def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, logits=None, bound=0.1):
     """A Step from lists of confidences, one per row, of any lengths."""
     width, numbers = max(map(len, rows)), torch.tensor([len(row) for row in rows])
     masked = torch.arange(width) < numbers[:, None]
@@ -24,6 +24,7 @@ def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, log
         budget=torch.full((len(rows),), budget),
         threshold=threshold,
         factor=factor,
+        entropy_bound=bound,
         logits=torch.zeros(int(numbers.sum()), 5) if logits is None else logits,
         noise=lambda: torch.rand(int(numbers.sum())),
     )
@@ -55,7 +56,7 @@ def test_ties_are_kept_from_the_left(policy):
     assert kept(policy, step) == [{0, 1}, {0, 1}]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES.keys() - {"entropy_bound"})  # which has a test of its own
 @pytest.mark.parametrize("number", [1, 2, 3])
 def test_padding_is_never_kept_and_what_is_held_back_comes_last(policy, number):
     draw = random.Random(number)
@@ -109,6 +110,26 @@ def test_margin_and_entropy_look_at_the_whole_distribution():
     )
     step = step_of([[0.52, 0.50, 0.53]], logits=p.clamp(min=1e-9).log())
     assert [kept(name, step) for name in ("entropy", "margin", "low_confidence")] == [[{0}], [{1}], [{2}]]
+
+
+@pytest.mark.parametrize("bound", [0.0, 0.1, 1.0, 2.5, 100.0])
+def test_the_entropy_bound_keeps_the_surest_while_the_entropies_before_add_up_to_no_more(bound):
+    """By brute force, of all numbers of tokens the largest that is allowed; an EOS held back comes after all others."""
+    draw, sizes = random.Random(1), set()
+    for _ in range(60):
+        rows = some_rows(draw)
+        held = [(r, c) for r, row in enumerate(rows) for c in range(len(row)) if draw.random() < 0.2]
+        logits = torch.randn(sum(map(len, rows)), 5) * draw.choice([1, 3, 9])
+        p = logits.softmax(dim=-1)
+        spread, first = (-(p * p.log()).sum(dim=-1)).tolist(), 0
+        for r, choice in enumerate(kept("entropy_bound", step_of(rows, held=held, logits=logits, bound=bound))):
+            own = spread[first : first + len(rows[r])]
+            order = sorted(range(len(own)), key=lambda c: (((r, c) in held), 0 if (r, c) in held else own[c], c))
+            most = max(n for n in range(1, len(own) + 1) if n == 1 or sum(own[c] for c in order[: n - 1]) <= bound)
+            assert choice == set(order[:most])
+            sizes.add(len(choice) / len(own))
+            first += len(own)
+    assert len(sizes) > 5 or bound in (0.0, 100.0)
 
 
 def test_random_order_is_uniform():

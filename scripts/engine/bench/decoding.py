@@ -24,8 +24,8 @@ from model.canvas import Canvas, Decoded
 from model.config import ModelConfig
 from model.decode import SamplingConfig
 from model.decode import decode as fill
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES, transfer_schedule
+from model.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
+from model.remasking import transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid
@@ -40,7 +40,7 @@ ATTENTION = {"AR": "causal", "diffusion": "full", "blocks": "block"}  # of each 
 BLOCK_SIZE, PROMPT_TOKENS = 8, 40  # if weights are random
 NO_EOS = -1  # an end that no token is
 GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
-UNCAPPED = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0, gen_cap_start_ratio=1.0, gen_cap_end_ratio=1.0)
+DENOISING = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0)
 Decoder = Callable[[Canvas], Decoded]
 
 
@@ -48,9 +48,11 @@ Decoder = Callable[[Canvas], Decoded]
 class DecodingBenchmarkConfig:
     """Measuring decoding."""
 
-    decoding_ar: Annotated[Path | None, "autoregressive checkpoint (none of the three: random weights)"] = None
+    decoding_ar: Annotated[
+        Path | None, "autoregressive checkpoint, or a joint one (none of the three: random weights)"
+    ] = None
     decoding_diffusion: Annotated[Path | None, "checkpoint of full attention, fine-tuned"] = None
-    decoding_blocks: Annotated[Path | None, "checkpoint of block diffusion, fine-tuned"] = None
+    decoding_blocks: Annotated[Path | None, "checkpoint of block diffusion, or a joint one, fine-tuned"] = None
     decoding_tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json"] = Path(".")
     decoding_questions: Annotated[int, "questions, or random prompts, for every sampler", "at least 1"] = 32
     decoding_batch_sizes: Annotated[tuple[int, ...], "questions answered together", "at least 1"] = (1, 8)
@@ -59,7 +61,7 @@ class DecodingBenchmarkConfig:
         "precisions tried; what a sampler is compared with is the fastest of all these",
     ] = ("auto",)
     decoding_new_tokens: Annotated[int, "longest answer, and the canvas of diffusion, in tokens", "at least 1"] = 24
-    decoding_policies: Annotated[tuple[Literal[*POLICIES], ...], "diffusion policies"] = tuple(POLICIES)
+    decoding_policies: Annotated[tuple[Literal[*REMASKING], ...], "diffusion policies"] = REMASKING
     decoding_thresholds: Annotated[tuple[float, ...], "of the policies threshold and hybrid", "in (0, 1]"] = (0.9, 0.7)
     decoding_rounds: Annotated[int, "rounds, in each of which every sampler answers all questions", "at least 1"] = 5
 
@@ -143,8 +145,10 @@ def decoders(config: DecodingBenchmarkConfig, kind: str, model: Transformer, is_
     if kind == "AR":
         return {"greedy, KV cache": decoder(GREEDY)}
     new_tokens, samplers = config.decoding_new_tokens, {}
-    denoising = replace(UNCAPPED, gen_steps=new_tokens, gen_block_size=0 if kind == "diffusion" else None)
+    denoising = replace(DENOISING, gen_steps=new_tokens, gen_block_size=0 if kind == "diffusion" else None)
     for policy in config.decoding_policies:
+        if policy == SELF_SPECULATIVE and model.config.attention != "joint":
+            continue
         if policy not in (*THRESHOLDED, *ADAPTIVE):
             grid = SamplerGrid((policy,), steps=(math.ceil(new_tokens / TOKENS_PER_STEP),))
             samplers |= grid.samplers(denoising)

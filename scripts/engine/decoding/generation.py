@@ -38,6 +38,8 @@ class Generation:
     num_forward_passes: int  # those that the row would take alone
     seconds: float  # of the whole batch
     filled: bool = False  # blanks were filled
+    num_drafted: int | None = None  # tokens that self-speculation drafted and verified; none: it did not
+    num_accepted: int | None = None  # those of them that were written
 
     @property
     def tokens_per_second(self) -> float:
@@ -49,11 +51,12 @@ class Generation:
 
     def report(self) -> str:
         between = "\n" if self.filled else "\u2502"  # a filled text repeats the prompt, a continuation does not
+        drafts = "" if self.num_drafted is None else f", {self.num_accepted} of {self.num_drafted} drafted tokens kept"
         return (
             f"{self.prompt}{between}{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
             f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
             f"{self.tokens_per_second:.1f} tokens/s, "
-            f"{self.tokens_per_pass:.2f} tokens per pass]"
+            f"{self.tokens_per_pass:.2f} tokens per pass{drafts}]"
         )
 
 
@@ -74,6 +77,9 @@ def generate_batch(
     """Generate for several prompts that share forward passes; prompt i is sampled with the seed plus i."""
     canvas = canvas_of_prompts(loaded, prompts, continuation.max_new_tokens)
     decoded, seconds = decode_timed(loaded, canvas, sampler, first_seed(loaded, continuation), observe)
+    undrafted = [None] * len(prompts)
+    drafts = zip(decoded.row_drafted or undrafted, decoded.row_accepted or undrafted, strict=True)
+    rows = zip(prompts, decoded.new, decoded.ended, decoded.row_passes, drafts, strict=True)
     return [
         Generation(
             prompt=prompt.text,
@@ -82,8 +88,10 @@ def generate_batch(
             ended=ended,
             num_forward_passes=passes,
             seconds=seconds,
+            num_drafted=drafted,
+            num_accepted=accepted,
         )
-        for prompt, new, ended, passes in zip(prompts, decoded.new, decoded.ended, decoded.row_passes, strict=True)
+        for prompt, new, ended, passes, (drafted, accepted) in rows
     ]
 
 

@@ -4,10 +4,9 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES
+from model.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
 
-ADAPTIVE = ("threshold", "factor")  # take as many steps as they need
+ADAPTIVE = ("threshold", "factor", "entropy_bound", SELF_SPECULATIVE)  # take as many steps as they need
 THRESHOLDED = ("threshold", "hybrid")
 
 
@@ -15,12 +14,12 @@ THRESHOLDED = ("threshold", "hybrid")
 class SamplerGrid:
     """Samplers to compare."""
 
-    policies: Annotated[tuple[Literal[*POLICIES], ...] | None, "policies to try instead of --gen-remasking"] = None
+    policies: Annotated[tuple[Literal[*REMASKING], ...] | None, "policies to try instead of --gen-remasking"] = None
     steps: Annotated[
         tuple[int, ...] | None,
         "step counts to try instead of --gen-steps",
         "at least 1",
-        "without --gen-remasking threshold or factor",
+        f"without --gen-remasking {', '.join(ADAPTIVE[:-1])} or {ADAPTIVE[-1]}",
     ] = None
     thresholds: Annotated[
         tuple[float, ...] | None,

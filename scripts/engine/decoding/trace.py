@@ -5,9 +5,10 @@ Its JSON form: {
   "tokens": {id: {"text"}, {"bytes"} or {"text", "special"}},   every id that occurs; bytes in hexadecimal if the
                                                    token is only a part of a character; special: its role
   "initial": [id, ...], "open": [0 or 1, ...],     before the first step; 1 = to be filled
-  "steps": [{"forward_passes", "writes": [[position, id, confidence], ...]}, ...]
+  "steps": [{"forward_passes", "writes": [[position, id, confidence], ...], "rejected": [[position, id], ...]}, ...]
 }. Forward passes are cumulative; a confidence is the model's probability of the token it wrote, from 0 to 1, to 4
-decimals. A position holds the token that was written there last.
+decimals. A position holds the token that was written there last. Rejected, if there are any, are tokens that a
+speculative decoder had drafted and took back; one that another token is written for at once is shown as replaced by it.
 """
 
 import json
@@ -50,6 +51,7 @@ class Write(NamedTuple):
 class TraceStep(NamedTuple):
     num_forward_passes: int  # since the beginning
     writes: tuple[Write, ...]
+    rejected: tuple[tuple[int, int], ...] = ()  # (position, id) of drafts that were taken back
 
 
 class Cell(NamedTuple):
@@ -59,7 +61,7 @@ class Cell(NamedTuple):
     text: str  # the characters that begin in this token; empty for [MASK] and other special tokens
     confidence: float | None = None  # None: given
     written: int = 0  # the step that wrote it, from 1; 0 = given or still masked
-    before: int | None = None  # the id that an edit replaced
+    before: int | None = None  # the id that an edit replaced, or of the draft that was rejected for it
 
 
 class Trace:
@@ -98,10 +100,15 @@ class Trace:
             for i, token in enumerate(ids)
             if written[i] or token != self._ids[i]
         )
-        self.append(TraceStep(int(step.num_forward_passes), writes))
+        rejected: tuple[tuple[int, int], ...] = ()
+        if step.rejected is not None:
+            drafts = step.rejected[row, : len(self._ids)].tolist()
+            rejected = tuple((i, token) for i, token in enumerate(drafts) if self._vocabulary[token].special != "mask")
+        self.append(TraceStep(int(step.num_forward_passes), writes, rejected))
 
     def append(self, step: TraceStep) -> None:
         """Raise ValueError if a write lies outside the row, or the forward passes decrease."""
+        self.tokens |= {token: self._vocabulary[token] for _, token in step.rejected}
         for position, token, confidence in step.writes:
             if not (0 <= position < len(self._ids) and 0 <= confidence <= 1):
                 raise ValueError(f"a write of confidence {confidence} at position {position} of {len(self._ids)}")
@@ -152,10 +159,11 @@ class Trace:
 
     def next_frame(self, cells: list[Cell], number: int) -> list[Cell]:
         """`cells` after step `number`, counted from 1."""
-        cells = list(cells)
-        for position, token, confidence in self.steps[number - 1].writes:
+        cells, step = list(cells), self.steps[number - 1]
+        rejected = dict(step.rejected)
+        for position, token, confidence in step.writes:
             old = cells[position]
-            before = old.id if self.is_edit(old.id, token) else old.before
+            before = old.id if self.is_edit(old.id, token) else rejected.get(position, old.before)
             cells[position] = Cell(token, "", confidence, number, before)
         return self._with_texts(cells)
 
@@ -176,6 +184,7 @@ class Trace:
             "open": [int(o) for o in self.open],
             "steps": [
                 {"forward_passes": step.num_forward_passes, "writes": [list(write) for write in step.writes]}
+                | ({"rejected": [list(draft) for draft in step.rejected]} if step.rejected else {})
                 for step in self.steps
             ],
         }
@@ -185,7 +194,9 @@ class Trace:
         tokens = {int(i): _token_from_json(token) for i, token in value["tokens"].items()}
         trace = cls(tokens, value["initial"], value["open"], dict(value["info"]))
         for step in value["steps"]:
-            trace.append(TraceStep(int(step["forward_passes"]), tuple(Write(*write) for write in step["writes"])))
+            writes = tuple(Write(*write) for write in step["writes"])
+            rejected = tuple((int(position), int(token)) for position, token in step.get("rejected", ()))
+            trace.append(TraceStep(int(step["forward_passes"]), writes, rejected))
         return trace
 
 

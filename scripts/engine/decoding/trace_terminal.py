@@ -34,9 +34,9 @@ SIGNS = {"eos": "\u25a0", "pad": "\u25a1", "bos": "\u25b8", "other": "\u25c6"}  
 class LiveView:
     """A `watch` callback: adds every step to `trace` and shows the canvas.
 
-    On a terminal the canvas is redrawn in place, coloured by confidence, new tokens underlined, edits in red. The
-    cursor is never hidden and every colour is reset, so that an interrupt leaves the terminal as it was. Elsewhere each
-    `every`-th step, and the one that finishes the row, is a line.
+    On a terminal the canvas is redrawn in place, coloured by confidence, new tokens underlined, in red edits and what
+    stands in place of a rejected draft. The cursor is never hidden and every colour is reset, so that an interrupt
+    leaves the terminal as it was. Elsewhere each `every`-th step, and the one that finishes the row, is a line.
     start: the first position shown. stream: standard error if None.
     """
 
@@ -45,9 +45,12 @@ class LiveView:
         self.stream = sys.stderr if stream is None else stream
         self._cells = trace.first_frame()
         self._height = 0  # lines of the last drawing
+        self._drafts = ""
 
     def __call__(self, step: DecodingStep) -> None:
         self.trace.add(step, self.row)
+        if step.num_drafted:
+            self._drafts = f", {step.num_accepted} of {step.num_drafted} drafts kept"
         number = len(self.trace.steps)
         self._cells = self.trace.next_frame(self._cells, number)
         if self.stream.isatty():
@@ -68,7 +71,9 @@ class LiveView:
         passes = self.trace.num_forward_passes
         filled, total = self.trace.num_written(self._cells), sum(self.trace.open)
         rate = f", {filled / passes:.2f} tokens per pass" if passes else ""
-        return f"[step {len(self.trace.steps)}, {passes} forward passes, {filled} of {total} tokens{rate}]"
+        return (
+            f"[step {len(self.trace.steps)}, {passes} forward passes, {filled} of {total} tokens{rate}{self._drafts}]"
+        )
 
     def _redraw(self) -> None:
         size = shutil.get_terminal_size()

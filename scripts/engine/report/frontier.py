@@ -39,6 +39,9 @@ class FrontierConfig:
     frontier_factors: Annotated[
         tuple[float, ...], "of the policy factor", "above 0", "with a frontier of a diffusion model"
     ] = (0.5, 1.0, 2.0)
+    frontier_entropy_bounds: Annotated[
+        tuple[float, ...], "of the policy entropy_bound", "at least 0", "with a frontier of a diffusion model"
+    ] = (0.1, 0.3, 1.0)
 
 
 class Sampler(NamedTuple):
@@ -62,6 +65,7 @@ def samplers(
     varied = {  # by which setting a policy without a schedule is varied
         "threshold": ("gen_confidence_threshold", frontier.frontier_thresholds),
         "factor": ("gen_factor", frontier.frontier_factors),
+        "entropy_bound": ("gen_entropy_bound", frontier.frontier_entropy_bounds),
     }
     for policy in POLICIES:
         field, values = varied.get(policy, ("gen_steps", steps))

@@ -12,6 +12,7 @@ from model.config import ModelConfig
 from model.decode import ContinuationConfig, SamplingConfig
 from model.denoiser import DenoisingConfig
 from model.likelihood import ENUMERATED
+from scripts.engine.decoding.samplers import ADAPTIVE
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.files import write_bytes
 from scripts.engine.flags import in_effect
@@ -34,7 +35,7 @@ from scripts.engine.report.results import (
 )
 from scripts.engine.statistics import RESAMPLES
 
-FORMAT = 2  # of report.json
+FORMAT = 3  # of report.json
 FACTS = ("commit", "device", "processor", "python", "torch", "transformers", "tokenizer")
 NEEDED = {"command", "settings", "models", "sources", "frontier", *FACTS}
 SAMPLES = 3  # answers shown of each split of the bundled questions
@@ -203,12 +204,14 @@ def sampling_of(report: Report, model: dict[str, Any]) -> str:
         return "; ".join(["one token after the other", *_draw(config), f"at most {length} new tokens"])
     policy, block = config.gen_remasking, config.gen_block_size or length
     settings = in_effect(config)
-    value = settings.get("gen_confidence_threshold", settings.get("gen_factor"))
-    capped = "gen_cap_end_ratio" in settings
+    bounds = [
+        settings[name] for name in ("gen_confidence_threshold", "gen_factor", "gen_entropy_bound") if name in settings
+    ]
     grid = " (and those that complete its last block)" if model["block_size"] else ""
     parts = [
-        f"policy {policy}" + ("" if value is None else f" {value:g}"),
-        _cap(config, min(block, length)) if capped else number_of_steps(policy, config.gen_steps),
+        " ".join([f"policy {policy}", *(f"{value:g}" for value in bounds)]),
+        _cap(config, min(block, length)) if "gen_cap_end_ratio" in settings else "",
+        number_of_steps(policy, config.gen_steps) if policy not in ADAPTIVE else "",
         "one block" if block >= length and not grid else f"blocks of {block} tokens from left to right",
         f"canvas of {length} masked tokens{grid}, as many as may be written",
         *_draw(config),
@@ -238,7 +241,7 @@ def _cap(config: DenoisingConfig, block: float) -> str:
     if first != last:
         share += f", {last:g} after the block's part of {number_of_steps('', config.gen_steps)}"
     bounds = [share] if min(first, last) < 1 else []
-    bounds += [f"{number} tokens"] if number < block else []
+    bounds += [f"{number} tokens"] if number and number < block else []
     return f"a step keeps at most {', and '.join(bounds)}" if bounds else ""
 
 
@@ -340,10 +343,7 @@ def _cell(text: str) -> str:
 def _frontier(report: Report, metric: Metric, points: list[Point]) -> list[str]:
     frontier = report["frontier"]
     cap = _cap(_config(report, DenoisingConfig), math.inf)
-    capped = (
-        f" Of policies without a schedule (threshold, factor) {cap} (`--gen-cap-start-ratio`, `--gen-cap-end-ratio`, "
-        "`--gen-max-decode-per-step`)."
-    )
+    capped = f" Of threshold and factor {cap}." if cap else ""
     lines = [
         (
             *(point.model, point.policy, point.setting, _value(metric, point.quality)),

@@ -12,7 +12,14 @@ from model.checkpoint import save_checkpoint
 from model.decode import decode
 from model.remasking import POLICIES
 from scripts.engine.bench import decoding as benchmark
-from scripts.engine.bench.decoding import NAIVE, NAIVE_STEPS, UNCAPPED, DecodingBenchmarkConfig, measure_decoding, naive
+from scripts.engine.bench.decoding import (
+    DENOISING,
+    NAIVE,
+    NAIVE_STEPS,
+    DecodingBenchmarkConfig,
+    measure_decoding,
+    naive,
+)
 from scripts.engine.runtime import RuntimeConfig
 from scripts.engine.statistics import is_correct
 from tests.conftest import TINY
@@ -51,7 +58,7 @@ def checkpoints(tmp_path, tokenizer, tokenizer_dir):
 def test_full_passes_write_what_the_sampler_does_one_row_or_many(new_tokens, steps, tiny_model):
     """The most confident of a whole canvas, the same number in each step; idle steps write nothing."""
     model = tiny_model(attention="full")
-    config = replace(UNCAPPED, gen_remasking="low_confidence", gen_steps=steps, gen_block_size=0)
+    config = replace(DENOISING, gen_remasking="low_confidence", gen_steps=steps, gen_block_size=0)
     for prompts in ([[1, 7, 8]], [[1, 7, 8], [1], [1, 9, 10, 11]]):
         canvas = Canvas.continuing(prompts, new_tokens, model.config)
         expected, decoded = decode(model, canvas, config, range(len(prompts))), naive(model, canvas, steps)
@@ -69,7 +76,12 @@ def test_random_weights_have_a_fixed_number_of_passes_and_no_quality(monkeypatch
         assert row["tokens"] == 5 and row["right"] is None
         assert row["passes"] == (NAIVE_STEPS if row["policy"] == NAIVE else passes[row["kind"]])
     policies = {policy.split(",")[0] for kind, policy in by_sampler(rows) if kind == "blocks"}
-    assert policies == POLICIES.keys() - {"threshold", "factor", "hybrid"}  # these stop when they are sure
+    assert policies == POLICIES.keys() - {
+        "threshold",
+        "factor",
+        "hybrid",
+        "entropy_bound",
+    }  # these stop when they are sure
 
 
 def test_every_sampler_answers_the_same_questions_as_it_would_alone(checkpoints, monkeypatch):

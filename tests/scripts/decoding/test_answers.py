@@ -312,7 +312,7 @@ def test_a_checkpoint_of_no_conversations_is_said_to_be_one(argv, command):
         (
             ("dm",),
             ["--policies", "threshold,factor", "--steps", "3"],
-            "--steps has no effect with --gen-remasking threshold or factor",
+            "--steps has no effect with --gen-remasking threshold, factor",
         ),
         (("dm",), ["--policies", "random,margin", "--gen-factor", "2"], "--gen-factor has no effect"),
         (("dm",), ["--policies", "random,best"], "--policies: 'best' is not one of low_confidence"),

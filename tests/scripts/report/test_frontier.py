@@ -23,6 +23,7 @@ def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections,
     ways = {(point.policy, point.setting) for point in points}
     adaptive = {"hybrid": ["0.9, at most 1 step", "0.9, at most 6 steps"]}
     adaptive |= {"threshold": ["0.5", "0.7", "0.9"], "factor": ["0.5", "1", "2"], "AR": ["temperature 0.8", "greedy"]}
+    adaptive["entropy_bound"] = ["0.1", "0.3", "1"]
     assert ways == {(p, s) for p in (*POLICIES, "AR") for s in adaptive.get(p, ["1 step", "6 steps"])}
     assert metric.name == "exact match" and len(points) == len(ways)
     assert made[1]["frontier"]["source"] == "poems.jsonl", "the first file that has right answers"
@@ -86,7 +87,7 @@ def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_
         return answer_batch(loaded, prompts, continuation, sampler)
 
     monkeypatch.setattr(frontier, "answer_batch", noted)
-    measured = measure_frontier(setup, FrontierConfig(4, (2,), (0.9,), (1.0,)), sections["questions"])
+    measured = measure_frontier(setup, FrontierConfig(4, (2,), (0.9,), (1.0,), (0.1,)), sections["questions"])
     assert [point["policy"] for point in measured["points"]] == ["AR", "AR", *POLICIES]
     first = (2**32 - 1) % (2**32 - 4)
     assert order == [(first + place, 1) for place in range(4) for _ in measured["points"]]

@@ -82,7 +82,8 @@ def test_the_page_says_how_answers_were_sampled(made, markdown):
     for words in ("policy low_confidence", "4 steps", "one block", "canvas of 6 masked tokens", "temperature 0.8"):
         assert words in diffusion
     settings = made[1]["settings"] | {"ar_temperature": 0.0, "gen_remasking": "factor", "gen_factor": 2.0}
-    settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_max_decode_per_step": 2, "gen_steps": 1}
+    settings |= {"gen_block_size": 3, "gen_cap_start_ratio": 0.2, "gen_cap_end_ratio": 0.5}
+    settings |= {"gen_max_decode_per_step": 2, "gen_steps": 1}
     ar, diffusion = (page.sampling_of({**made[1], "settings": settings}, model) for model in made[1]["models"])
     assert "temperature 0)" in ar
     for words in (
