@@ -34,8 +34,8 @@ CONFIGS = {
 
 @pytest.fixture
 def block_model(tiny_model):
-    def build(size=SIZE, **changes):
-        return tiny_model(attention="block", block_size=size, **changes)
+    def build(size=SIZE, attention="block", **changes):
+        return tiny_model(attention=attention, block_size=size, **changes)
 
     return build
 
@@ -62,8 +62,9 @@ def side_by_side(leader, follower):
 
 @torch.no_grad()
 def by_hand(model, prompt, new, steps):
-    """One row, greedy, low confidence: a block sees itself and the clean ones before it. The canvas after each step; it
-    consists of whole blocks, and the last one is left as soon as the text in it is written."""
+    """One row, greedy, low confidence: a block sees itself and the clean ones before it, whose tokens see their blocks
+    and those before or, in a joint model, the tokens before. The canvas after each step; it consists of whole blocks,
+    and the last one is left as soon as the text in it is written."""
     size, end = model.config.block_size, len(prompt) + new
     room = -(-end // size) * size - len(prompt)
     canvas, states = prompt + [MASK] * room, []
@@ -74,8 +75,9 @@ def by_hand(model, prompt, new, steps):
         for j in range(share):
             if MASK not in canvas[:end]:
                 break
-            seen = torch.tensor([canvas[:high]])
-            logits = model(seen, attn_mask=block_causal_mask(high, size))[0].clone()
+            attn_mask = block_causal_mask(high, size if model.config.attention == "block" else 1)
+            attn_mask[..., low:, :] = True
+            logits = model(torch.tensor([canvas[:high]]), attn_mask=attn_mask)[0].clone()
             logits[:, [MASK, EOS]] = -math.inf  # it knows no end
             masked = [i for i in range(low, high) if canvas[i] == MASK]
             ranked = sorted((-logits[i].softmax(-1).max().item(), i, int(logits[i].argmax())) for i in masked)
@@ -85,10 +87,11 @@ def by_hand(model, prompt, new, steps):
     return states
 
 
+@pytest.mark.parametrize("attention", ["block", "joint"])
 @pytest.mark.parametrize("cache", ["none", "block"])
 @pytest.mark.parametrize("size", [1, 3, 4, 20])
-def test_block_decoding_equals_a_decoder_written_with_plain_loops(size, cache, block_model):
-    model, compared = block_model(size), 0
+def test_block_decoding_equals_a_decoder_written_with_plain_loops(size, cache, attention, block_model):
+    model, compared = block_model(size, attention), 0
     for prompt in PROMPTS:
         for steps in (1, 5, 40):
             config = replace(GREEDY, gen_steps=steps, gen_cache=cache, gen_eos="never")
@@ -117,9 +120,10 @@ def test_blocks_of_one_token_are_written_from_left_to_right_each_from_the_clean_
         ]
 
 
-def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
+@pytest.mark.parametrize("attention", ["block", "joint"])
+def test_a_block_is_decoded_from_the_logits_it_was_trained_with(attention, block_model):
     """Training's one pass over [x_t, x_0], x_0 being right up to the active block and arbitrary from there on."""
-    model, rows = block_model(), 0
+    model, rows = block_model(attention=attention), 0
     for canvas in (continuing(model, num_new=NEW), infilling(model)):
         canvas.ids.masked_fill_(canvas.ids == 0, 9)  # training has no padding here, and nothing later is seen
         denoiser = Denoiser(model, canvas, GREEDY, range(len(canvas.ids)))
@@ -132,8 +136,8 @@ def test_a_block_is_decoded_from_the_logits_it_was_trained_with(block_model):
                 clean = noised.where(noised != MASK, 5)
                 clean[0, masked[0] // SIZE * SIZE :] = torch.randint(4, 24, (1,))
                 with torch.no_grad():
-                    both, attention = denoising_inputs(noised, clean, None, SIZE, block)
-                    logits = model(both, **attention)
+                    both, halves = denoising_inputs(noised, clean, None, SIZE, block, attention == "joint")
+                    logits = model(both, **halves)
                 logits[:, MASK] = -math.inf
                 if not canvas.may_end:
                     logits[:, EOS] = -math.inf
@@ -197,10 +201,11 @@ def test_a_canvas_ends_with_a_block_or_with_the_context(block_model):
 # -- the exact cache ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("attention", ["block", "joint"])
 @pytest.mark.parametrize("filling", [continuing, infilling])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_cached_equals_recomputed(name, filling, block_model):
-    model = block_model(num_key_value_heads=2, qk_norm=True)
+def test_cached_equals_recomputed(name, filling, attention, block_model):
+    model = block_model(attention=attention, num_key_value_heads=2, qk_norm=True)
     canvas = continuing(model, num_new=NEW) if filling is continuing else infilling(model)
     cached, steps = steps_of(model, canvas, CONFIGS[name])
     recomputed, others = steps_of(model, canvas, replace(CONFIGS[name], gen_cache="none"))
@@ -233,11 +238,12 @@ def test_the_keys_of_a_noisy_pass_are_wrong_even_with_one_layer(num_layers, bloc
     assert min(errors[2], errors[3]) > 1e-3
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_fused_commit_writes_the_same_and_saves_a_pass_per_block(name, block_model):
+@pytest.mark.parametrize("attention", ["block", "joint"])
+@pytest.mark.parametrize("name", ["greedy", "hot", "guided"])
+def test_a_fused_commit_writes_the_same_and_saves_a_pass_per_block(name, attention, block_model):
     """Without it a row makes a pass for each block it decodes but the last, and one for the whole blocks of its
     prompt if there are any."""
-    model = block_model()
+    model = block_model(attention=attention)
     canvas = continuing(model, num_new=NEW)
     fused, steps = steps_of(model, canvas, CONFIGS[name])
     apart, others = steps_of(model, canvas, replace(CONFIGS[name], gen_fuse_commit=False))

@@ -138,6 +138,33 @@ def test_threshold_and_factor_keep_the_most_confident_within_the_cap(cap, steps,
         assert denoiser.write(candidates).written.any()
 
 
+# -- stutter -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_token_to_the_left_is_made_less_likely_unless_it_is_an_end(ending_model):
+    """Given or written, as long as it is known."""
+    model, strength, compared = ending_model(2.0, attention="full"), 1.5, Counter()
+    canvas = Canvas.infilling(
+        [[1, None, None, 8, None, 2, None, 9], [None, 5, None, None, 7, None, None, 8]], model.config
+    )
+    canvas = replace(canvas, may_end=True)
+    config = replace(GREEDY, gen_penalty_lambda=strength, gen_steps=5)
+    denoiser = Denoiser(model, canvas, config, range(2))
+    while not denoiser.finished:
+        candidates, ids = denoiser.predict(), denoiser.state.ids
+        for row, column, token, p, _ in zip(*(getattr(candidates, n).tolist() for n in FIELDS), strict=True):
+            logits = model(ids[row][None])[0, column].clone()
+            left = MASK if column == 0 else int(ids[row, column - 1])
+            if left not in (MASK, EOS):
+                logits[left] -= strength
+            logits[MASK] = -math.inf
+            compared[left if left in (MASK, EOS) else "token"] += 1
+            assert token == int(logits.argmax()) and p == pytest.approx(logits.softmax(0)[token].item(), abs=1e-5)
+        denoiser.write(candidates)
+    assert min(compared[kind] for kind in (MASK, EOS, "token")) > 0
+
+
 # -- guidance ----------------------------------------------------------------------------------------------------------
 
 

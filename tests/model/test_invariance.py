@@ -160,11 +160,14 @@ denoising = st.builds(
     gen_confidence_threshold=st.sampled_from([0.2, 0.9]),
     gen_factor=st.sampled_from([0.5, 2.0]),
     gen_cap_start_ratio=st.sampled_from([0.08, 1.0]),
+    gen_entropy_bound=st.sampled_from([0.1, 2.0]),
+    gen_penalty_lambda=st.sampled_from([0.0, 0.5]),
     gen_cfg_scale=st.sampled_from([0.0, 0.0, 0.7]),
     gen_eos=st.sampled_from(["free", "confidence", "never"]),
     **{f"gen_{name}": drawn for name, drawn in draws.items()},
 )
-caches = {"full": ["none", "prefix", "dual"], "block": ["none", "block"]}
+caches = {"full": ["none", "prefix", "dual"], "block": ["none", "block"], "joint": ["none", "block"]}
+in_blocks = st.sampled_from(["block", "joint"])
 
 
 @st.composite
@@ -173,6 +176,8 @@ def decodings(draw):
     attention = draw(attentions)
     if attention["attention"] == "causal":
         return attention, draw(sampling)
+    if attention["attention"] == "block":
+        attention = attention | {"attention": draw(in_blocks)}
     config = replace(draw(denoising), gen_cache=draw(st.sampled_from(caches[attention["attention"]])))
     if attention["attention"] == "full":
         config = replace(config, gen_block_size=draw(st.integers(0, 5)))

@@ -220,6 +220,7 @@ def test_the_lines_that_add_something_add_it(monkeypatch):
         torch.tensor([3]),
         0.9,
         1.0,
+        0.1,
         torch.zeros(3, 5),
         lambda: torch.rand(3),
     )

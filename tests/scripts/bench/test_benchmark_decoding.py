@@ -76,12 +76,18 @@ def test_random_weights_have_a_fixed_number_of_passes_and_no_quality(monkeypatch
         assert row["tokens"] == 5 and row["right"] is None
         assert row["passes"] == (NAIVE_STEPS if row["policy"] == NAIVE else passes[row["kind"]])
     policies = {policy.split(",")[0] for kind, policy in by_sampler(rows) if kind == "blocks"}
-    assert policies == POLICIES.keys() - {
-        "threshold",
-        "factor",
-        "hybrid",
-        "entropy_bound",
-    }  # these stop when they are sure
+    assert policies == POLICIES.keys() - {"threshold", "factor", "hybrid", "entropy_bound"}  # they stop when sure
+
+
+def test_a_joint_checkpoint_is_measured_as_ar_in_blocks_and_by_self_speculation(checkpoints, tmp_path, tokenizer):
+    model = untrained(tokenizer, "joint 4")
+    save_checkpoint(tmp_path / "j.pt", model.config, model.state_dict(), fingerprint(tokenizer), "sft")
+    flags = SMALL | checkpoints | {"decoding_policies": ("random", "self_speculative")}
+    both = {"decoding_ar": tmp_path / "j.pt", "decoding_blocks": tmp_path / "j.pt"}
+    rows = by_sampler(measure_decoding(DecodingBenchmarkConfig(**flags | both), TINY, RUNTIME))
+    assert [policy for kind, policy in rows if kind == "blocks"] == ["random, 3 steps", "self_speculative"]
+    for plain, drafted in zip(rows["AR", "greedy, KV cache"], rows["blocks", "self_speculative"], strict=True):
+        assert drafted["tokens"] == plain["tokens"] and drafted["passes"] <= plain["passes"]
 
 
 def test_every_sampler_answers_the_same_questions_as_it_would_alone(checkpoints, monkeypatch):

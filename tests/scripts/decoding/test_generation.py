@@ -66,6 +66,31 @@ def test_prompts_of_one_batch_come_out_as_one_by_one(name, config, eval_argv, to
         assert alone.num_forward_passes == made.num_forward_passes
 
 
+def test_drafts_are_counted_with_the_text_they_wrote(prompting, command):
+    """Self-speculation writes what the same weights write autoregressively, and says what became of its drafts."""
+    argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--max-new-tokens", "9", "--json"]
+    file = load_checkpoint(Path(argv[1]))
+    write_archive(argv[1], {**file, "config": file["config"] | {"attention": "joint", "block_size": 4}})
+    texts = []
+    for module, flags in ((eval_diffusion, ["--gen-remasking", "self_speculative"]), (eval_minimind, [])):
+        result = command(module, [*argv, *flags])
+        assert result.code == 0, result.err
+        texts.append(json.loads(result.out)["generation"])
+    drafted, plain = texts
+    assert drafted["text"] == plain["text"] and plain["num_drafted"] is None
+    assert 0 <= drafted["num_accepted"] <= drafted["num_drafted"] > 0
+    shown = command(eval_diffusion, [*argv[:-1], "--gen-remasking", "self_speculative"]).out
+    assert f"{drafted['num_accepted']} of {drafted['num_drafted']} drafted tokens kept" in shown
+
+
+@pytest.mark.parametrize(
+    "flags", [["--gen-cfg-scale", "1"], ["--gen-steps", "4"], ["--gen-cache", "none"], ["--gen-penalty-lambda", "1"]]
+)
+def test_settings_of_denoising_have_no_effect_on_self_speculation(flags, prompting, refused):
+    argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--gen-remasking", "self_speculative", *flags]
+    refused(eval_diffusion, argv, f"{flags[0]} has no effect")
+
+
 def test_a_prompt_is_never_cut(tokenizer):
     for prompt in (Prompt("the cat sees"), Prompt([{"role": "user", "content": "the cat sees"}])):
         ids = prompt_tokens(tokenizer, prompt, 5, 1000)

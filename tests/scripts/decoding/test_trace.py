@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import itertools
 import json
 import re
@@ -23,6 +24,7 @@ from scripts.engine.decoding.trace import Trace, Vocabulary
 from scripts.engine.decoding.trace_files import check_trace_path, load_traces, write_trace
 from scripts.engine.decoding.trace_gif import COLUMNS, MAX_FRAMES, lay_out, moments_of
 from scripts.engine.decoding.trace_page import TEMPLATE, page, page_data
+from scripts.engine.decoding.trace_terminal import LiveView
 from tests.scripts.decoding.traces import MASK, one_by_one, recorded, written_as
 
 EVIL = "</script ></script><img src=x onerror=alert(1)><!-- &lt; \u2028 -->"
@@ -112,6 +114,31 @@ def test_both_decoders_are_recorded_as_they_went(tokenizer, tiny_model):
             new = [i for i, is_open in zip(trace.ids, trace.open, strict=True) if is_open]
             assert new[: len(decoded.new[row])] == decoded.new[row]
             assert trace.num_forward_passes == decoded.num_forward_passes and not trace.edits
+
+
+def test_a_draft_that_was_rejected_is_told_and_shown_as_replaced(tokenizer, tiny_model, tmp_path):
+    """If another token was written in its place at once; what was drafted after it is told alone."""
+    model = tiny_model(**{**token_ids(tokenizer), "vocab_size": len(tokenizer)}, attention="joint", block_size=4)
+    canvas = Canvas.continuing([[1, *encode(tokenizer, "the cat")]], 20, model.config)
+    trace, config = Trace(Vocabulary(tokenizer), *canvas.text(0)), DenoisingConfig(gen_remasking="self_speculative")
+    steps = []
+    decoded = fill(model, canvas, config, [0], lambda step: steps.append(step) or trace.add(step))
+    rejected = [dict(step.rejected) for step in trace.steps]
+    assert sum(map(len, rejected)) == decoded.row_drafted[0] - decoded.row_accepted[0] > 0
+    for step, cells, drafts in zip(trace.steps, list(trace.frames())[1:], rejected, strict=True):
+        for position, _, _ in step.writes:
+            assert cells[position].before == drafts.get(position)
+    write_trace(tmp_path / "t.json", [trace])
+    assert load_traces(tmp_path / "t.json") == [trace] and not trace.edits
+    assert f"{decoded.row_accepted[0]} of {decoded.row_drafted[0]} drafts kept" in live_lines(trace, steps)
+
+
+def live_lines(trace, steps):
+    stream = io.StringIO()
+    live = LiveView(Trace(trace._vocabulary, trace.initial, trace.open), stream=stream)
+    for step in steps:
+        live(step)
+    return stream.getvalue()
 
 
 def test_another_token_in_the_place_of_one_is_an_edit(tokenizer):
