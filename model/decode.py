@@ -147,7 +147,8 @@ class SpeculativeDecoder(Decoder):
 
     a1 is what the autoregressive model writes next, a2 what it writes next if a1 is d1, and so on. Written is a, up to
     and including the first that is not d. If there is none, a4 stands where the first M was, and e2 e3 e4 are the next
-    draft; else the rest of the draft is dropped, and the next pass has none.
+    draft; else the rest of the draft is dropped, and the next pass has none. The [MASK]s begin wherever the draft ends:
+    what they see is what a block that is all masked sees on the grid of training.
 
     With a temperature, each column has noise of its own, that of AutoregressiveDecoder, and both of its predictions are
     drawn with it. So d may be right though neither is the likeliest token, and the text is, seed for seed, the one that
@@ -174,9 +175,7 @@ class SpeculativeDecoder(Decoder):
             ids = self._with_drafts()
             logits = self._logits(ids, blocks)
             # 2. Of these, what AutoregressiveDecoder would take off.
-            rows = torch.tensor([block.row for block in blocks for _ in block.masked])
-            columns = torch.tensor([self._next(block.row) + i for block in blocks for i in range(len(block.masked))])
-            logits = self._penalise(logits, ids, rows, columns)
+            logits = self._penalise(logits, ids, blocks)
             # 3. A token for every column, both (N,).
             tokens, confidence = sample_tokens(logits, *self.config.draw[:3], self._noise(counts))
         return self._write(blocks, tokens.cpu(), confidence.cpu())
@@ -212,11 +211,13 @@ class SpeculativeDecoder(Decoder):
         logits = forbid(forward_pass.logits(self.model), self.model.config.mask_token_id)
         return forbid(logits, self.model.config.eos_token_id) if self.config.gen_eos == "never" else logits
 
-    def _penalise(self, logits: Tensor, ids: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """logits (N, V) less the penalty for what was written, or drafted, before `columns` (N,)."""
+    def _penalise(self, logits: Tensor, ids: Tensor, blocks: list[Block]) -> Tensor:
+        """logits (N, V) less the penalty for what was written, or drafted, before the columns that they are for."""
         draw = self.config.draw
         if draw.repeat_penalty == 0:
             return logits
+        rows = torch.tensor([block.row for block in blocks for _ in block.masked])
+        columns = torch.tensor([self._next(block.row) + i for block in blocks for i in range(len(block.masked))])
         ids = ids[rows]
         before = self.state.open[rows] & (torch.arange(ids.shape[1]) < columns[:, None])
         ids, before, columns = (values.to(logits.device) for values in (ids, before, columns))
