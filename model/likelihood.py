@@ -2,7 +2,8 @@
 
 A token is scored if `loss_mask` is True, given the tokens before it (autoregressive), all others of its document (full
 diffusion), or those of its block and of the blocks before (block diffusion). Sums over rows compare directly between
-the kinds: the first is exact, the others are upper bounds, exact for blocks of one token.
+the kinds: the first is exact, the others are upper bounds, exact for blocks of one token. A diffusion model that writes
+one token after the other has an exact likelihood, too: a chain rule, in an order of one's choice or its own.
 Shapes: B rows, L tokens; S masks in one pass; G blocks in a row, W tokens in a block. Masks are drawn on the host.
 """
 
@@ -18,7 +19,8 @@ from model.attention import document_mask
 from model.block_diffusion import Blocks, block_diffusion_mask
 from model.config import ModelConfig
 from model.forward_process import k_of_n_by_block, lowest
-from model.losses import linear_nats
+from model.losses import linear_confidence, linear_nats
+from model.masked_diffusion import without_fill
 from model.objective import Batch, NextToken
 from model.transformer import Transformer
 
@@ -42,10 +44,20 @@ def row_nats(model: Transformer, batch: Batch, num_samples: int, seed: int = 0, 
     """Return the chain rule of a causal model; of a diffusion model `diffusion_bound`."""
     if not model.config.autoregressive:
         return diffusion_bound(model, batch, num_samples, seed, samples_per_pass)
+    return next_token_nats(model, batch)
+
+
+@torch.no_grad()
+def next_token_nats(model: Transformer, batch: Batch) -> RowNats:
+    """Return the chain rule of a causal model, or of a joint one as it writes autoregressively; the EOS that fill a
+    canvas are none of its text."""
     objective = NextToken()
-    loss = objective.loss(model, objective.prepare(batch, model.config))
-    nats = loss.nats.cpu().double()
-    return RowNats(nats, torch.zeros_like(nats), loss.count.cpu().long())
+    loss = objective.loss(model, objective.prepare(without_fill(batch), model.config))
+    return _exact(loss.nats.cpu().double(), loss.count.cpu().long())
+
+
+def _exact(nats: Tensor, count: Tensor) -> RowNats:
+    return RowNats(nats, torch.zeros_like(nats), count)
 
 
 @torch.no_grad()
@@ -64,9 +76,7 @@ def diffusion_bound(
     depend neither on how rows are batched nor on how many samples, copies of the batch, share a pass.
     """
     # 1. Blocks, and n of each (B, G).
-    maskable, documents = batch["loss_mask"].cpu(), batch.get("document_ids")
-    in_blocks = model.config.block_size > 0 and documents is not None
-    blocks = Blocks(maskable, documents.cpu() if in_blocks else None, model.config.block_size)
+    maskable, blocks = _maskable_blocks(model.config, batch)
     totals = blocks.split(maskable).sum(dim=1).view(len(maskable), blocks.number)
     largest = int(totals.max())
     # 2. The masks to come: mask(number) -> scored and weight (B, L).
@@ -80,11 +90,11 @@ def diffusion_bound(
     network, passes = _Network(model, batch), []
     for numbers in torch.arange(num_masks).split(samples_per_pass):
         scored, weight = zip(*map(mask, numbers.tolist()), strict=True)
-        passes.append(network.nats(torch.stack(scored), torch.stack(weight)))
+        passes.append(network.nats(torch.stack(scored), weight=torch.stack(weight)))
     nats, count = torch.cat(passes), maskable.sum(dim=1)
     # 4. All masks add up to the bound; drawn ones estimate it by their mean.
     if not draws_masks(model.config):
-        return RowNats(nats.sum(dim=0), torch.zeros_like(nats[0]), count)
+        return _exact(nats.sum(dim=0), count)
     variance = nats.var(dim=0) / num_masks if num_masks > 1 else torch.full_like(nats[0], torch.nan)
     return RowNats(nats.mean(dim=0), variance.masked_fill(totals.amax(dim=1) <= 1, 0.0), count)
 
@@ -101,8 +111,64 @@ def masked_nats(model: Transformer, batch: Batch, ratio: float, seed: int = 0) -
     total = maskable.sum(dim=1)
     k = (total * ratio).round().long().clamp(min=1).minimum(total)
     scored = lowest(_row_keys(batch, 1, seed)[0][0], maskable, k)[None]
-    nats = _Network(model, batch).nats(scored, torch.ones(scored.shape))[0]
-    return RowNats(nats, torch.zeros_like(nats), k)
+    return _exact(_Network(model, batch).nats(scored)[0], k)
+
+
+# -- chain rules -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def chain_rule(model: Transformer, batch: Batch, rank: Tensor | None = None, steps_per_pass: int = 1) -> RowNats:
+    """Return -log p of every row if a diffusion model writes it token by token in a given order, block after block:
+    sum_b sum_j -log p(token j of block b | tokens 0 to j - 1 of block b, blocks before), [MASK] at all others of block
+    b.
+
+    rank (B, L): which of its block's tokens a token is, 0 for the first; None = from left to right. Then the EOS that
+    fill a canvas are masked, but cost nothing: the row has ended before them. The mean over all orders is the bound of
+    `diffusion_bound`. Step j is taken in all blocks at once, `steps_per_pass` copies of the batch in one pass.
+    """
+    maskable, blocks = _maskable_blocks(model.config, batch)
+    counted = maskable
+    if rank is None:
+        counted = without_fill(batch)["loss_mask"].cpu()
+        rank = blocks.join(blocks.split(maskable).long().cumsum(dim=1) - 1)
+    network, nats = _Network(model, batch), torch.zeros(len(maskable), dtype=torch.float64)
+    number = int(rank[counted].max()) + 1 if counted.any() else 0
+    for steps in torch.arange(number)[:, None, None].split(steps_per_pass):
+        nats += network.nats(maskable & (rank >= steps), counted & (rank == steps)).sum(dim=0)
+    return _exact(nats, counted.sum(dim=1))
+
+
+@torch.no_grad()
+def confidence_chain_rule(model: Transformer, batch: Batch) -> RowNats:
+    """Return -log p of every row if a diffusion model writes token by token where it is surest: in each block next the
+    token whose likeliest value has the largest probability, of equal ones the first.
+
+    The order follows what has been written, never the token to come, so that over all rows p adds up to 1. The EOS that
+    fill a canvas cost nats, since they may be written before the text.
+    """
+    left, blocks = _maskable_blocks(model.config, batch)
+    network, nats, count = _Network(model, batch), torch.zeros(len(left), dtype=torch.float64), left.sum(dim=1)
+    while left.any():
+        # 1. Of each masked token (N,): its prediction, and the probability of its likeliest value.
+        places = left.flatten().nonzero()[:, 0]
+        hidden, targets = network.predicted(left[None], places)
+        confidence = linear_confidence(hidden, model.lm_head.weight, model.config.mask_token_id).cpu()
+        # 2. The surest of each block, (B * G, W) and (B, L); every probability is above 0.
+        surest = blocks.split(torch.zeros(left.shape).flatten().index_put((places,), confidence).view(left.shape))
+        chosen = left & blocks.join(torch.arange(blocks.width) == surest.argmax(dim=1, keepdim=True))
+        # 3. Its nats; then it is written.
+        among = chosen.flatten()[places]
+        nats.index_add_(0, places[among] // left.shape[1], network.nats_of(hidden[among], targets[among]))
+        left = left & ~chosen
+    return _exact(nats, count)
+
+
+def _maskable_blocks(config: ModelConfig, batch: Batch) -> tuple[Tensor, Blocks]:
+    """Return which tokens are scored (B, L), and the blocks that they are in, on the host."""
+    maskable, documents = batch["loss_mask"].cpu(), batch.get("document_ids")
+    in_blocks = config.block_size > 0 and documents is not None
+    return maskable, Blocks(maskable, documents.cpu() if in_blocks else None, config.block_size)
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------
@@ -203,26 +269,37 @@ class _Network:
             self.clean.filled = True
             self.attn_mask = mask[:, :, :length].roll(length, dims=-1)  # of x_t alone, to the keys [x_0, x_t]
 
-    def nats(self, scored: Tensor, weight: Tensor) -> Tensor:
-        """Return weighted sums (S, B) of -log p(x_0 | x_t) over the scored (S, B, L) positions, [MASK] in x_t.
+    def nats(self, masked: Tensor, scored: Tensor | None = None, weight: Tensor | None = None) -> Tensor:
+        """Return sums (S, B) of -log p(x_0 | x_t) over the scored ones (none: all) of the masked (S, B, L) positions of
+        x_t, times their weights (S, B, L).
 
         In float64 on the host, since not every device has float64.
         """
-        # 1. S copies of the batch, (S * B, L), with their masks.
-        (copies, rows, length), config = scored.shape, self.model.config
-        input_ids, chosen = self.input_ids.repeat(copies, 1), scored.flatten().nonzero()[:, 0]
-        noised = torch.where(scored.flatten(0, 1).to(input_ids.device), config.mask_token_id, input_ids)
+        copies, rows, length = masked.shape
+        # 1. Nats of the scored tokens (N,).
+        places = (masked if scored is None else scored).flatten().nonzero()[:, 0]
+        nats = self.nats_of(*self.predicted(masked, places))
+        # 2. Sums by row.
+        if weight is not None:
+            nats = nats * weight.flatten()[places]
+        return nats.new_zeros(copies * rows).index_add(0, places // length, nats).view(copies, rows)
+
+    def predicted(self, masked: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Return hidden states (N, C) and x_0 (N,) at the flat positions `places` (N,) of S copies of the batch, masked
+        (S, B, L)."""
+        copies, mask_id = len(masked), self.model.config.mask_token_id
+        input_ids = self.input_ids.repeat(copies, 1)  # (S * B, L)
+        noised = torch.where(masked.flatten(0, 1).to(input_ids.device), mask_id, input_ids)
         attn_mask = self.attn_mask
         if attn_mask is not None and len(attn_mask) > 1:
             attn_mask = attn_mask.repeat(copies, 1, 1, 1)
-        # 2. Nats of the scored tokens (N,).
-        positions = chosen.to(input_ids.device)
-        hidden = self._hidden(noised, attn_mask, positions)
-        targets = input_ids.flatten()[positions]
-        nats = linear_nats(hidden, self.model.lm_head.weight, targets, config.mask_token_id)
-        # 3. Sums by row.
-        nats = nats.cpu().double() * weight.flatten()[chosen]
-        return nats.new_zeros(copies * rows).index_add(0, chosen // length, nats).view(copies, rows)
+        positions = places.to(input_ids.device)
+        return self._hidden(noised, attn_mask, positions), input_ids.flatten()[positions]
+
+    def nats_of(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return -log p (N,) of targets (N,), float64 on the host."""
+        mask_id = self.model.config.mask_token_id
+        return linear_nats(hidden, self.model.lm_head.weight, targets, mask_id).cpu().double()
 
     def _hidden(self, ids: Tensor, attn_mask: Tensor | None, select: Tensor) -> Tensor:
         return self.model(

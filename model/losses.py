@@ -36,13 +36,24 @@ def linear_nats(hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int 
     return _LinearNats.apply(hidden, weight, targets, forbidden)
 
 
+def linear_confidence(hidden: Tensor, weight: Tensor, forbidden: int) -> Tensor:
+    """Return the largest probability (N,) float32 of each row of forbid(hidden @ weight.T, forbidden), computed as in
+    `linear_nats`."""
+    parts = hidden.split(_rows_at_a_time(hidden, weight))
+    return torch.cat([forbid(F.linear(rows, weight).float(), forbidden).softmax(dim=-1).amax(dim=-1) for rows in parts])
+
+
+def _rows_at_a_time(hidden: Tensor, weight: Tensor) -> int:
+    return max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
+
+
 class _LinearNats(torch.autograd.Function):
     """The operation of `linear_nats`, with a backward pass of its own."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, forbidden: int | None) -> Tensor:
         nats = hidden.new_empty(len(hidden), dtype=torch.float32)
-        chunk = max(1, CHUNK_OF_LOGITS.get(hidden.device.type, 2**24) // len(weight))
+        chunk = _rows_at_a_time(hidden, weight)
         gradient = None
         if any(ctx.needs_input_grad[:2]):
             # Whole chunks on a CPU: the allocator reuses memory of a size that it has seen before.

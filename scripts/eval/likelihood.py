@@ -4,7 +4,7 @@ answers: nats per token, perplexity, bits per byte, accuracy.
     uv run python -m scripts.eval.likelihood --checkpoint weights/diffusion_state_dict.pt --eval-data dataset/val.jsonl
 
 Exact for an autoregressive model (chain rule), an upper bound for a diffusion model (LLaDA Eq. 6; in blocks, LLaDA 2.0
-Eq. 1), over the same tokens. The rows of a file are one of
+Eq. 1), over the same tokens; with --chain-rule-documents also its own exact chain rules. The rows of a file are one of
 
     choices   {"question": ..., "choices": [...], "answer": index from 0, letter or text}, and as ARC, MMLU, C-Eval,
               HellaSwag and others (dataset/rows/choice_formats.py): the likeliest choice, by nats (acc) and by nats per
@@ -24,15 +24,17 @@ from dataset.reading.bad_rows import BadRows
 from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
+from scripts.engine.likelihood.chain_rules import ChainRuleConfig, side_by_side
 from scripts.engine.likelihood.choices import evaluate_choices
 from scripts.engine.likelihood.documents import (
     as_json,
     as_trained,
     document_record,
+    document_windows,
     ends_given,
-    evaluate_file,
     evaluate_replies,
     facts_of_models,
+    likelihoods_of,
 )
 from scripts.engine.likelihood.windows import DIFFUSION, WHOLE_ROWS, DataEvalConfig, report_skipped
 from scripts.engine.loaded import AnyCheckpointConfig, Loaded, circumstances
@@ -48,7 +50,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class RowsConfig(PromptConfig):
+class RowsConfig(PromptConfig, ChainRuleConfig):
     """What the rows are, and how questions are put."""
 
     eval_format: Annotated[
@@ -75,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded, bad = checkpoint.load_any(runtime), BadRows(data.on_bad_row)
     form = format_of(data, rows.eval_format)
     facts = {"rows of text": form == "text", "conversations": form == "chat", "multiple choice": form == "choices"}
+    facts["text or conversations"] = form != "choices"
     given.refuse_without(facts_of_models(loaded) | facts)
     print(f"{checkpoint.checkpoint}: {loaded.described}\n{data.eval_data}: rows of {form}", file=sys.stderr)
     lines, result = EVALUATE[form](loaded, data, rows, bad)
@@ -103,11 +106,13 @@ Report = tuple[list[str], dict[str, Any]]  # lines, and the record for the resul
 
 def of_text(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
     data = as_trained(data, loaded)
-    likelihoods = evaluate_file(loaded, data, bad)
-    lines = [f"{name}: {value.line()}" for name, value in likelihoods.items()]
+    documents, windows = document_windows(loaded, data, bad)
+    likelihoods = likelihoods_of(loaded, documents, windows, data)
+    rules, record = side_by_side(loaded, documents, windows, data, rows.chain_rule_documents, "documents")
+    lines = [*(f"{name}: {value.line()}" for name, value in likelihoods.items()), *rules]
     if ends_given(loaded):
         lines += ["given where each document ends, which an autoregressive model is not"]
-    return lines, document_record(likelihoods, data, loaded)
+    return lines, document_record(likelihoods, data, loaded) | record
 
 
 def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:
@@ -121,7 +126,9 @@ def of_chat(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows
         counts["unfilled"] = replies.unfilled
         summary += f"; {replies.unfilled:,} scored on a canvas of just their length"
     lines = [f"{name}: {value.line('conversations')}" for name, value in likelihoods.items()]
-    return [*lines, summary], {"likelihood": as_json(likelihoods), "replies": counts}
+    scored, number = (replies.conversations, replies.windows), rows.chain_rule_documents
+    more, rules = side_by_side(loaded, *scored, data, number, "conversations")
+    return [*lines, *more, summary], {"likelihood": as_json(likelihoods), "replies": counts, **rules}
 
 
 def of_choices(loaded: Loaded, data: DataEvalConfig, rows: RowsConfig, bad: BadRows) -> Report:

@@ -76,16 +76,16 @@ class Likelihood:
         sign = "<= " if self.kind == "upper bound" else ""
         return (
             f"{self.documents:,} {unit}, {self.tokens:,} tokens: "
-            f"{sign}{_with_error(self.nats_per_token, self.standard_error)} nats per token, "
+            f"{sign}{with_error(self.nats_per_token, self.standard_error)} nats per token, "
             f"perplexity {sign}{self.perplexity:.2f}, "
-            f"{sign}{_with_error(self.bits_per_byte, self.bits_per_byte_error)} bits per byte"
+            f"{sign}{with_error(self.bits_per_byte, self.bits_per_byte_error)} bits per byte"
         )
 
     def as_json(self) -> dict[str, Any]:
         return {name: or_none(value) if isinstance(value, float) else value for name, value in asdict(self).items()}
 
 
-def _with_error(value: float, error: float) -> str:
+def with_error(value: float, error: float) -> str:
     """A single document has no standard error."""
     return f"{value:.4f}" if math.isnan(error) else f"{value:.4f} +- {error:.4f}"
 
@@ -99,8 +99,15 @@ def evaluate_file(loaded: Loaded, config: DataEvalConfig, bad: BadRows | None = 
     Every token but BOS is scored exactly once, EOS included. A document longer than the context is scored in windows,
     each beginning with the last token of the one before as context.
     """
-    documents, windows = windows_of(loaded.tokenizer, config, loaded.max_length, bad, document_canvas(loaded))
-    return _likelihoods(loaded, documents, windows, config)
+    documents, windows = document_windows(loaded, config, bad)
+    return likelihoods_of(loaded, documents, windows, config)
+
+
+def document_windows(
+    loaded: Loaded, config: DataEvalConfig, bad: BadRows | None = None
+) -> tuple[list[Document], list[Window]]:
+    """The documents of a file, and their windows as this model scores them."""
+    return windows_of(loaded.tokenizer, config, loaded.max_length, bad, document_canvas(loaded))
 
 
 def evaluate_documents(loaded: Loaded, config: DataEvalConfig) -> tuple[dict[str, Likelihood], dict[str, Any]]:
@@ -136,7 +143,7 @@ def evaluate_replies(
     scored on. The canvas of a block model ends with a block, whatever `canvas`.
     """
     replies = reply_windows(loaded.tokenizer, config, loaded.max_length, reply_canvas(loaded, canvas), bad)
-    return _likelihoods(loaded, replies.conversations, replies.windows, config), replies
+    return likelihoods_of(loaded, replies.conversations, replies.windows, config), replies
 
 
 def document_canvas(loaded: Loaded) -> TextCanvas:
@@ -166,9 +173,10 @@ def masked_cross_entropy(loaded: Loaded, config: DataEvalConfig, ratio: float) -
     return nats / count
 
 
-def _likelihoods(
+def likelihoods_of(
     loaded: Loaded, documents: list[Document], windows: list[Window], config: DataEvalConfig
 ) -> dict[str, Likelihood]:
+    """Likelihood of documents that nothing has scored yet, by language."""
     add_nats(loaded, documents, windows, config)
     groups = by_language(documents, [document.language for document in documents])
     return {name: Likelihood.of(kind_of(loaded.model), members) for name, members in groups.items()}

@@ -121,13 +121,18 @@ def chosen_rows(rows: Iterable[Row], config: DataEvalConfig, content: Callable[[
     else:
         # Smallest scrambled hash: the hash itself would prefer the documents that training held out.
         count = config.eval_max_batches * config.eval_batch_size
-        chosen = heapq.nsmallest(count, rows, key=lambda row: content_hash(content(row)) * 0x9E3779B97F4A7C15 % 2**64)
+        chosen = heapq.nsmallest(count, rows, key=lambda row: scrambled(content_hash(content(row))))
     if not chosen and config.eval_split == "validation":
         raise ValueError(
             f"{config.eval_data} has nothing to evaluate: with --val-fraction {config.val_fraction} "
             "training holds out none of its rows"
         )
     return chosen
+
+
+def scrambled(value: int) -> int:
+    """A hash of a hash, whose smallest values are a random sample."""
+    return value * 0x9E3779B97F4A7C15 % 2**64
 
 
 def _held_out(rows: Iterable[Row], fraction: float, content: Callable[[Row], str]) -> Iterator[Row]:
@@ -281,7 +286,8 @@ def batches(
 
 
 def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
-    """A batch in which each row is scored from its `begin` on; `row_ids` (B,) seed the rows' masks."""
+    """A batch in which each row is scored from its `begin` on; `row_ids` (B,) seed the rows' masks, `fill` (B, L)
+    is what is scored but is no text."""
     lengths = torch.tensor([len(row.ids) for row in rows])
     begins = torch.tensor([row.begin for row in rows])
     columns = torch.arange(int(lengths.max()))
@@ -293,5 +299,6 @@ def collate(rows: list[Window], pad_id: int) -> dict[str, torch.Tensor]:
         "input_ids": input_ids,
         "loss_mask": real & (columns >= begins[:, None]),
         "document_ids": real.long() - 1,
+        "fill": real & (columns >= lengths[:, None] - torch.tensor([row.fill for row in rows])[:, None]),
         "row_ids": torch.tensor([row.seed for row in rows]),
     }

@@ -26,6 +26,7 @@ from model.denoiser import DenoisingConfig
 from scripts.engine.decoding.answers import Answer, answer_all
 from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices
+from scripts.engine.likelihood.chain_rules import BOUND, ChainRuleConfig, chain_rules
 from scripts.engine.likelihood.documents import add_nats, document_canvas, ends_given, reply_canvas
 from scripts.engine.likelihood.windows import (
     DIFFUSION,
@@ -54,7 +55,7 @@ Section = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class MeasureConfig:
+class MeasureConfig(ChainRuleConfig):
     """What is measured."""
 
     max_seq_len: Annotated[int, "longest sequence the models are given, in tokens", "--seq-len", "at least 2"] = 256
@@ -257,8 +258,12 @@ def _likelihoods(setup: Setup, source: Source, unscored: list[Document], windows
     results = {}
     for name, loaded in setup.models.items():
         documents = [replace(document) for document in unscored]
-        add_nats(loaded, documents, windows[name], setup.config.scoring(source))
+        config = setup.config.scoring(source)
+        add_nats(loaded, documents, windows[name], config)
         results[name] = [{"nats": d.nats, "variance": or_none(d.variance)} for d in documents]
+        rules = chain_rules(loaded, documents, windows[name], config, setup.config.chain_rule_documents)
+        for place in rules[BOUND]:
+            results[name][place]["chain_rules"] = {rule: scored[place].nats for rule, scored in rules.items()}
     items = [
         {"key": keys[i], "lang": d.language, "bytes": d.bytes, "tokens": d.tokens} for i, d in enumerate(documents)
     ]

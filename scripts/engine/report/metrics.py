@@ -13,6 +13,7 @@ import numpy as np
 
 from dataset.rows.choice_formats import Question
 from scripts.engine.decoding.answers import Answer, is_premature
+from scripts.engine.likelihood.chain_rules import BOUND, BY_CONFIDENCE, LEFT_TO_RIGHT
 from scripts.engine.likelihood.choices import outcome
 from scripts.engine.report.measure import WRITTEN
 from scripts.engine.statistics import chrf, is_correct, longest_repeat
@@ -64,6 +65,17 @@ def _reference_nats(item: Item, result: Result) -> Ratio:
     return (likelihood["nats"], likelihood["tokens"]) if likelihood else UNMEASURED
 
 
+def _chain_rule(name: str) -> Callable[[Item, Result], Ratio]:
+    """Return the bits per byte by a chain rule; a model that has no such rule, because it writes in one order alone, is
+    exact as it is."""
+
+    def of(item: Item, result: Result) -> Ratio:
+        rules = result.get("chain_rules")
+        return (rules.get(name, result["nats"]) / math.log(2), item["bytes"]) if rules else UNMEASURED
+
+    return of
+
+
 def _premature(item: Item, result: Result) -> bool:
     answer = Answer(**{name: result[name] for name in WRITTEN})
     return is_premature(answer, Answer("", item["reference_tokens"], True))
@@ -98,6 +110,21 @@ BITS = Metric(
     "-log2 p / UTF-8 bytes of the text, which does not depend on the tokenizer",
     bound=True,
 )
+SAMPLE = "of the documents of --chain-rule-documents, -log2 p / UTF-8 bytes"
+CHAIN_RULES = [
+    Metric(f"bits per byte, {BOUND}", _chain_rule(BOUND), f"{SAMPLE}; for diffusion the bound", bound=True),
+    Metric(
+        f"bits per byte, {LEFT_TO_RIGHT}",
+        _chain_rule(LEFT_TO_RIGHT),
+        f"{SAMPLE}, exact, if the tokens are written from left to right, in blocks block by block",
+    ),
+    Metric(
+        f"bits per byte, {BY_CONFIDENCE}",
+        _chain_rule(BY_CONFIDENCE),
+        f"{SAMPLE}, exact, if the next token is written where the likeliest value is surest, in blocks block by block; "
+        "AR writes from left to right",
+    ),
+]
 REFERENCE_NATS = Metric(
     "nats per token of the given answer",
     _reference_nats,
@@ -147,8 +174,8 @@ DISTINCT = [  # of all answers together, not a ratio of sums over them: `results
     for n in (1, 2)
 ]
 METRICS = {  # format of rows -> metrics; the first is the quality that a frontier shows
-    "text": [NATS, PERPLEXITY, BITS],
-    "chat": [NATS, PERPLEXITY, BITS],
+    "text": [NATS, PERPLEXITY, BITS, *CHAIN_RULES],
+    "chat": [NATS, PERPLEXITY, BITS, *CHAIN_RULES],
     "choices": [ACC, ACC_NORM, CHOICE_NATS],
     "questions": [EXACT, *WRITING],
     "poems": [EXACT, REFERENCE_NATS, *WRITING],

@@ -19,7 +19,7 @@ from scripts.engine.flags import in_effect
 from scripts.engine.report.figures import draw_frontier, draw_likelihood, draw_quality, png
 from scripts.engine.report.frontier import number_of_steps
 from scripts.engine.report.measure import ANSWERED, FORMS, Section
-from scripts.engine.report.metrics import DISTINCT, METRICS, Metric, columns_of, quality_of
+from scripts.engine.report.metrics import Metric, columns_of, quality_of
 from scripts.engine.report.results import (
     DIFFUSION,
     DIRECTIONS,
@@ -84,7 +84,7 @@ def draw(report: Report, folder: Path, show: int | None) -> list[Path]:
     for section in report["sources"]:
         lines += _section(report, section, rows[section["name"]], show)
     lines += _frontier(report, *points) if points else []
-    lines += _glossary(report)
+    lines += _glossary(row.metric for section in report["sources"] for row in rows[section["name"]])
     contents = {"report.md": ("\n".join(lines) + "\n").encode(), **pictures}
     for name in PICTURES.keys() - pictures.keys():  # of an earlier report
         (folder / name).unlink(missing_ok=True)
@@ -375,10 +375,7 @@ def _caches(report: Report) -> str:
     return "".join(f"; diffusion ({attention}): {words}" for attention, words in kept.items())
 
 
-def _glossary(report: Report) -> list[str]:
+def _glossary(metrics: Iterable[Metric]) -> list[str]:
     """A line for each metric that the report shows."""
-    forms = dict.fromkeys(section["format"] for section in report["sources"])
-    metrics = [metric for form in forms for metric in METRICS[form]]
-    metrics += DISTINCT if set(forms) & set(ANSWERED) else []
     descriptions = {metric.name: metric.description for metric in metrics}
     return ["## Metrics", "", *(f"- {name}: {description}" for name, description in descriptions.items())]

@@ -276,3 +276,28 @@ def test_the_format_asked_for_is_that_of_every_file(place, tokenizer_dir, comman
     assert command(report, [*argv, "--eval-format", "chat"]).code == 0
     assert sources_in("new")[0]["format"] == "chat"
     refused(report, [*argv, "--eval-format", "open"], 'row 1: field "reference" is missing')
+
+
+def test_chain_rules_stand_beside_the_bound_of_the_same_documents_when_asked_for(
+    made, place, tokenizer_dir, command, no_figures
+):
+    """A model that writes in one order alone shows what it is scored by; without the flag there is no such line."""
+    write_rows("text.jsonl", ROWS["text"])
+    argv = [*BOTH, *flags(tokenizer_dir, without=("--canvas", "--max-new-tokens", "--gen-steps"))]
+    argv += ["--eval-data", "text.jsonl", "--out", "new", "--chain-rule-documents", "5"]
+    assert command(report, argv).code == 0
+    (section,) = sources_in("new")
+    results = {name: [r for r in section["results"][name] if "chain_rules" in r] for name in (AR, DM)}
+    assert [len(some) for some in results.values()] == [5, 5]
+    assert all(r["chain_rules"] == {"bound": r["nats"]} for r in results[AR])
+    rows = {row.metric.name: row for row in rows_of(section, report_in("new")["models"]) if row.group == "all"}
+    size = sum(
+        item["bytes"] for item, r in zip(section["items"], section["results"][DM], strict=True) if "chain_rules" in r
+    )
+    for rule in ("bound", "left to right", "by confidence"):
+        row = rows[f"bits per byte, {rule}"]
+        nats = sum(r["chain_rules"][rule] for r in results[DM]), sum(r["nats"] for r in results[AR])
+        assert (row.values[DM].value, row.values[AR].value) == pytest.approx([n / np.log(2) / size for n in nats])
+        assert row.count == 5
+    assert "- bits per byte, by confidence: " in Path("new/report.md").read_text(encoding="utf-8")
+    assert "bits per byte, " not in (made[0] / "report" / "report.md").read_text(encoding="utf-8")
