@@ -92,8 +92,7 @@ SMALL = (
         "evaluation",
         "scripts.eval.report",
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --canvas 24"
-        f" --num-samples 8 --frontier-questions 0 --gen-remasking factor --gen-block-size 0 --gen-cap-start-ratio 1"
-        f" --gen-cap-end-ratio 1{GREEDY}",
+        f" --num-samples 8 --frontier-questions 0 --gen-remasking factor --gen-block-size 0{GREEDY}",
         "report.json",
         seconds=22,
     ),

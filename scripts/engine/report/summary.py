@@ -17,8 +17,7 @@ SPLITS = {  # of the bundled questions, and what they ask
     "reversed": "questions on 24 capitals told in the other direction only",
 }
 SMALL_TALK = (  # a model that holds 80 tokens, and was trained on short canvases
-    "--max-seq-len 80 --max-new-tokens 48 --gen-remasking factor --gen-block-size 0 --gen-cap-start-ratio 1 "
-    "--gen-cap-end-ratio 1 --gen-temp 0 --gen-repeat-penalty 0"
+    "--max-seq-len 80 --max-new-tokens 48 --gen-remasking factor --gen-block-size 0 --gen-temp 0 --gen-repeat-penalty 0"
 )
 WIDTH = 38  # columns of an answer
 
