@@ -4,8 +4,9 @@ Each document becomes [BOS] + ids + [EOS] and goes, whole, to the training or to
 flat files: the tokens of all its documents back to back, and the position of each document's first token. Batches are
 gathered straight from there, so memory does not grow with the corpus.
 
-A block that ended with its document would give away the end: its length alone says where EOS stands, but a decoder
-opens whole blocks. So for block diffusion EOS fill the last block, which costs half a block for each document.
+A canvas that ended with its document would give away the end: its length alone says where EOS stands, but a decoder's
+canvas goes on. So for diffusion further EOS stand behind a document's: in blocks they fill the last one, which costs
+half a block for each document; else they are of a random number.
 
 Shapes: B rows of a batch, L = seq_len tokens per row.
 """
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from dataset.order import RowOrder
 from dataset.reading.bad_rows import BadRows, OnBadRow, skipped_line
 from dataset.reading.documents import read_documents
 from dataset.reading.files import DATA_HELP, Observer, data_files, is_plain_text
+from dataset.replies import log_uniform
 from dataset.rows.kinds import note_on_training
 from dataset.spelling import spelling_check
 from dataset.tokenise import FileTokeniser
@@ -56,6 +58,9 @@ class PretrainData:
         "end it for attention, and one that spells the mask or padding token is a bad row",
     ] = False
     on_bad_row: OnBadRow = "error"
+
+    eos_fill: ClassVar[int] = 0
+    quantize_effective_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not self.jsonl_field:
@@ -87,6 +92,12 @@ class DiffusionPretrainData(PretrainData):
         "with block diffusion",
         "--llada2-quantize-effective-length",
     ] = True
+    eos_fill: Annotated[
+        int,
+        "a document's EOS is followed by a random number of others, up to so many: the empty end of the canvas",
+        "in [0, 2^20]",
+        "without block diffusion",
+    ] = 16
 
 
 @dataclass(frozen=True)
@@ -97,11 +108,16 @@ class TokenSplit:
     starts: np.ndarray
 
 
-class BlockFill(NamedTuple):
-    """EOS behind each document, up to the end of its last block."""
+class DocumentFill(NamedTuple):
+    """EOS behind each document: up to the end of its last block, or without blocks up to `longest`, at random."""
 
-    block_size: int
     eos_id: int
+    block_size: int = 0
+    longest: int = 0
+
+    def after(self, lengths: np.ndarray, documents: np.ndarray) -> np.ndarray:
+        """How many stand behind each of `documents` (N,), numbered in their stream, of these lengths (N,)."""
+        return -lengths % self.block_size if self.block_size else log_uniform(lengths, self.longest, documents)
 
 
 class PackedRows:
@@ -112,8 +128,9 @@ class PackedRows:
     Either way every token of the stream is in exactly one row.
     separate_documents=False: the documents of a row see each other, so all of them get id 0.
 
-    fill: rows are cut out of the stream in which each document goes on to the end of its last block. Rows are whole
-    blocks, so that every block of every row is whole, and begins where it would if its document were alone.
+    fill: rows are cut out of the stream in which each document is followed by its fill. In blocks, of which rows must
+    be a multiple, every block of every row is then whole, and begins where it would if its document were alone. Fill at
+    the beginning of a row, where no token of its document is seen, is left out as padding.
     """
 
     def __init__(
@@ -123,7 +140,7 @@ class PackedRows:
         packing: bool,
         pad_id: int,
         separate_documents: bool = True,
-        fill: BlockFill | None = None,
+        fill: DocumentFill | None = None,
     ):
         self.split, self.seq_len, self.pad_id = split, seq_len, pad_id
         self.separate_documents, self.fill = separate_documents, fill
@@ -131,7 +148,7 @@ class PackedRows:
         # nothing in memory, others 8 bytes for each document, or 16.
         self._starts, self._total = split.starts, len(split.tokens)
         if fill:
-            filled = _filled_starts(split, fill.block_size)
+            filled = _filled_starts(split, fill, 0 if packing else seq_len)
             self._starts, self._total = filled[:-1], int(filled[-1])
         self._first_rows = None if packing else _first_rows(self._starts, self._total, seq_len)
         self._num_rows = -(-self._total // seq_len) if packing else int(self._first_rows[-1])
@@ -167,8 +184,10 @@ class PackedRows:
         real = positions < ends[:, None]
         owners = self._owners(starts, ends)
         if self.fill:
-            positions = positions - self._starts[owners] + self.split.starts[owners]
-            fill = real & (positions >= _document_ends(self.split.starts, len(self.split.tokens), owners))
+            shift = self.split.starts[owners] - self._starts[owners]  # to places in the stream without fill
+            owner_ends = _document_ends(self.split.starts, len(self.split.tokens), owners)
+            real &= starts[:, None] + shift < owner_ends
+            positions, fill = positions + shift, real & (positions + shift >= owner_ends)
         # After the row's end stands padding: what is read there is overwritten, but must exist.
         ids = self.split.tokens[np.minimum(positions, len(self.split.tokens) - 1)].astype(np.int64)
         ids[~real] = self.pad_id
@@ -201,12 +220,18 @@ class PackedRows:
         return first[:, None] - 1 + np.cumsum(boundaries, axis=1)
 
 
-def _filled_starts(split: TokenSplit, block_size: int) -> np.ndarray:
-    """(documents + 1,) where each document begins if all go on to the end of a block, and where the last one ends."""
+def _filled_starts(split: TokenSplit, fill: DocumentFill, seq_len: int) -> np.ndarray:
+    """(documents + 1,) where each document begins behind those before it and their fill, and where the last fill ends;
+    seq_len > 0: within the last row of its document."""
     starts = np.zeros(len(split.starts) + 1, dtype=np.int64)
     for documents in stretches(len(split.starts)):
         lengths = _document_ends(split.starts, len(split.tokens), documents) - split.starts[documents]
-        starts[documents + 1] = starts[documents[0]] + np.cumsum(lengths + -lengths % block_size)
+        fills = fill.after(lengths, documents)
+        if seq_len:
+            fills = np.minimum(fills, -lengths % seq_len)
+        elif not fill.block_size:
+            fills[documents == len(split.starts) - 1] = 0  # no row of fill alone behind the others
+        starts[documents + 1] = starts[documents[0]] + np.cumsum(lengths + fills)
     return starts
 
 
@@ -334,9 +359,10 @@ class PretrainDataset:
         tokeniser = DocumentTokeniser(config, tokenizer)
         self.config, self.source = config, tokeniser.source
         streams, self.meta = tokeniser.streams(config.cache_dir)
-        size = min(block_size, config.max_seq_len)
-        seq_len = config.max_seq_len - (config.max_seq_len % size if size else 0)
-        fill = BlockFill(size, tokenizer.eos_token_id) if size else None
+        size = min(block_size, config.max_seq_len) if config.quantize_effective_length else 0
+        seq_len = config.max_seq_len - config.max_seq_len % max(size, 1)
+        longest = 0 if block_size else min(config.eos_fill, seq_len - 1)
+        fill = DocumentFill(tokenizer.eos_token_id, size, longest) if size or longest else None
         layout = seq_len, config.packing, tokenizer.pad_token_id, config.use_doc_attention_mask, fill
         self.train = PackedRows(streams["train"], *layout)
         self.validation = PackedRows(streams["validation"], *layout)
@@ -353,7 +379,7 @@ class PretrainDataset:
         empty = f" ({meta['empty_rows']:,} empty ones skipped)" if meta["empty_rows"] else ""
         bundled = "" if self.config.data else "no --data, so the bundled corpus is used: "
         real = f"{self.train.real_token_share:.1%} real tokens"
-        real += f", {self.train.fill_share:.1%} of them EOS that fill last blocks" if self.train.fill else ""
+        real += f", {self.train.fill_share:.1%} of them EOS behind documents" if self.train.fill else ""
         lines = (
             f"{bundled}{self.source}: {meta['rows']:,} rows{empty}, "
             f"{characters / max(text_tokens, 1):.2f} characters per token\n"

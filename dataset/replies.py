@@ -195,8 +195,7 @@ class ReplyRows:
             return np.minimum(-items.lengths % self.layout.block_size, self.seq_len - items.lengths)
         reply = items.end - items.middle
         room = np.minimum(self.seq_len - items.lengths, self.layout.eos_fill)  # none after a reply that was cut
-        length = (reply * (1 + (room + 1) / reply) ** _uniform(visits)).astype(np.int64)
-        return np.minimum(length - reply, room)
+        return log_uniform(reply, room, visits)
 
     def lengths(self, visits: np.ndarray) -> np.ndarray:
         """Tokens of each visit's row, fill included, (B,) int64."""
@@ -252,6 +251,13 @@ def _concatenated_ranges(begins: np.ndarray, ends: np.ndarray) -> tuple[np.ndarr
     counts = ends - begins
     owners = np.repeat(np.arange(len(counts)), counts)
     return np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + begins[owners], owners
+
+
+def log_uniform(lengths: np.ndarray, room: np.ndarray | int, numbers: np.ndarray) -> np.ndarray:
+    """Tokens (B,) from 0 to `room` behind texts of these lengths (B,), such that both together are log-uniform: a
+    function of the texts' numbers (B,)."""
+    together = (lengths * (1 + (room + 1) / lengths) ** _uniform(numbers)).astype(np.int64)
+    return np.minimum(together - lengths, room)
 
 
 def _uniform(visits: np.ndarray) -> np.ndarray:

@@ -103,8 +103,8 @@ def main(argv: list[str] | None = None) -> None:
         with stage.opened():
             denoising.fitted(stage.model.config)  # what does not go with the weights to come is refused before training
             keep = partial(save_own, tokenizer, configs.run.path("_tokenizer")) if is_new else lambda: None
-            configs.given.refuse_without({"block diffusion": stage.model.config.block_size > 0})
-            size = stage.model.config.block_size if data.quantize_effective_length else 0
+            size = stage.model.config.block_size
+            configs.given.refuse_without({"block diffusion": size > 0})
             model = stage.train(stage.build(PretrainDataset, block_size=size), before=keep)
         if model is None:
             return

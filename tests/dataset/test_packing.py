@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dataset import tokenise
 from dataset.content import content_hash, is_validation
-from dataset.pretrain import BlockFill, DocumentTokeniser, PackedRows, PretrainData, TokenSplit
+from dataset.pretrain import DocumentFill, DocumentTokeniser, PackedRows, PretrainData, TokenSplit
 from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode, train_characters
 from model.block_diffusion import block_starts
@@ -112,7 +112,7 @@ EOS = 65_535  # no position of a stream
 @given(lengths, st.integers(1, 6), st.integers(1, 4), st.booleans(), st.randoms())
 def test_with_fill_every_token_is_in_one_row_and_every_block_is_whole(lengths, size, blocks, packed, random):
     """EOS stand behind every document's last token up to the end of its block, learnt, and nothing else is added."""
-    rows = PackedRows(split_of(lengths), size * blocks, packed, PAD, True, BlockFill(size, EOS))
+    rows = PackedRows(split_of(lengths), size * blocks, packed, PAD, True, DocumentFill(EOS, size))
     batch = rows.batch(np.arange(len(rows)))
     ids, scored, documents, fill = batch.values()
     text = scored & ~fill
@@ -134,10 +134,30 @@ def test_with_fill_every_token_is_in_one_row_and_every_block_is_whole(lengths, s
     assert all(torch.equal(tensor, batch[name][chosen]) for name, tensor in rows.batch(chosen).items())
 
 
+@given(lengths, st.integers(2, 24), st.integers(1, 30), st.booleans(), st.randoms())
+def test_an_open_end_stands_behind_its_document_and_begins_no_row(lengths, seq_len, longest, packed, random):
+    """Up to `longest` EOS; every token is in one row, and each row has one."""
+    rows = PackedRows(split_of(lengths), seq_len, packed, PAD, True, DocumentFill(EOS, 0, min(longest, seq_len - 1)))
+    batch = rows.batch(np.arange(len(rows)))
+    ids, scored, documents, fill = batch.values()
+    text = scored & ~fill
+    assert ids[text].tolist() == list(range(1, sum(lengths) + 1)) and text.any(dim=1).all()
+    assert (ids[fill] == EOS).all() and scored[fill].all() and torch.equal(scored, documents >= 0)
+    ends = set(np.cumsum(lengths).tolist())
+    for row, numbers in enumerate(documents):
+        for number in range(int(numbers.max()) + 1):
+            own = numbers == number
+            here, filled = ids[row][own & text[row]], int((own & fill[row]).sum())
+            assert filled <= longest and not (filled and int(here[-1]) not in ends)
+            assert fill[row][own].tolist() == [False] * len(here) + [True] * filled
+    chosen = np.array([random.randrange(len(rows)) for _ in range(3)])
+    assert all(torch.equal(tensor, batch[name][chosen]) for name, tensor in rows.batch(chosen).items())
+
+
 @given(lengths, st.integers(1, 17), st.booleans())
 def test_blocks_of_one_token_change_nothing(lengths, seq_len, packed):
     plain, filled = (
-        PackedRows(split_of(lengths), seq_len, packed, PAD, True, fill) for fill in (None, BlockFill(1, EOS))
+        PackedRows(split_of(lengths), seq_len, packed, PAD, True, fill) for fill in (None, DocumentFill(EOS, 1))
     )
     ours, theirs = (rows.batch(np.arange(len(plain))) for rows in (plain, filled))
     assert not theirs.pop("fill").any() and all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -155,10 +155,9 @@ class Stage:
             raise ValueError(
                 f"{run.state_path} was trained with another tokenizer; give its directory with --tokenizer-dir"
             )
-        # Flags that came after the run was saved had their defaults; but documents' last blocks were not filled then.
-        defaults = defaults_of(*self.groups)
-        if state["config"]["block_size"]:
-            defaults["quantize_effective_length"] = False
+        # Flags that came after the run was saved had their defaults; but nothing stood behind a document's EOS then.
+        in_blocks = state["config"]["block_size"] > 0
+        defaults = defaults_of(*self.groups) | ({"quantize_effective_length": False} if in_blocks else {"eos_fill": 0})
         defaults = {name: value for name, value in defaults.items() if name in self.settings}
         return compare_settings(defaults | state["settings"], self.settings, run.state_path)
 

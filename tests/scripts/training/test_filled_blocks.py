@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dataset.pretrain import BlockFill, PackedRows, TokenSplit
+from dataset.pretrain import DocumentFill, PackedRows, TokenSplit
 from model.block_diffusion import denoising_inputs
 from model.canvas import Canvas
 from model.checkpoint import load_checkpoint, write_archive
@@ -28,7 +28,7 @@ def rows_of(config, fill=True):
     ends = [torch.tensor([token]) for token in (config.bos_token_id, config.eos_token_id)]
     tokens = torch.cat([torch.cat([ends[0], ids, ends[1]]) for ids in documents]).numpy().astype(np.uint16)
     split = TokenSplit(tokens, np.cumsum([0, *LENGTHS])[:-1].astype(np.int64))
-    filled = BlockFill(SIZE, config.eos_token_id) if fill else None
+    filled = DocumentFill(config.eos_token_id, SIZE) if fill else None
     return PackedRows(split, 24, True, config.pad_token_id, True, filled)
 
 
@@ -109,6 +109,7 @@ def test_a_run_that_is_older_than_the_fill_goes_on_without_it(diffusion_argv, co
     """And its documents are scored as it was trained; a new run's on whole blocks."""
     argv, without = [*diffusion_argv, "--block-size", "4"], "--no-quantize-effective-length"
     refused(diffusion, [*diffusion_argv, without], "--quantize-effective-length has no effect without block diffusion")
+    refused(diffusion, [*argv, "--eos-fill", "3"], "--eos-fill has no effect with block diffusion")
     path, loaded = Path("weights/dm.pt"), []
     for flags in ([], ["--overwrite", without]):
         assert command(diffusion, [*argv, *flags]).code == 0
