@@ -5,8 +5,7 @@ flat files: the tokens of all its documents back to back, and the position of ea
 gathered straight from there, so memory does not grow with the corpus.
 
 A canvas that ended with its document would give away the end: its length alone says where EOS stands, but a decoder's
-canvas goes on. So for diffusion further EOS stand behind a document's: in blocks they fill the last one, which costs
-half a block for each document; else they are of a random number.
+canvas goes on. So for diffusion further EOS stand behind it: to the end of its last block, or so many at random.
 
 Shapes: B rows of a batch, L = seq_len tokens per row.
 """
