@@ -201,8 +201,7 @@ def windows_of(
             # The masks follow the text, not its place in the file.
             seed = (content_hash(text) + start) % 2**63
             some = ids[start : start + max_length]
-            room = max_length - len(some) if start + max_length >= len(ids) else 0
-            fill = max(min(canvas.fill(1, len(some)), room), 0)
+            fill = max(min(canvas.fill(1, len(some)), max_length - len(some)), 0)  # none but in the last
             windows.append(Window(len(documents), some + [tokenizer.eos_token_id] * fill, seed, 1, fill))
         documents.append(Document(language_of(text), len(text.encode("utf-8"))))
     return documents, windows

@@ -37,14 +37,16 @@ def in_training(model, batch, row, columns):
     batch = {name: tensor[row : row + 1] for name, tensor in batch.items()}
     places = torch.tensor(columns)
     noised = batch["input_ids"].index_fill(1, places, model.config.mask_token_id)
-    ids, more = denoising_inputs(noised, batch["input_ids"], batch["document_ids"], SIZE, places)
+    causal = model.config.attention == "joint"
+    ids, more = denoising_inputs(noised, batch["input_ids"], batch["document_ids"], SIZE, places, causal)
     return forbid(model(ids, **more).float(), model.config.mask_token_id).softmax(dim=-1).amax(dim=-1)
 
 
+@pytest.mark.parametrize("attention", ["block", "joint"])
 @pytest.mark.parametrize("fill", [True, False])
-def test_a_document_is_predicted_in_training_as_in_decoding(fill, tiny_model):
+def test_a_document_is_predicted_in_training_as_in_decoding(fill, attention, tiny_model):
     """From any token of a document on, to the end of that token's block; without fill not in the last block."""
-    model, config = tiny_model(attention="block", block_size=SIZE), DenoisingConfig(gen_temp=0, gen_repeat_penalty=0)
+    model, config = tiny_model(attention=attention, block_size=SIZE), DenoisingConfig(gen_temp=0, gen_repeat_penalty=0)
     rows = rows_of(model.config, fill)
     batch, compared, differing = rows.batch(np.arange(len(rows))), 0, 0
     for row, documents in enumerate(batch["document_ids"]):
