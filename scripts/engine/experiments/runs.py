@@ -28,10 +28,10 @@ from scripts.engine.training.config import TrainerConfig
 
 STAGES = {  # kind of model -> command and its own flags
     "ar": ("scripts.train.train_pretrain", ()),
-    # Only rows of full length, so that every run sees exactly its number of tokens.
+    # Only rows of full length and without fill, so that every run sees exactly its number of tokens.
     "diffusion": (
         "scripts.train.diffusion",
-        ("--train", "--use-tokenizer", "--variable-length-prob", "0", "--max-new-tokens", "1"),
+        ("--train", "--use-tokenizer", "--variable-length-prob", "0", "--eos-fill", "0", "--max-new-tokens", "1"),
     ),
 }
 LEARNING = ("--optimizer", "muon", "--lr-stable-ratio", "0.6", "--min-lr-ratio", "0.05", "--tie-embeddings")
