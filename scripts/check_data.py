@@ -19,7 +19,7 @@ import numpy as np
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
 from dataset.reading.files import DATA_HELP, data_files, is_plain_text, open_unpacked
-from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others
+from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others, note_on_unused
 from dataset.sft import SFTData
 from dataset.survey import AllBadRows, Survey
 from dataset.tokenizer import load_tokenizer
@@ -29,6 +29,7 @@ from scripts.engine.files import require_output, write_json
 from scripts.engine.loaded import CheckpointConfig
 
 BAR = 40  # columns
+UNKNOWN = "the rows are of no known format (README.md, Data), so they were read as documents"
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,8 @@ def main(argv: list[str] | None = None) -> None:
         open_unpacked(file).close()  # a missing file gets its message here
     require_output(config.json, "--json", config.file, config.tokenizer_dir)
     chosen = "text" if config.kind == "auto" and "jsonl_field" in given else config.kind
-    kinds = kinds_of_rows(files[0], tuple(KINDS), AllBadRows(), chosen, "--kind", config.jsonl_field) or ["text"]
-    kind = kinds[0]
+    kinds = kinds_of_rows(files[0], tuple(KINDS), AllBadRows(), chosen, "--kind", config.jsonl_field)
+    kind = kinds[0] if kinds else "text"
     in_fields = kind == "text" and not is_plain_text(files[0])
     given.refuse_without({"rows of documents": in_fields})
     flags = {"tokenizer_dir": config.tokenizer_dir}
@@ -104,12 +105,10 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(data.tokenizer_dir)
     result = Survey(files, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)
-    note = "" if source == "data" else note_on_explanations(files[0])
-    notes = [
-        f"  note            {line}"
-        for line in (note_on_others(files[0], kinds, "--kind", config.jsonl_field), note)
-        if line
-    ]
+    said = [note_on_others(files[0], kinds, "--kind", config.jsonl_field), "" if kinds else UNKNOWN]
+    said.append("" if source == "data" else note_on_explanations(files[0]))
+    said.append(note_on_unused(files[0], config.jsonl_field) if kinds == ["text"] else "")
+    notes = [f"  note            {line}" for line in said if line]
     print("\n".join([*page(result), *notes]), end="\n\n")
     print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))
     if config.json is not None:

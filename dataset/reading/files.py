@@ -22,7 +22,9 @@ CONTAINERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", PLAIN_TEXT)
 PACKED = (".gz", ".zst")
 DATA_HELP = "a file, a folder, a pattern in quotes, or several of these with commas"
 EXPECTED = f"{', '.join(CONTAINERS)}, or {' or '.join(PACKED)} after it"
-BESIDE_DATA = re.compile(r"\..*|(?:README|LICENSE|LICENCE).*", re.IGNORECASE)  # in a folder, without being data
+BESIDE_DATA = re.compile(  # in a folder, without being data
+    r"\..*|(?:README|LICENSE|LICENCE).*|dataset_(?:infos?|dict)\.json", re.IGNORECASE
+)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BUFFER = 1 << 20  # bytes of text that are unpacked at a time
 HEAD = 1 << 16  # bytes by which an encoding is recognised
@@ -38,7 +40,12 @@ def data_files(data: Path) -> tuple[Path, ...]:
     these with commas between them. ValueError for a name without a file, a file given twice or of unknown type, and for
     plain text beside rows. A file that does not exist is named when it is opened.
     """
-    names = [data] if data.exists() else [Path(name) for name in str(data).split(",")]
+    names = [data]
+    if not data.exists():
+        parts = [part.strip() for part in str(data).split(",")]
+        if "" in parts:
+            raise ValueError(f"{data}: a comma has no name beside it; leave it out")
+        names = [Path(part).expanduser() for part in parts]
     files = [file for name in names for file in _named(name)]
     for file in files:
         if [other.resolve() for other in files].count(file.resolve()) > 1:
@@ -62,6 +69,8 @@ def _named(name: Path) -> list[Path]:
     if name.exists() or not glob.has_magic(str(name)):
         return [name]
     files = sorted(Path(file) for file in glob.glob(str(name), recursive=True))
+    if "**" in name.parts:
+        files = [file for file in files if file.is_file()]  # the files of folders match, too
     if not files:
         raise FileNotFoundError(f"no file matches {name}; check the pattern")
     return [file for match in files for file in _named(match)]
@@ -191,7 +200,9 @@ WIDE_MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-FEW_LINES = 2  # that are not UTF-8: a fault of rows, not of the file
+FEW_LINES = 2  # that are not UTF-8: a fault of rows, unless they are GBK
+FEW_CHARACTERS = 8  # by which a line or two are not taken to be GBK
+UNKNOWN = "an encoding that cannot be told"
 
 
 def packing_of(head: bytes) -> str | None:
@@ -204,9 +215,10 @@ def refuse_other_encodings(path: Path, head: bytes) -> None:
     head = head[:HEAD]
     if packing := packing_of(head):
         name = PACKINGS[packing]
-        raise ValueError(f"{path} is a {name} file although its name does not say so; rename it to end in .{packing}")
+        remedy = "unpack it" if packing == "zip" else f"rename it to end in .{packing}"
+        raise ValueError(f"{path} is a {name} file although its name does not say so; {remedy}")
     if encoding := other_encoding(head):
-        known = encoding.partition(" ")[0]
+        known = "ENCODING" if encoding == UNKNOWN else encoding.partition(" ")[0]
         raise ValueError(
             f"{path} is not UTF-8 but {encoding}; save it as UTF-8, for example by: "
             f"iconv -f {known} -t UTF-8 {Path(path).name} > utf8_{Path(path).name}"
@@ -223,20 +235,35 @@ def other_encoding(head: bytes) -> str | None:
         return "UTF-16LE" if odd > even else "UTF-16BE"
     # 2. Bytes: one good line is enough to make the others bad rows.
     lines = [line for line in head[: head.rfind(b"\n") + 1 or len(head)].splitlines() if not line.isascii()]
-    if len(lines) <= FEW_LINES or any(_decodes(line, "utf-8") for line in lines):
+    if not lines or any(_decodes(line, "utf-8") for line in lines):
         return None
+    if (second := _high_bytes_of_han(head)) is not None and not _decodes(head, "shift_jis"):
+        return ("UTF-16BE", "UTF-16LE")[second]
     text = b"\n".join(lines)
     pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", text))  # a character of GB2312
-    if _decodes(text, "gb18030") and 2 * pairs > 0.8 * sum(byte > 127 for byte in text):
+    high = sum(byte > 127 for byte in text)
+    few = len(lines) <= FEW_LINES
+    if _decodes(text, "gb18030") and 2 * pairs > 0.8 * high and (not few or pairs > FEW_CHARACTERS):
         return "GB18030 (GBK)"
-    return "CP1252 or another encoding"
+    if few:
+        return None
+    # 3. No remedy that turns the text of another script into wrong letters: of European text few letters are accented.
+    return "CP1252 or another encoding" if high < len(text) / 4 else UNKNOWN
+
+
+def _high_bytes_of_han(text: bytes) -> int | None:
+    """0 or 1: the place in each pair of bytes of those that only Chinese in UTF-16 has there; None if it is not."""
+    shares = [sum(0x4E <= byte <= 0x9F or byte in (0, 0x30, 0xFF) for byte in text[at::2]) for at in (0, 1)]
+    first = shares[1] > shares[0]
+    return int(first) if shares[first] > 0.45 * len(text) and shares[not first] < 0.35 * len(text) else None
 
 
 def _decodes(text: bytes, encoding: str) -> bool:
+    """Return whether a text has this encoding; of a long one, the last character may be cut."""
     try:
         text.decode(encoding)
-    except UnicodeDecodeError:
-        return False
+    except UnicodeDecodeError as error:
+        return error.start > max(len(text) - 4, HEAD // 2)
     return True
 
 

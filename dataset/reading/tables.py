@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from dataset.reading.files import Observer, arrow, decoded, read_chunks, read_lines
@@ -99,14 +100,13 @@ def parquet_rows(path: Path, observe: Observer | None) -> Iterator[tuple[int, Ro
 
 def _of_json(row: Row) -> Row | ValueError:
     """The row with values of JSON alone: dates and numbers of other types as text; bytes are refused."""
-
-    def plain(value: object) -> str:
-        if isinstance(value, bytes):
-            name = next((name for name, other in row.items() if isinstance(other, bytes)), "of a field")
-            raise ValueError(f'column "{name}" holds bytes, not text; leave it out, or store it as a string')
-        return str(value)
-
     try:
-        return json.loads(json.dumps(row, default=plain))
+        return {name: json.loads(json.dumps(value, default=partial(_plain, name))) for name, value in row.items()}
     except ValueError as error:
         return error
+
+
+def _plain(name: str, value: object) -> str:
+    if isinstance(value, bytes):
+        raise ValueError(f'column "{name}" holds bytes, not text; leave it out, or store it as a string')
+    return str(value)

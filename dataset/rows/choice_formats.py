@@ -207,7 +207,7 @@ def question_of(row: Row, check: Check = str) -> Question:
         check(part)
     answers = answers_in(row)
     if not answers:
-        raise ValueError(f'field "answer" is missing; fields present: {", ".join(row)}')
+        raise ValueError(f'field "answer" is missing or empty; fields present: {", ".join(row)}')
     places = [_answer_of(_index(row[name], form.by_index), name, choices, labels, form.first) for name in answers]
     if len(set(places)) > 1:
         raise ValueError(f"fields {' and '.join(answers)} are two different answers; delete one of them")

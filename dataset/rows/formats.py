@@ -54,6 +54,8 @@ def messages_in(row: Row, name: str, role: str = "user") -> Messages:
         return [{"role": role, "content": row[name]}]
     if not isinstance(row[name], dict | list):
         raise ValueError(f'field "{name}" is {JSON_TYPES[type(row[name])]}, expected a string or messages')
+    if isinstance(row[name], list) and any(isinstance(part, str) for part in row[name]):
+        raise ValueError(f'field "{name}" is an array of strings, expected one string, or messages')
     try:
         return read_messages([row[name]] if isinstance(row[name], dict) else row[name])
     except ValueError as error:
@@ -108,12 +110,14 @@ FORMATS = {
         for fields in EXCHANGES
     },
 }
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # whose names are no text, and cannot be learnt
 OTHER_TEXTS = ("rejected_response", "rejected_messages", "chosen", "rejected", "choices", "options", "answerKey")
 TEXT_FIELDS = {  # which carry text even if it is a single word
     *(name for row_format in FORMATS.values() for name in (*row_format.fields, *row_format.optional)),
     *CONTEXT_FIELDS,
     *REASONING_FIELDS,
     *OTHER_TEXTS,
+    *MEDIA,
     *"ABCD",
 }
 

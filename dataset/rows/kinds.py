@@ -13,7 +13,7 @@ from dataset.rows.choice_formats import is_choice
 from dataset.rows.exercise_formats import EXERCISES
 from dataset.rows.exercise_formats import format_of as exercise_format_of
 from dataset.rows.formats import is_conversation
-from dataset.rows.messages import EXPLANATIONS, Row, without_null
+from dataset.rows.messages import EXPLANATIONS, Row, require_used, without_null
 from dataset.rows.pair_formats import is_pair
 
 FIRST_ROWS = 100  # by which the kind of rows is decided
@@ -99,6 +99,30 @@ def note_on_others(path: Path, kinds: Sequence[str], flag: str, field: str = "te
     return f"{path}: read as {WORDS[kinds[0]]}; {', '.join(others)}" if others else ""
 
 
+def refuse_unknown(path: Path, known: Sequence[str]) -> None:
+    """Raise ValueError with the fields of the first row of a file that is of none of the `known` kinds."""
+    number, first = next(read_rows(path, bad=BadRows("skip")))
+    kinds = ", ".join(f"{name} ({WORDS[name]})" for name in known)
+    raise ValueError(
+        f"{path}, row {number}: fields {', '.join(first) or 'none'} are of no known format; expected {kinds}"
+    )
+
+
+def note_on_unused(path: Path, field: str = "text") -> str:
+    """A line on texts beside documents, by the first rows of a file; "" if there are none."""
+    rows = () if is_plain_text(path) else _first_rows(path, BadRows("skip"))
+    found = {name for row in rows for name in without_null(row) if name != field and not _is_used(row, name, field)}
+    return f'{", ".join(sorted(found))} stands beside the field "{field}" and is not learnt' if found else ""
+
+
+def _is_used(row: Row, name: str, field: str) -> bool:
+    try:
+        require_used({name: row[name]}, (), [str(row.get(field))], ())
+    except ValueError:
+        return False
+    return True
+
+
 def note_on_explanations(path: Path) -> str:
     """A line on texts beside questions that are not asked, by the first rows of a file; "" if there are none."""
     rows = () if is_plain_text(path) else _first_rows(path, BadRows("skip"))
@@ -112,8 +136,10 @@ def note_on_training(path: Path | None, kind: str, field: str = "text") -> str:
         return ""
     first, *others = kinds_of_rows(first_file, (kind, *TRAINERS), BadRows("skip"), field=field) or [kind]
     other = next((other for other in others if other != kind), None)
-    if first != kind or other is None:
+    if first != kind:
         return ""
+    if other is None:
+        return note_on_unused(first_file, field) if kind == "text" else ""
     if other == "text":
         return f'the rows have a field "{field}", too, which is not learnt; {TRAINERS[other]} reads it'
     return f'only the field "{field}" is learnt; the rows are {WORDS[other]}, too, which {TRAINERS[other]} reads'

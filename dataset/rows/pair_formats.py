@@ -106,7 +106,10 @@ def _another_reply(row: Row) -> Sides:
     """A conversation of any format, and a reply that is worse than its last."""
     row_format = format_of(row)
     if row_format is None:
-        raise ValueError("rejected_response stands without a conversation; expected one with the better reply")
+        raise ValueError(
+            "rejected_response stands without a conversation, expected one that ends with the better reply; fields "
+            f"present: {', '.join(row)}"
+        )
     messages = row_format.messages(row)
     rejected = [*messages[:-1], *messages_in(row, "rejected_response", "assistant")]
     return Sides(messages, rejected, ("rejected_response", *row_format.fields, *row_format.optional))

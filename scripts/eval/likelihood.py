@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from dataset.reading.bad_rows import BadRows
-from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others
+from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others, refuse_unknown
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.chain_rules import ChainRuleConfig, side_by_side
@@ -94,7 +94,9 @@ def format_of(data: DataEvalConfig, eval_format: str) -> str:
     """The format given, or with "auto" that of the first rows. ValueError if a text file is given another format."""
     bad = BadRows(data.on_bad_row)
     kinds = kinds_of_rows(data.eval_data, tuple(EVALUATE), bad, eval_format, field=data.jsonl_field)
-    form = kinds[0] if kinds else "text"
+    if not kinds:
+        refuse_unknown(data.eval_data, tuple(EVALUATE))
+    form = kinds[0]
     note = note_on_explanations(data.eval_data) if form == "choices" else ""
     for line in (note_on_others(data.eval_data, kinds, "--eval-format", data.jsonl_field), note):
         print(line, end="\n" if line else "", file=sys.stderr)

@@ -162,6 +162,8 @@ def test_the_kind_of_rows_is_told_by_their_fields_or_by_a_flag(doctor):
     assert (code, found["kind"], found["bad_rows"]) == (1, "chat", 1)
     code, told, found = doctor([{"content": "a"}])
     assert (code, found["kind"]) == (1, "text") and "choose one with --jsonl-field" in told
+    assert "of no known format" in told
+    assert "title stands beside" in doctor([{"text": "a", "title": "two words", "id": "b", "source": "a book"}])[1]
     code, told, found = doctor([{"content": "a", "text": 1}], "--jsonl-field", "content")
     assert code == 0 and "--jsonl-field content" in told
 

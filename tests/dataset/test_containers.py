@@ -186,8 +186,30 @@ def test_another_encoding_is_a_fault_of_the_file(tmp_path, encoding, suffix):
     assert encoding[:6].upper().replace("-", "") in message.upper().replace("-", "")
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "gb18030"])
+def test_chinese_alone_in_one_line_shows_its_encoding(tmp_path, encoding, suffix):
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(("天气很好我们去公园玩吧上海北京" * 3000).encode(encoding))
+    with pytest.raises(ValueError, match=f"(?i)not UTF-8 but {encoding.replace('utf-16-', 'utf-16')}"):
+        [*read_documents(path, bad=BadRows("skip"))]
+
+
+@pytest.mark.parametrize(
+    "encoding, line", [("big5", "今天天氣很好，我們去公園玩吧。"), ("shift_jis", "今日はいい天気です。")]
+)
+def test_no_remedy_that_would_spoil_a_text(tmp_path, encoding, line):
+    path = tmp_path / "a.txt"
+    path.write_bytes(f"{line}\n".encode(encoding) * 9)
+    with pytest.raises(ValueError, match="iconv -f ENCODING"):
+        [*read_documents(path)]
+
+
 def test_one_bad_line_among_good_ones_is_a_fault_of_its_row(tmp_path):
     path, bad = tmp_path / "a.txt", BadRows("skip")
+    path.write_bytes("中文的词语，句号。\n".encode()[1:] * 2)
+    with pytest.raises(ValueError, match="row 1"):
+        [*read_documents(path)]
     path.write_bytes("中文\n".encode() * 5 + b"\xd6\xd0\n" * 9)
     assert "".join(read_documents(path, bad=bad)) == "中文\n" * 5 and bad.count == 9
 
@@ -218,7 +240,8 @@ def shards(tmp_path):
     table = [{"instruction": f"say {number} 次", "output": "yes " * number} for number in range(1, 31)]
     folder = tmp_path / "shards"
     (folder / "more").mkdir(parents=True)
-    (folder / "README.md").write_text("about", encoding="utf-8")
+    for name in ("README.md", "dataset_infos.json"):
+        (folder / name).write_text("about", encoding="utf-8")
     for name, part in zip(("a.jsonl", "b.csv", "more/c.json.gz"), (table[:10], table[10:20], table[20:]), strict=True):
         (folder / name).write_bytes(WRITERS[f"rows.{name.partition('.')[2]}"](part))
     (tmp_path / "one.jsonl").write_bytes(in_lines(table))
@@ -260,6 +283,13 @@ def test_bad_rows_and_copies_of_several_files_are_named_with_their_file(shards, 
     assert meta["skipped_first"] == survey["first_bad"] and meta["data_sha256"] == survey["data_sha256"]
 
 
+def test_a_pattern_may_match_folders_and_a_list_may_have_blanks(shards):
+    (shards / "README.md").unlink()
+    (shards / "dataset_infos.json").unlink()
+    assert data_files(shards / "**") == data_files(shards)
+    assert data_files(type(shards)(f"{shards / 'a.jsonl'} , {shards / 'b.csv'}")) == data_files(shards)[:2]
+
+
 def test_names_that_stand_for_no_files_or_for_two_kinds_are_refused(shards):
     def refusal(name) -> str:
         with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -268,6 +298,7 @@ def test_names_that_stand_for_no_files_or_for_two_kinds_are_refused(shards):
 
     assert "no file matches" in refusal(shards / "*.parquet")
     assert "twice" in refusal(f"{shards},{shards / 'a.jsonl'}")
+    assert "comma" in refusal(f"{shards / 'a.jsonl'},")
     (shards / "d.docx").write_bytes(b"")
     assert "d.docx" in refusal(shards) and "'" in refusal(shards)
     (shards / "d.docx").rename(shards / "d.txt")

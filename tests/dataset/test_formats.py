@@ -216,6 +216,8 @@ def test_a_marked_reply_is_shown_and_not_learnt(name, value, small, tmp_path):
 
 REFUSED = {
     "picture": ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "image_url"),
+    "pictures beside": ({"messages": exchange("<image>a", "b"), "images": ["a.png"]}, '"images" carries'),
+    "several replies": ({"instruction": "a", "output": ["b", "c"]}, '"output" is an array of strings'),
     "half a weight": ({"messages": [*exchange("a", "b")[:1], {**said("assistant", "b"), "weight": 0.5}]}, "weight"),
     "all marked": ({"messages": [said("user", "a"), {**said("assistant", "b"), "loss": False}]}, "no reply that is"),
     "row marked": ({"prompt": "a", "response": "b", "weight": 0}, '"weight" says that nothing'),

@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal, NamedTuple
 from dataset.corpus.bundled import bundled_file
 from dataset.reading.bad_rows import BadRows, OnBadRow
 from dataset.reading.documents import read_documents
-from dataset.reading.rows import read_rows
 from dataset.rows.choice_formats import Question, read_questions
 from dataset.rows.exercise_formats import key_of, read_exercises
 from dataset.rows.formats import read_conversations
-from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others
+from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others, refuse_unknown
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
 from model.decode import ContinuationConfig, SamplingConfig
@@ -181,11 +180,7 @@ def form_of(path: Path, config: MeasureConfig) -> str:
     """The format of a file, that of --eval-format or that of its first rows. Raise ValueError if it is unknown."""
     kinds = kinds_of_rows(path, tuple(FORMS), config.bad_rows, config.eval_format)
     if not kinds:
-        number, first = next(read_rows(path, bad=BadRows("skip")))
-        known = ", ".join(f"{name} ({WORDS[name]})" for name in FORMS)
-        raise ValueError(
-            f"{path}, row {number}: fields {', '.join(first) or 'none'} are of no known format; expected {known}"
-        )
+        refuse_unknown(path, tuple(FORMS))
     note = "" if kinds[0] in ("text", "chat") else note_on_explanations(path)
     for line in (note_on_others(path, kinds, "--eval-format"), note):
         print(line, end="\n" if line else "", file=sys.stderr)
