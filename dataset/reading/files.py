@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import re
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -200,8 +201,8 @@ WIDE_MARKS = {
     b"\xff\xfe": "UTF-16",
     b"\xfe\xff": "UTF-16",
 }
-FEW_LINES = 2  # that are not UTF-8: a fault of rows, unless they are GBK
-FEW_CHARACTERS = 8  # by which a line or two are not taken to be GBK
+FEW_LINES = 2  # that are not UTF-8: a fault of rows, unless they are GBK or UTF-16
+FEW_CHARACTERS = 8  # by which a line or two are not taken to be GBK or UTF-16
 UNKNOWN = "an encoding that cannot be told"
 
 
@@ -219,9 +220,13 @@ def refuse_other_encodings(path: Path, head: bytes) -> None:
         raise ValueError(f"{path} is a {name} file although its name does not say so; {remedy}")
     if encoding := other_encoding(head):
         known = "ENCODING" if encoding == UNKNOWN else encoding.partition(" ")[0]
+        convert, name, given = f"iconv -f {known} -t UTF-8", Path(path).name, shlex.quote(str(path))
+        if is_packed(path):
+            convert = f"{'gzip' if name.lower().endswith('.gz') else 'zstd'} -dc {given} | {convert}"
+            name, given = Path(name).stem, ""
         raise ValueError(
             f"{path} is not UTF-8 but {encoding}; save it as UTF-8, for example by: "
-            f"iconv -f {known} -t UTF-8 {Path(path).name} > utf8_{Path(path).name}"
+            f"{' '.join(filter(None, (convert, given)))} > {shlex.quote(f'utf8_{name}')}"
         )
 
 
@@ -240,21 +245,24 @@ def other_encoding(head: bytes) -> str | None:
     if (second := _high_bytes_of_han(head)) is not None and not _decodes(head, "shift_jis"):
         return ("UTF-16BE", "UTF-16LE")[second]
     text = b"\n".join(lines)
-    pairs = len(re.findall(rb"[\xa1-\xf7][\xa1-\xfe]", text))  # a character of GB2312
-    high = sum(byte > 127 for byte in text)
+    read = [character for character in text.decode("gb18030", "ignore") if not character.isascii()]
+    common = len("".join(read).encode("gb2312", "ignore")) / 2
     few = len(lines) <= FEW_LINES
-    if _decodes(text, "gb18030") and 2 * pairs > 0.8 * high and (not few or pairs > FEW_CHARACTERS):
+    if _decodes(text, "gb18030") and common > 0.8 * len(read) and (not few or common > FEW_CHARACTERS):
         return "GB18030 (GBK)"
     if few:
         return None
     # 3. No remedy that turns the text of another script into wrong letters: of European text few letters are accented.
-    return "CP1252 or another encoding" if high < len(text) / 4 else UNKNOWN
+    accented = sum(byte > 127 for byte in text)
+    return "CP1252 or another encoding" if accented < len(text) / 4 else UNKNOWN
 
 
 def _high_bytes_of_han(text: bytes) -> int | None:
     """0 or 1: the place in each pair of bytes of those that only Chinese in UTF-16 has there; None if it is not."""
     shares = [sum(0x4E <= byte <= 0x9F or byte in (0, 0x30, 0xFF) for byte in text[at::2]) for at in (0, 1)]
     first = shares[1] > shares[0]
+    if len(text) <= 2 * FEW_CHARACTERS:
+        return None
     return int(first) if shares[first] > 0.45 * len(text) and shares[not first] < 0.35 * len(text) else None
 
 

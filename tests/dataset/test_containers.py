@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import string
+import subprocess
 
 import pytest
 from hypothesis import given, settings
@@ -184,6 +185,9 @@ def test_another_encoding_is_a_fault_of_the_file(tmp_path, encoding, suffix):
     message = str(caught.value)
     assert "is not UTF-8 but" in message and "iconv" in message
     assert encoding[:6].upper().replace("-", "") in message.upper().replace("-", "")
+    subprocess.run(message.partition("for example by: ")[2], shell=True, check=True, cwd=tmp_path)
+    converted = (tmp_path / f"utf8_a.{suffix.removesuffix('.gz')}").read_bytes()
+    assert converted.decode("utf-8-sig") == lines.decode()
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "txt"])
@@ -196,7 +200,7 @@ def test_chinese_alone_in_one_line_shows_its_encoding(tmp_path, encoding, suffix
 
 
 @pytest.mark.parametrize(
-    "encoding, line", [("big5", "今天天氣很好，我們去公園玩吧。"), ("shift_jis", "今日はいい天気です。")]
+    "encoding, line", [("big5", "今天天氣很好，我們去公園玩。"), ("shift_jis", "今日はいい天気です。")]
 )
 def test_no_remedy_that_would_spoil_a_text(tmp_path, encoding, line):
     path = tmp_path / "a.txt"

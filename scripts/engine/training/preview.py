@@ -130,13 +130,9 @@ def show_batch(
 
 
 def _runs(kinds: list[str], documents: list[int]) -> Iterator[tuple[int, int]]:
-    """(begin, end) of what is shown as one piece: a run of context or of scored tokens in a document, or one token.
-
-    A character may be spread over several tokens of a run.
-    """
+    """(begin, end) of what is shown as one piece: a run of context in a document, or any other token."""
     begin = 0
     for i in range(1, len(kinds) + 1):
-        runs_on = i < len(kinds) and kinds[i] == kinds[i - 1] and kinds[i] in ("context", "scored")
-        if not runs_on or documents[i] != documents[i - 1]:
+        if i == len(kinds) or kinds[i - 1 : i + 1] != ["context"] * 2 or documents[i] != documents[i - 1]:
             yield begin, i
             begin = i

@@ -160,3 +160,8 @@ BAD_QUESTIONS = {
 def test_a_bad_question_is_named_by_file_and_row(words, saved, file, refused):
     data = file([QUESTIONS[0], BAD_QUESTIONS[words]])
     refused(likelihood, saved("full", "--eval-data", data.eval_data), "rows.jsonl, row 2: ", words)
+
+
+def test_rows_of_a_kind_that_has_no_likelihood_are_named_by_their_fields(saved, file, refused):
+    data = file([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    refused(likelihood, saved("full", "--eval-data", data.eval_data), "fields prompt, chosen, rejected are of no known")
