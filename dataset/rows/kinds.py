@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import NoReturn
 
 from dataset.reading.bad_rows import BadRows
 from dataset.reading.files import data_files, is_plain_text
@@ -99,7 +100,7 @@ def note_on_others(path: Path, kinds: Sequence[str], flag: str, field: str = "te
     return f"{path}: read as {WORDS[kinds[0]]}; {', '.join(others)}" if others else ""
 
 
-def refuse_unknown(path: Path, known: Sequence[str]) -> None:
+def refuse_unknown(path: Path, known: Sequence[str]) -> NoReturn:
     """Raise ValueError with the fields of the first row of a file that is of none of the `known` kinds."""
     number, first = next(read_rows(path, bad=BadRows("skip")))
     kinds = ", ".join(f"{name} ({WORDS[name]})" for name in known)

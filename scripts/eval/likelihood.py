@@ -94,9 +94,7 @@ def format_of(data: DataEvalConfig, eval_format: str) -> str:
     """The format given, or with "auto" that of the first rows. ValueError if a text file is given another format."""
     bad = BadRows(data.on_bad_row)
     kinds = kinds_of_rows(data.eval_data, tuple(EVALUATE), bad, eval_format, field=data.jsonl_field)
-    if not kinds:
-        refuse_unknown(data.eval_data, tuple(EVALUATE))
-    form = kinds[0]
+    form = kinds[0] if kinds else refuse_unknown(data.eval_data, tuple(EVALUATE))
     note = note_on_explanations(data.eval_data) if form == "choices" else ""
     for line in (note_on_others(data.eval_data, kinds, "--eval-format", data.jsonl_field), note):
         print(line, end="\n" if line else "", file=sys.stderr)
