@@ -232,12 +232,13 @@ def refuse_other_encodings(path: Path, head: bytes) -> None:
 
 def other_encoding(head: bytes) -> str | None:
     """The encoding of a text that begins with these bytes, if it is none of lines in UTF-8; else None."""
-    # 1. Two or four bytes per character: by its mark, or by the zeros beside ASCII.
-    if marked := next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None):
-        return marked
-    even, odd = head[::2].count(0), head[1::2].count(0)
-    if max(even, odd) > len(head) / 8 and min(even, odd) < len(head) / 100:
-        return "UTF-16LE" if odd > even else "UTF-16BE"
+    # 1. Two or four bytes per character: by its mark, or by the zeros beside ASCII; not if a row alone is so damaged.
+    if not any(map(_is_narrow, head.split(b"\n")[:-1])):
+        if marked := next((name for mark, name in WIDE_MARKS.items() if head.startswith(mark)), None):
+            return marked
+        even, odd = head[::2].count(0), head[1::2].count(0)
+        if max(even, odd) > len(head) / 8 and min(even, odd) < len(head) / 100:
+            return "UTF-16LE" if odd > even else "UTF-16BE"
     # 2. Bytes: one good line is enough to make the others bad rows.
     lines = [line for line in head[: head.rfind(b"\n") + 1 or len(head)].splitlines() if not line.isascii()]
     if not lines or any(_decodes(line, "utf-8") for line in lines):
@@ -255,6 +256,11 @@ def other_encoding(head: bytes) -> str | None:
     # 3. No remedy that turns the text of another script into wrong letters: of European text few letters are accented.
     accented = sum(byte > 127 for byte in text)
     return "CP1252 or another encoding" if accented < len(text) / 4 else UNKNOWN
+
+
+def _is_narrow(line: bytes) -> bool:
+    """Return whether a line is UTF-8, and so long that UTF-16 would not look like it."""
+    return len(line) >= 2 * FEW_CHARACTERS and b"\0" not in line and _decodes(line, "utf-8")
 
 
 def _high_bytes_of_han(text: bytes) -> int | None:

@@ -175,7 +175,7 @@ BAD = {
     "empty": ({"chosen": [], "rejected": []}, "chosen: a conversation needs at least one message"),
     "reply": ({"prompt": "a", "chosen": 3, "rejected": "c"}, 'field "chosen" is a number'),
     "prompt": ({"prompt": 3, "chosen": "b", "rejected": "c"}, 'field "prompt" is a number, expected a string'),
-    "prompt of strings": ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "prompt: message 1 needs the keys"),
+    "prompt of strings": ({"prompt": ["a"], "chosen": "b", "rejected": "c"}, "is an array of strings"),
     "messages": ({"messages": "a", "chosen": "b", "rejected": "c"}, 'field "messages" is a string'),
     "answered": ({"messages": [ASKED, GOOD], "chosen": "b", "rejected": "c"}, "ends before the assistant's reply"),
     "role": ({"messages": [{"role": "robot", "content": ""}], "chosen": "b", "rejected": "c"}, "'robot'"),

@@ -356,7 +356,7 @@ BAD = {
     "instruction": ({"instruction": None, "output": "a"}, "fields present: output"),
     "input": ({"instruction": "a", "input": 0, "output": "b"}, 'field "input" is a number, expected a string'),
     "prompt": ({"prompt": 3, "response": "b"}, "expected a string"),
-    "prompt of strings": ({"prompt": ["a"], "response": "b"}, "prompt: message 1 needs the keys"),
+    "prompt of strings": ({"prompt": ["a"], "response": "b"}, "is an array of strings"),
 }
 
 

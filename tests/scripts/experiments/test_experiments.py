@@ -227,7 +227,7 @@ def test_an_experiment_that_was_stopped_goes_on_to_the_same_files(
         (["--experiments", "reversal", "--reports", "corpus.jsonl"], ["corpus.jsonl is not a report"]),
         (["--schedules-band", "0.8"], ["--schedules-band", "two rates"]),
         (["--hidden-size", "30", "--num-attention-heads", "4"], ["--hidden-size 30"]),
-        (["--data", "x.xlsx"], ["x.csv", ".jsonl"]),
+        (["--data", "x.xlsx"], ["x.xlsx", ".jsonl"]),
     ],
 )
 def test_impossible_and_idle_flags_are_refused_before_anything_is_made(flags, words, refused):
