@@ -26,6 +26,7 @@ EXPECTED = f"{', '.join(CONTAINERS)}, or {' or '.join(PACKED)} after it"
 BESIDE_DATA = re.compile(  # in a folder, without being data
     r"\..*|(?:README|LICENSE|LICENCE).*|dataset_(?:infos?|dict)\.json", re.IGNORECASE
 )
+HELD_OUT = re.compile(r"(?:test|val|valid|validation|dev|eval)(?![a-z]).*", re.IGNORECASE)  # beside files of train
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 BUFFER = 1 << 20  # bytes of text that are unpacked at a time
 HEAD = 1 << 16  # bytes by which an encoding is recognised
@@ -65,6 +66,12 @@ def _named(name: Path) -> list[Path]:
             raise ValueError(
                 f"{name} holds {unknown[0].name}, which is no data file; choose files by a pattern such as "
                 f"'{name}/*{_container(next(filter(_container, files), Path('x.jsonl')))}'"
+            )
+        held_out = [file.name for file in files if HELD_OUT.fullmatch(file.name)]
+        if held_out and any(file.name.lower().startswith("train") for file in files):
+            raise ValueError(
+                f"{name} holds {held_out[0]} beside files for training; choose one kind by a pattern such as "
+                f"'{name}/**/train*'"
             )
         return files
     if name.exists() or not glob.has_magic(str(name)):

@@ -303,6 +303,13 @@ def test_names_that_stand_for_no_files_or_for_two_kinds_are_refused(shards):
     assert "no file matches" in refusal(shards / "*.parquet")
     assert "twice" in refusal(f"{shards},{shards / 'a.jsonl'}")
     assert "comma" in refusal(f"{shards / 'a.jsonl'},")
+    for name in ("train-00000.jsonl", "test-00000.jsonl"):
+        (shards / name).write_text("{}\n", encoding="utf-8")
+    assert "test-00000.jsonl" in refusal(shards) and len(data_files(shards / "**" / "train*")) == 1
+    (shards / "test-00000.jsonl").rename(shards / "testimony.jsonl")
+    assert len(data_files(shards)) == 5
+    for name in ("train-00000.jsonl", "testimony.jsonl"):
+        (shards / name).unlink()
     (shards / "d.docx").write_bytes(b"")
     assert "d.docx" in refusal(shards) and "'" in refusal(shards)
     (shards / "d.docx").rename(shards / "d.txt")
