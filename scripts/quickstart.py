@@ -74,7 +74,7 @@ SMALL = (
         "diffusion pretraining, from AR",
         "scripts.train.diffusion",
         "--train --use-tokenizer --run-name diffusion --init-from-minimind {out}/ar_state_dict.pt --max-seq-len 64"
-        f" --learning-rate 3e-3 --variable-length-prob 0 --max-new-tokens 24{LEARNING}",
+        f" --learning-rate 3e-3 --variable-length-prob 0 --eos-fill 0 --max-new-tokens 24{LEARNING}",
         "diffusion_state_dict.pt",
         steps=500,
         seconds=111,
