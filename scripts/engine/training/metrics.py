@@ -111,7 +111,7 @@ def plot_losses(log_path: Path, image_path: Path) -> None:
     axes.set(xlabel="step", ylabel=loss, title=log_path.stem.removesuffix("_log"))
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(loc="lower center", bbox_to_anchor=(0.5, -0.3), ncol=2, frameon=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncol=2, frameon=False)
     figure.tight_layout()
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
