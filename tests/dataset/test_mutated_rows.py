@@ -31,7 +31,7 @@ from dataset.survey import Survey
 from dataset.tokenizer import decode
 
 pytestmark = pytest.mark.slow
-ROWS = int(os.environ.get("MUTATED_ROWS", 6_000))  # of each format
+ROWS = int(os.environ.get("MUTATED_ROWS", 10_000))  # of each format
 ROWS_IN_A_FILE, SOUND_ROWS = 500, 80
 ROLES = "system", "user", "assistant"
 BOM = b"\xef\xbb\xbf"

@@ -6,6 +6,7 @@ import torch
 from model import cpu_attention
 from model.attention import Visibility, attend, block_causal_mask, document_mask, visibility
 from model.cpu_attention import EXPLICIT_ATTENTION_KEYS, explicit_attention, explicit_attention_backward
+from tests.model.precision import require_same_in_bfloat16
 
 MASKS = {
     "none": (None, False),
@@ -91,14 +92,4 @@ def test_a_mask_becomes_a_bias_only_for_explicit_attention():
 @pytest.mark.parametrize("kind", ["causal", "documents"])
 def test_a_model_in_bfloat16_has_the_logits_and_gradients_of_float32_within_its_precision(kind, tiny_model):
     model, ids = tiny_model().train(), torch.randint(24, (3, 9))
-    with torch.no_grad():
-        for parameter in model.parameters():  # less sharp than the tests' usual weights, which no 8 bits tell
-            parameter.mul_(0.3 if parameter.ndim == 2 else 1.0)
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits = model(ids, attn_mask=MASKS[kind][0], is_causal=MASKS[kind][1])
-        gradients = torch.autograd.grad(logits.float().square().mean(), list(model.parameters()))
-        results.append((logits.float(), *gradients))
-    for right, made in zip(*results, strict=True):
-        assert (made - right).norm() < 0.03 * right.norm() + 1e-6
+    require_same_in_bfloat16(model, ids, attn_mask=MASKS[kind][0], is_causal=MASKS[kind][1])

@@ -16,6 +16,7 @@ from model.masked_diffusion import MaskedDiffusion, without_fill
 from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO
 from tests.model.bounds import batch_of, subsets
+from tests.model.precision import require_same_in_bfloat16
 
 MASK = 3
 DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, -1], [0] * 12, [0] * 5 + [1] * 7])
@@ -58,17 +59,7 @@ def test_parts_give_the_logits_and_gradients_of_the_dense_mask(size, documents, 
 def test_parts_in_bfloat16_are_those_of_float32_within_its_precision(causal, tiny_model, monkeypatch):
     monkeypatch.setattr(block_diffusion, "QUERIES_OF_A_PART", 5)
     model, ids = tiny_model().train(), torch.randint(4, 24, (3, 24))
-    with torch.no_grad():
-        for parameter in model.parameters():  # less sharp than the tests' usual weights, which no 8 bits tell
-            parameter.mul_(0.3 if parameter.ndim == 2 else 1.0)
-    results = []
-    for enabled in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            logits = model(ids, attn_mask=block_diffusion_parts(DOCUMENTS, 4, causal))
-        gradients = torch.autograd.grad(logits.float().square().mean(), list(model.parameters()))
-        results.append((logits.float(), *gradients))
-    for right, made in zip(*results, strict=True):
-        assert (made - right).norm() < 0.03 * right.norm() + 1e-6
+    require_same_in_bfloat16(model, ids, attn_mask=block_diffusion_parts(DOCUMENTS, 4, causal))
 
 
 def test_the_clean_half_is_causal_and_the_noisy_one_sees_what_it_sees_in_blocks():
