@@ -1,7 +1,7 @@
 """Supervised fine-tuning data: conversations of a file as rows that learn their replies, from the cache or streamed."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -189,7 +189,7 @@ class StreamedRows:
         self.threshold = 0.0  # conversations with a smaller hash are held out
         self.empty_replies = 0  # so far
         self.meta: dict[str, Any] = {
-            "data_sha256": _sketch_of(tokeniser.files[0]),
+            "data_sha256": _sketch_of(tokeniser.files),
             "data_sha256_of": f"its first {SKETCH:,} bytes, unpacked",
             "streaming": True,
         }
@@ -281,12 +281,14 @@ def _single_items(rows: ReplyRows) -> Iterator[ChatIds]:
         yield ChatIds(chats.tokens[begin:end].tolist(), [(first - begin, last - begin) for first, last in spans])
 
 
-def _sketch_of(path: Path) -> str:
-    """SHA-256 of the beginning of a file, by which a stream is identified without reading it all."""
-    digest, left = hashlib.sha256(), SKETCH
-    for chunk in read_chunks(path):
-        digest.update(chunk[:left])
-        left -= len(chunk)
-        if left <= 0:
-            break
+def _sketch_of(files: Sequence[Path]) -> str:
+    """SHA-256 of the beginnings of files, by which a stream is identified without reading it all."""
+    digest = hashlib.sha256()
+    for file in files:
+        left = SKETCH
+        for chunk in read_chunks(file):
+            digest.update(chunk[:left])
+            left -= len(chunk)
+            if left <= 0:
+                break
     return digest.hexdigest()

@@ -10,6 +10,7 @@ import io
 import re
 import shlex
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,9 +50,9 @@ def data_files(data: Path) -> tuple[Path, ...]:
             raise ValueError(f"{data}: a comma has no name beside it; leave it out")
         names = [Path(part).expanduser() for part in parts]
     files = [file for name in names for file in _named(name)]
-    for file in files:
-        if [other.resolve() for other in files].count(file.resolve()) > 1:
-            raise ValueError(f"{data} names {file} twice; leave one out")
+    places = Counter(file.resolve() for file in files)
+    if twice := next((file for file in files if places[file.resolve()] > 1), None):
+        raise ValueError(f"{data} names {twice} twice; leave one out")
     if len({is_plain_text(file) for file in files}) > 1:
         raise ValueError(f"{data} names plain text (.txt) and files of rows; give one kind, such as 'folder/*.jsonl'")
     return tuple(files)

@@ -276,6 +276,16 @@ def test_a_change_of_any_file_makes_another_cache(shards, small):
     assert tokens() < before
 
 
+def test_a_stream_is_identified_by_all_its_files(shards, small):
+    def sketch():
+        flags = {"streaming": True, "steps_per_epoch": 1, "val_fraction": 0}
+        return SFTDataset(SFTData(data=shards, **flags), small, all_replies=True, rows_per_step=4).meta["data_sha256"]
+
+    before = sketch()
+    (shards / "more" / "c.json.gz").unlink()
+    assert sketch() != before
+
+
 def test_bad_rows_and_copies_of_several_files_are_named_with_their_file(shards, small):
     (shards / "a.jsonl").write_text('{"instruction": "q"}\n{"instruction": "q", "output": "yes"}\n', encoding="utf-8")
     (shards / "b.csv").write_text("instruction,output\nq,yes\nq\n", encoding="utf-8")
