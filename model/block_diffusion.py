@@ -179,8 +179,8 @@ def block_diffusion_parts(document_ids: Tensor, block_size: int, causal: bool) -
     """Return the same mask cut into parts, each with the few keys that its queries may see: from a noisy block the
     noisy tokens near it and the clean ones before its end, from a clean one the clean tokens up to its end.
 
-    Three quarters of the 2L x 2L pairs are computed in a single part of each half, and down to three eighths in several;
-    what is left out is never seen. Of a causal clean half outputs
+    Three quarters of the 2L x 2L pairs are computed if a half is one part, three eighths if it is many; what is left
+    out is never seen. Of a causal clean half outputs
     may be selected, too.
     """
     halves, length = TwoHalves.of(document_ids, block_size, causal), document_ids.shape[1]
