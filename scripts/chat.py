@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from model.canvas import Canvas
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import REMASKING, DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import REMASKING, DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,

@@ -30,6 +30,7 @@ TOP_LEVEL = {
 # rooms of one floor do not know each other.
 FLOORS = (
     ("model", "dataset"),
+    ("model.decoding",),
     ("scripts.engine",),
     ("scripts.engine.training",),
     ("scripts.engine.likelihood",),

@@ -16,8 +16,8 @@ import sys
 from dataclasses import dataclass
 from typing import Annotated
 
-from model.decode import ContinuationConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.command import Output
 from scripts.engine.decoding.generation import note_on_blanks

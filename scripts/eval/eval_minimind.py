@@ -11,7 +11,8 @@ The network's shape comes from the checkpoint; no flag describes it.
 from dataclasses import dataclass
 from typing import Annotated
 
-from model.decode import ContinuationConfig, SamplingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.command import Output
 from scripts.engine.decoding.watching import TraceConfig

@@ -16,8 +16,9 @@ from typing import Annotated
 
 from dataset.reading.bad_rows import BadRows, OnBadRow
 from dataset.tokenizer import PreTrainedTokenizerFast
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.answers import (
     answer_all,

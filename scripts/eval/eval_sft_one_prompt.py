@@ -14,8 +14,9 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,

@@ -22,8 +22,9 @@ import sys
 from typing import Any
 
 from dataset.tokenizer import PreTrainedTokenizerFast, load_tokenizer
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.cli import TypedFlags, parse_args, run
 from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import facts_of_models

@@ -28,8 +28,8 @@ from dataset.tokenizer import (
 )
 from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.decode import ContinuationConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from model.forward_process import EPS_IN_BAND
 from model.masked_diffusion import MaskedDiffusion
 from scripts.engine.cli import parse_args, run

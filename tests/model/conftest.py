@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.canvases import EOS
+from tests.model.decoding.canvases import EOS
 
 
 @pytest.fixture

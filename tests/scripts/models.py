@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from dataset.tokenizer import fingerprint, token_ids
-from model.canvas import Canvas
 from model.checkpoint import save_checkpoint
 from model.config import ModelConfig
+from model.decoding.canvas import Canvas
 from model.transformer import Transformer
 from scripts.engine.loaded import Loaded
 from scripts.engine.runtime import RuntimeConfig

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dataset.rows import formats
-from model import forward_process, masked_diffusion, remasking
+from model import forward_process, masked_diffusion
+from model.decoding import remasking
 from scripts import quickstart
 from scripts.engine.cli import run
 from scripts.engine.experiments import runs as experiment_runs

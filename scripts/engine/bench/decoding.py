@@ -20,12 +20,12 @@ from dataset.content import content_hash
 from dataset.corpus.bundled import bundled_file
 from dataset.rows.exercise_formats import Exercise, read_exercises
 from dataset.tokenizer import PreTrainedTokenizerFast, decode, encode_chat, load_tokenizer
-from model.canvas import Canvas, Decoded
 from model.config import ModelConfig
-from model.decode import SamplingConfig
-from model.decode import decode as fill
-from model.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
-from model.remasking import transfer_schedule
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas, Decoded
+from model.decoding.decode import decode as fill
+from model.decoding.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
+from model.decoding.remasking import transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid

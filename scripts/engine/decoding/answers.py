@@ -15,7 +15,7 @@ from dataset.rows.formats import read_conversations
 from dataset.rows.messages import Messages, is_learnt
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode, encode_chat, render_chat
-from model.decode import ContinuationConfig
+from model.decoding.decode import ContinuationConfig
 from scripts.engine.decoding.generation import Sampler, first_seed, generate_batch, warm_up
 from scripts.engine.decoding.trace_terminal import on_screen
 from scripts.engine.likelihood.documents import window_nats

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from model.decode import ContinuationConfig
+from model.decoding.decode import ContinuationConfig
 from scripts.engine.decoding.generation import Sampler, generate, infill
 from scripts.engine.decoding.trace import RECORD
 from scripts.engine.decoding.watching import Recorder

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from dataset.tokenizer import decode
-from model.canvas import Canvas, Decoded, DecodingStep
-from model.decode import ContinuationConfig, SamplingConfig, decoder_of
-from model.decode import decode as fill
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas, Decoded, DecodingStep
+from model.decoding.decode import ContinuationConfig, decoder_of
+from model.decoding.decode import decode as fill
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.loaded import Loaded
 from scripts.engine.prompts import Blanks, Prompt, prompt_tokens
 

@@ -19,7 +19,7 @@ from tokenizers import decoders, pre_tokenizers
 from torch import Tensor
 
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
-from model.canvas import DecodingStep
+from model.decoding.canvas import DecodingStep
 
 RECORD = "record"  # of `Trace.info`: kept, not shown
 REPLACEMENT = "\ufffd"

@@ -13,7 +13,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from model.canvas import DecodingStep
+from model.decoding.canvas import DecodingStep
 from scripts.engine.decoding.trace import REPLACEMENT, Cell, Token, Trace
 
 # xterm's 256 colours, from low to high confidence, all light enough for black text.

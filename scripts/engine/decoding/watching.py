@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, TextIO
 
 from dataset.tokenizer import PreTrainedTokenizerFast
-from model.canvas import Canvas, DecodingStep
+from model.decoding.canvas import Canvas, DecodingStep
 from scripts.engine.decoding.generation import Observe, Watch
 from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary, assemble
 from scripts.engine.decoding.trace_files import check_trace_path, write_trace

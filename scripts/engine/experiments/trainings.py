@@ -11,8 +11,8 @@ from typing import Annotated, Any, NamedTuple
 
 from dataset.reading.documents import read_documents
 from dataset.tokenizer import encode
-from model.decode import ContinuationConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding.generation import generate_batch
 from scripts.engine.experiments.runs import Lab, Run, Training, write_documents
 from scripts.engine.files import sha256_of

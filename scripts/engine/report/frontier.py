@@ -7,9 +7,9 @@ from typing import Annotated, Any, NamedTuple
 
 from tqdm import tqdm
 
-from model.decode import SamplingConfig
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import POLICIES
 from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
 from scripts.engine.decoding.generation import warm_up
 from scripts.engine.flags import in_effect

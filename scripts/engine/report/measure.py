@@ -20,8 +20,9 @@ from dataset.rows.formats import read_conversations
 from dataset.rows.kinds import kinds_of_rows, note_on_explanations, note_on_others, refuse_unknown
 from dataset.spelling import spelling_check
 from dataset.tokenizer import PreTrainedTokenizerFast, encode
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding.answers import Answer, answer_all
 from scripts.engine.files import or_none
 from scripts.engine.likelihood import choices

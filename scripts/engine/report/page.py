@@ -9,8 +9,9 @@ from statistics import fmean
 from typing import Any
 
 from model.config import ModelConfig
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from model.likelihood import ENUMERATED
 from scripts.engine.decoding.samplers import ADAPTIVE
 from scripts.engine.decoding.trace_terminal import on_screen

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from model.decode import SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.cli import TypedFlags
 from scripts.engine.likelihood.windows import DIFFUSION
 from scripts.engine.loaded import KINDS

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from dataset.tokenizer import fingerprint
-from model.canvas import Canvas
 from model.checkpoint import save_checkpoint
-from model.decode import decode
-from model.remasking import POLICIES
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.remasking import POLICIES
 from scripts.engine.bench import decoding as benchmark
 from scripts.engine.bench.decoding import (
     DENOISING,

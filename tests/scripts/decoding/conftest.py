@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from dataset.tokenizer import decode, encode_chat
-from model.canvas import Decoded
 from model.checkpoint import load_checkpoint, write_archive
+from model.decoding.canvas import Decoded
 from scripts import chat
 from scripts.engine.decoding import generation
 

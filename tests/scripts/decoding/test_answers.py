@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dataset.content import content_hash
 from dataset.tokenizer import encode, encode_chat, render_chat, train_characters
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding import answers
 from scripts.engine.decoding.answers import (
     Answer,

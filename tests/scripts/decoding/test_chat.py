@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.tokenizer import decode, encode
-from model.canvas import DecodingStep
 from model.config import ModelConfig
-from model.decode import SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import DecodingStep
+from model.decoding.denoiser import DenoisingConfig
 from scripts import chat
 from scripts.engine.decoding.trace import REPLACEMENT, Trace, Vocabulary
 from scripts.engine.decoding.trace_files import load_traces

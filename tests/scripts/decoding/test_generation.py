@@ -7,8 +7,9 @@ import pytest
 
 from dataset.tokenizer import decode, encode, encode_chat
 from model.checkpoint import load_checkpoint, load_model, write_archive
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding import generation
 from scripts.engine.decoding.generation import generate, generate_batch, infill
 from scripts.engine.loaded import Loaded

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dataset.tokenizer import decode, encode, encode_chat, train_characters
-from model.canvas import Decoded
+from model.decoding.canvas import Decoded
 from model.transformer import Transformer
 from scripts import chat
 from scripts.engine.decoding import generation

@@ -15,10 +15,10 @@ from PIL import Image
 from rich.cells import cell_len
 
 from dataset.tokenizer import decode, encode, token_ids, train_characters
-from model.canvas import Canvas
-from model.decode import SamplingConfig
-from model.decode import decode as fill
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode as fill
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding import trace_gif
 from scripts.engine.decoding.trace import Trace, Vocabulary
 from scripts.engine.decoding.trace_files import check_trace_path, load_traces, write_trace

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from dataset.tokenizer import encode
-from model.canvas import DecodingStep
+from model.decoding.canvas import DecodingStep
 from scripts.engine.decoding.trace import Trace, Vocabulary
 from scripts.engine.decoding.trace_terminal import LiveView, on_screen, printable, side_by_side
 from tests.scripts.decoding.traces import EOS, recorded, written_as

@@ -3,7 +3,7 @@
 import torch
 
 from dataset.tokenizer import encode
-from model.canvas import DecodingStep
+from model.decoding.canvas import DecodingStep
 from scripts.engine.decoding.trace import Trace, Vocabulary
 
 MASK, EOS = 3, 2

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from model.decode import SamplingConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.loaded import load_for_use
 from scripts.engine.report import page
 from scripts.engine.report.results import rows_of, summary_of

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from model.decode import ContinuationConfig, SamplingConfig
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import POLICIES
 from scripts.engine.decoding.generation import generate
 from scripts.engine.prompts import Prompt, PromptConfig
 from scripts.engine.report import frontier

@@ -10,7 +10,7 @@ from dataset.content import is_validation
 from dataset.corpus.bundled import choices, questions
 from dataset.rows.formats import read_conversations
 from dataset.tokenizer import encode, encode_chat, render_chat
-from model.decode import ContinuationConfig
+from model.decoding.decode import ContinuationConfig
 from scripts.engine.decoding.generation import generate
 from scripts.engine.likelihood.documents import response_likelihood
 from scripts.engine.prompts import Prompt

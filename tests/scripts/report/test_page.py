@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from model.decode import ContinuationConfig
-from model.denoiser import DenoisingConfig
+from model.decoding.decode import ContinuationConfig
+from model.decoding.denoiser import DenoisingConfig
 from scripts.engine.decoding.generation import generate
 from scripts.engine.prompts import Prompt
 from scripts.engine.report import figures, page

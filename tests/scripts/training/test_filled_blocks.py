@@ -8,9 +8,9 @@ import torch
 
 from dataset.pretrain import DocumentFill, PackedRows, TokenSplit
 from model.block_diffusion import denoising_inputs
-from model.canvas import Canvas
 from model.checkpoint import load_checkpoint, write_archive
-from model.denoiser import Denoiser, DenoisingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.denoiser import Denoiser, DenoisingConfig
 from model.forward_process import StepNoise
 from model.losses import forbid
 from model.masked_diffusion import MaskedDiffusion

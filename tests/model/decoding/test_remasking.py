@@ -5,8 +5,8 @@ from math import ceil
 import pytest
 import torch
 
-from model.denoiser import DenoisingConfig
-from model.remasking import POLICIES, Step, choose, transfer_schedule
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import POLICIES, Step, choose, transfer_schedule
 
 
 def step_of(rows, quota=1, budget=100, threshold=0.9, factor=1.0, held=None, logits=None, bound=0.1):

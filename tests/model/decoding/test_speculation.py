@@ -10,10 +10,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from model.canvas import Canvas
-from model.decode import SamplingConfig, SpeculativeDecoder, decode, num_accepted
-from model.denoiser import SELF_SPECULATIVE, DenoisingConfig
-from tests.model.canvases import EOS, MASK, PROMPTS, continuing, infilling, spied, steps_of
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.denoiser import SELF_SPECULATIVE, DenoisingConfig
+from model.decoding.speculation import SpeculativeDecoder, num_accepted
+from tests.model.decoding.canvases import EOS, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 DRAFTED = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0, gen_remasking=SELF_SPECULATIVE)
 draws = {
@@ -100,7 +102,7 @@ def test_drafts_are_of_use_and_a_wrong_rule_of_acceptance_is_noticed(likeness, d
     drafted, plain = both(model, PROMPTS, 20, greedy)
     assert 0 < sum(drafted.row_accepted) < sum(drafted.row_drafted)
     assert sum(drafted.row_passes) < 0.8 * sum(map(len, drafted.new))
-    monkeypatch.setattr("model.decode.num_accepted", accept_everything)
+    monkeypatch.setattr("model.decoding.speculation.num_accepted", accept_everything)
     wrong, _ = both(model, PROMPTS, 20, greedy)
     assert wrong.new != drafted.new == [one.new[0] for one in plain]
 
@@ -120,7 +122,7 @@ def test_a_draft_that_is_always_right_takes_a_pass_for_a_block(drafting_model):
 @torch.no_grad()
 def test_sampling_keeps_the_joint_distribution(top_k, rule, drafting_model, monkeypatch):
     """Chi-squared of 2,500 texts of up to 4 tokens against their probabilities, enumerated with causal passes."""
-    monkeypatch.setattr("model.decode.num_accepted", rule)
+    monkeypatch.setattr("model.decoding.speculation.num_accepted", rule)
     model, draws = drafting_model(3, 0.0), 2500
     allowed = torch.full((24,), -1e9).index_fill(0, torch.tensor([4, 5]), 0.0)
     allowed[EOS] = -1.0

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model.canvas import Canvas
-from model.decode import decode
-from model.denoiser import Denoiser, DenoisingConfig
-from model.remasking import POLICIES
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.denoiser import Denoiser, DenoisingConfig
+from model.decoding.remasking import POLICIES
+from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
 
 # -- which token, in which order ---------------------------------------------------------------------------------------
 

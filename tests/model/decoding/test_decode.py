@@ -6,10 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from model.canvas import Canvas
-from model.decode import SamplingConfig, decode
-from model.remasking import POLICIES
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.remasking import POLICIES
+from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 AR_GREEDY = SamplingConfig(ar_temperature=0.0, ar_repeat_penalty=0.0)
 AR_HOT = SamplingConfig(ar_temperature=1.0, ar_top_k=12, ar_top_p=0.95, ar_repeat_penalty=0.5, ar_repeat_window=3)
@@ -137,7 +138,9 @@ def test_what_early_stopping_leaves_out_is_behind_the_end(ending_model, monkeypa
         config = replace(HOT, gen_remasking=policy, gen_steps=6, gen_block_size=3)
         short = decode(model, continuing(model), config, range(5))
         with monkeypatch.context() as patch:
-            patch.setattr("model.canvas.CanvasState._has_ended", lambda state, row: not state.masked_columns[row])
+            patch.setattr(
+                "model.decoding.canvas.CanvasState._has_ended", lambda state, row: not state.masked_columns[row]
+            )
             full = decode(model, continuing(model), config, range(5))
         assert short.new == full.new and short.ended == full.ended
         assert short.num_forward_passes <= full.num_forward_passes

@@ -4,7 +4,7 @@ import random
 import pytest
 import torch
 
-from model.sampling import FEW_ROWS, STRIDE, Draw, guide, noise_width, penalise_repeats, sample_tokens
+from model.decoding.sampling import FEW_ROWS, STRIDE, Draw, guide, noise_width, penalise_repeats, sample_tokens
 
 
 def noise(*shape, seed=0):

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from model.canvas import Canvas, Decoder, DecodingStep
 from model.config import ModelConfig
-from model.denoiser_cache import (
+from model.decoding.canvas import Canvas, Decoder, DecodingStep
+from model.decoding.denoiser_cache import (
     Block,
     BlockCache,
     DenoiserCache,
@@ -23,15 +23,15 @@ from model.denoiser_cache import (
     PrefixCache,
     UnfusedBlockCache,
 )
+from model.decoding.remasking import POLICIES, Step, choose, padded, transfer_schedule
+from model.decoding.sampling import Draw, guide
 from model.losses import forbid
 from model.ranges import check_ranges
-from model.remasking import POLICIES, Step, choose, padded, transfer_schedule
-from model.sampling import Draw, guide
 from model.transformer import Transformer
 
 # On larger canvases a small model writes the EOS at their end first: report, section 10.
 DEFAULT_BLOCK_SIZE = 8
-SELF_SPECULATIVE = "self_speculative"  # no policy of denoising: SpeculativeDecoder in model/decode.py
+SELF_SPECULATIVE = "self_speculative"  # no policy of denoising: see speculation.py
 REMASKING = (*POLICIES, SELF_SPECULATIVE)
 DENOISING = f"without --gen-remasking {SELF_SPECULATIVE}"  # what flags need that have no effect there
 

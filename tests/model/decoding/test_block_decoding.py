@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from model.attention import block_causal_mask
 from model.block_diffusion import denoising_inputs
-from model.canvas import Canvas
-from model.decode import decode
-from model.denoiser import Denoiser, DenoisingConfig
-from model.denoiser_cache import BlockCache, Span
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.denoiser import Denoiser, DenoisingConfig
+from model.decoding.denoiser_cache import BlockCache, Span
+from model.decoding.remasking import transfer_schedule
 from model.kv_cache import KVCache
-from model.remasking import transfer_schedule
-from tests.model.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
+from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
 SIZE, NEW = 4, 11  # prompts of 3, 1, 6, 5 and 3 tokens: ragged at both ends, some shorter than a block
 CONFIGS = {
@@ -230,7 +230,7 @@ def test_the_keys_of_a_noisy_pass_are_wrong_even_with_one_layer(num_layers, bloc
     canvas = continuing(model, [[1, 7, 8, 9, 5]], NEW)
     config = replace(GREEDY, gen_steps=6, gen_eos="never")
     exact = Denoiser(model, canvas, replace(config, gen_cache="none"), [0])
-    monkeypatch.setattr("model.denoiser.BlockCache", StaleCommit)
+    monkeypatch.setattr("model.decoding.denoiser.BlockCache", StaleCommit)
     errors = {}
     for error, block in side_by_side(exact, Denoiser(model, canvas, config, [0])):
         errors[block.number] = max(error, errors.get(block.number, 0.0))

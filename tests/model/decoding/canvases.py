@@ -1,8 +1,8 @@
 """Canvases and settings of the decoders' tests."""
 
-from model.canvas import Canvas
-from model.decode import decode
-from model.denoiser import DenoisingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.denoiser import DenoisingConfig
 
 EOS, MASK, PAD = 2, 3, 0
 GREEDY = DenoisingConfig(gen_temp=0.0, gen_repeat_penalty=0.0)

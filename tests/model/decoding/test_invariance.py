@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from model.attention import causal_attention
 from model.block_diffusion import denoising_inputs
-from model.canvas import Canvas
-from model.decode import SamplingConfig, decode
-from model.denoiser import DenoisingConfig
+from model.decoding.autoregressive import SamplingConfig
+from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import POLICIES
 from model.likelihood import row_nats
-from model.remasking import POLICIES
-from tests.model.canvases import EOS, MASK, PAD
+from tests.model.decoding.canvases import EOS, MASK, PAD
 
 CLOSE = {"rtol": 5e-5, "atol": 5e-5}  # of 11,000 documents the worst came to 1e-5
 CONTEXT = 64

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.sampling import Draw, noise_width, penalise_repeats, sample_tokens
+from model.decoding.sampling import Draw, noise_width, penalise_repeats, sample_tokens
 from model.transformer import Transformer
 
 
@@ -263,3 +263,15 @@ class Decoder:
     def finish(self) -> Decoded:
         """The result; ValueError while a row is unfinished."""
         return self.state.finish()
+
+
+def prompt_lengths(canvas: Canvas) -> Tensor:
+    """(B,) int64; ValueError if a row is not a prompt followed by open positions."""
+    start = canvas.lengths - canvas.open.sum(dim=1)
+    columns = torch.arange(canvas.ids.shape[1], device=start.device)
+    if not torch.equal(canvas.given, columns < start[:, None]):
+        raise ValueError(
+            "an autoregressive model, and self_speculative, write at the end of a text only; infilling needs one of "
+            "diffusion, and another policy"
+        )
+    return start
