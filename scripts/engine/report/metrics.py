@@ -13,7 +13,7 @@ import numpy as np
 
 from dataset.rows.choice_formats import Question
 from scripts.engine.decoding.answers import Answer, is_premature
-from scripts.engine.likelihood.chain_rules import BOUND, BY_CONFIDENCE, LEFT_TO_RIGHT
+from scripts.engine.likelihood.chain_rules import AUTOREGRESSIVE, BOUND, BY_CONFIDENCE, LEFT_TO_RIGHT
 from scripts.engine.likelihood.choices import outcome
 from scripts.engine.report.measure import WRITTEN
 from scripts.engine.statistics import chrf, is_correct, longest_repeat
@@ -65,13 +65,16 @@ def _reference_nats(item: Item, result: Result) -> Ratio:
     return (likelihood["nats"], likelihood["tokens"]) if likelihood else UNMEASURED
 
 
-def _chain_rule(name: str) -> Callable[[Item, Result], Ratio]:
-    """Return the bits per byte by a chain rule; a model that has no such rule, because it writes in one order alone, is
-    exact as it is."""
+def _chain_rule(*names: str) -> Callable[[Item, Result], Ratio]:
+    """Return the bits per byte by the first of these chain rules that a model has; one that has none of them, because
+    it writes in one order alone, is exact as it is."""
 
     def of(item: Item, result: Result) -> Ratio:
         rules = result.get("chain_rules")
-        return (rules.get(name, result["nats"]) / math.log(2), item["bytes"]) if rules else UNMEASURED
+        if not rules:
+            return UNMEASURED
+        nats = next((rules[name] for name in names if name in rules), result["nats"])
+        return nats / math.log(2), item["bytes"]
 
     return of
 
@@ -123,6 +126,12 @@ CHAIN_RULES = [
         _chain_rule(BY_CONFIDENCE),
         f"{SAMPLE}, exact, if the next token is written where the likeliest value is surest, in blocks block by block; "
         "AR writes from left to right",
+    ),
+    Metric(
+        f"bits per byte, {AUTOREGRESSIVE}",
+        _chain_rule(AUTOREGRESSIVE, LEFT_TO_RIGHT),
+        f"{SAMPLE}, exact, if each token is predicted at the one before it, as AR and joint weights do; of diffusion "
+        "alone, which cannot, as from left to right",
     ),
 ]
 REFERENCE_NATS = Metric(

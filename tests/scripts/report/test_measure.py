@@ -1,6 +1,7 @@
 """What scripts.eval.report measures: which rows, for all models the same, and the values that it records of them."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from scripts.engine.report import measure
 from scripts.engine.report.measure import MeasureConfig, form_of
 from scripts.engine.report.results import DIFFUSION, rows_of
 from scripts.engine.runtime import RuntimeConfig
-from scripts.eval import report
+from scripts.eval import likelihood, report
 from tests.scripts.conftest import write_rows
 from tests.scripts.models import ready, save
 from tests.scripts.report.conftest import (
@@ -35,6 +36,7 @@ from tests.scripts.report.conftest import (
 )
 
 NO_FRONTIER = ("--frontier-questions", "0", "--out", "new")
+ANSWERING = ("--canvas", "--max-new-tokens", "--gen-steps")  # flags without effect on documents
 SCORING = ("--nmc", "--canvas")  # flags without effect if nothing is scored by a diffusion model
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def test_chain_rules_stand_beside_the_bound_of_the_same_documents_when_asked_for
 ):
     """A model that writes in one order alone shows what it is scored by; without the flag there is no such line."""
     write_rows("text.jsonl", ROWS["text"])
-    argv = [*BOTH, *flags(tokenizer_dir, without=("--canvas", "--max-new-tokens", "--gen-steps"))]
+    argv = [*BOTH, *flags(tokenizer_dir, without=ANSWERING)]
     argv += ["--eval-data", "text.jsonl", "--out", "new", "--chain-rule-documents", "5"]
     assert command(report, argv).code == 0
     (section,) = sources_in("new")
@@ -301,3 +303,25 @@ def test_chain_rules_stand_beside_the_bound_of_the_same_documents_when_asked_for
         assert row.count == 5
     assert "- bits per byte, by confidence: " in Path("new/report.md").read_text(encoding="utf-8")
     assert "bits per byte, " not in (made[0] / "report" / "report.md").read_text(encoding="utf-8")
+
+
+def test_joint_weights_show_what_they_pay_autoregressively_beside_their_bound(
+    place, tokenizer, tokenizer_dir, command, no_figures
+):
+    """In the report of the diffusion model, the number that the likelihood of the same file has as an AR model's."""
+    save("joint_state_dict.pt", ready(tokenizer, "joint 3"), quantize_effective_length=True)
+    write_rows("text.jsonl", ROWS["text"])
+    files = BOTH[2], f"{BOTH[3]},joint_state_dict.pt", "--eval-data", "text.jsonl"
+    argv = [*files, *flags(tokenizer_dir, without=ANSWERING), "--chain-rule-documents", "12", "--out", "new"]
+    said = command(report, argv)
+    assert said.code == 0, said.err
+    (section,) = sources_in("new")
+    rows = {row.metric.name: row.values for row in rows_of(section, report_in("new")["models"]) if row.group == "all"}
+    argv = ["--checkpoint", "joint_state_dict.pt", "--write-as", "autoregressive", "--eval-data", "text.jsonl"]
+    said = command(likelihood, [*argv, *flags(tokenizer_dir, "--json", "r.json", without=(*ANSWERING, "--nmc"))])
+    assert said.code == 0, said.err
+    found = json.loads(Path("r.json").read_text(encoding="utf-8"))["likelihood"]["all"]
+    values = rows["bits per byte, autoregressive"]
+    assert values["diffusion joint"].value == pytest.approx(found["bits_per_byte"], rel=1e-6)
+    assert values[DM] == rows["bits per byte, left to right"][DM]  # which has no causal pass
+    assert rows["bits per byte, left to right"]["diffusion joint"] != values["diffusion joint"]
