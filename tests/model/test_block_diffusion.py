@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_mask
 
 from model import block_diffusion
 from model.attention import block_causal_mask, document_mask
@@ -34,8 +35,8 @@ def number_blocks(documents, size):
     return (block_starts(documents, size) == torch.arange(documents.shape[1])).long().cumsum(dim=1) - 1
 
 
-def all_logits(model, noisy, clean, documents, size):
-    ids, attention = denoising_inputs(noisy, clean, documents, size, torch.arange(clean.numel()))
+def all_logits(model, noisy, clean, documents, size, causal=False):
+    ids, attention = denoising_inputs(noisy, clean, documents, size, torch.arange(clean.numel()), causal)
     return model(ids, **attention).view(*clean.shape, -1)
 
 
@@ -108,10 +109,11 @@ def test_the_mask_is_the_three_part_rule_and_composes_with_documents(size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("documents", [None, DOCUMENTS])
-def test_flex_attention_gives_the_logits_of_the_dense_mask(documents, tiny_model, monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_gives_the_logits_of_the_dense_mask(documents, causal, tiny_model, monkeypatch):
     model, ids = tiny_model(num_key_value_heads=2), torch.randint(4, 24, (3, 12))
     noisy = noised(ids)
-    dense = all_logits(model, noisy, ids, documents, 4)
+    dense = all_logits(model, noisy, ids, documents, 4, causal)
     one_document = torch.zeros(1, 12, dtype=torch.long)
     monkeypatch.setattr(
         block_diffusion,
@@ -120,7 +122,22 @@ def test_flex_attention_gives_the_logits_of_the_dense_mask(documents, tiny_model
             one_document if of is None else of, size, causal
         ),
     )
-    torch.testing.assert_close(all_logits(model, noisy, ids, documents, 4), dense, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(all_logits(model, noisy, ids, documents, 4, causal), dense, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("size", [1, 4, 60, 200])
+def test_flex_attention_computes_the_pairs_of_the_dense_mask_and_skips_no_tile_that_has_one(size, causal):
+    """Of rows of several documents, and of one, whose mask serves any number of rows; each with 4 x 4 tiles."""
+    rows, length, tile = 3, 200, 128
+    for documents in (torch.nn.functional.pad(DOCUMENTS, (0, 28), value=-1).repeat_interleave(5, dim=1), None):
+        alone = torch.zeros(1, length, dtype=torch.long)
+        flex = block_diffusion_flex_mask(alone if documents is None else documents, size, causal)
+        dense = block_diffusion_mask(alone.expand(rows, length) if documents is None else documents, size, causal)
+        assert torch.equal(create_mask(flex.mask_mod, rows, 1, 2 * length, 2 * length, "cpu"), dense)
+        whole = torch.nn.functional.pad(dense, (0, 112, 0, 112)).unflatten(-1, (4, tile)).unflatten(2, (4, tile))
+        computed = flex.to_dense().bool().expand(rows, 1, 4, 4)
+        assert torch.equal(computed, whole.any(dim=-1).any(dim=3)) and not computed.all()
 
 
 def test_the_mask_of_rows_that_are_one_document_is_made_once():
