@@ -148,10 +148,6 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         """Rows of x_t for each row of a batch, R / B."""
         return 2 if self.complementary_masks else 1
 
-    @property
-    def keeps_logits(self) -> bool:
-        return self.cap_weight > 0 or self.repeat_penalty_weight > 0
-
     def settle(self, config: ModelConfig) -> tuple["MaskedDiffusion", ModelConfig]:
         """Take --block-size from the starting weights if it was left out; write the run's last one into the config.
 

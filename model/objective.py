@@ -71,11 +71,6 @@ class Objective:
         """Return the objective that validation measures: one quantity, whatever is trained on, at any step."""
         raise NotImplementedError
 
-    @property
-    def keeps_logits(self) -> bool:
-        """True if the loss keeps all logits in float32 for its gradient, and does not go through them in chunks."""
-        return False
-
     def prepare(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> Prepared:
         """Return what a step of a model of this config needs of a batch; all on the host."""
         raise NotImplementedError

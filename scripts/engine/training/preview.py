@@ -4,9 +4,12 @@ import copy
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dataset.rows.pair_formats import SIDES
 from dataset.tokenizer import PreTrainedTokenizerFast, decode
@@ -33,17 +36,12 @@ def dry_run(model: Transformer, objective: Objective, rows: Rows, configs: Stage
             print(f"  {name:<45} {tuple(parameter.shape)}")
     print(f"  ({model.config.num_hidden_layers} layers, all as layers.0)")
     widest, typical = _widest_and_typical(rows, configs)
-    shapes, seconds = _timed(model, objective, [widest] + [typical] * TIMED_STEPS, configs)
+    seconds, kept = _timed(model, objective, [widest] + [typical] * TIMED_STEPS, configs)
     seconds_per_step = sum(seconds[1:]) / TIMED_STEPS * configs.trainer.accumulation_steps
-    largest = max(shapes, key=lambda shape: shape.numel() * shape[1])
-    logits = widest["input_ids"].numel() * model.config.vocab_size
-    element = configs.runtime.torch_dtype.itemsize
-    logits_size = 3 * 4 if objective.keeps_logits else element  # bytes of each: themselves, or their gradient alone
-    activations = _activations(model.config, largest) * element + logits * logits_size
     parameters = model.num_parameters()
     print(
         f"parameters {parameters:,}; weights, gradients and optimizer {16 * parameters / 2**30:.2f} GiB; "
-        f"activations of one forward pass at most about {activations / 2**30:.2f} GiB"
+        f"a forward pass keeps up to {max(kept) / 2**30:.2f} GiB for its backward pass (counted, {len(kept)} passes)"
     )
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
@@ -56,31 +54,38 @@ def dry_run(model: Transformer, objective: Objective, rows: Rows, configs: Stage
 
 def _timed(
     model: Transformer, objective: Objective, batches: list[dict[str, torch.Tensor]], configs: StageConfigs
-) -> tuple[list[torch.Size], list[float]]:
-    """Return the shapes that the network is fed, more than the batch for block diffusion, and the seconds of each batch
-    forward and backward."""
+) -> tuple[list[float], list[int]]:
+    """Return the seconds of each batch forward and backward, and the bytes that are kept between the two."""
     runtime, device = configs.runtime, configs.runtime.torch_device
     network = copy.deepcopy(model).to(device).train()
-    shapes: list[torch.Size] = []
-    network.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape))
-    seconds = []
+    seconds, kept = [], []
     for step, batch in enumerate(batches):
         start = time.perf_counter()
         progress = (step - 0.5) / TIMED_STEPS if step else 0.0  # spread over the run, whose schedules change the work
-        with runtime.autocast():
+        with runtime.autocast(), _counted(network) as sizes:
             noise = StepNoise(runtime.seed, step, len(batch["input_ids"]), progress=progress)
             loss = objective.loss(network, to_device(objective.prepare(batch, model.config, noise), device))
         (loss.nats.sum() / loss.count.sum().clamp(min=1)).backward()
         float(loss.nats.detach().sum())  # wait for the device
         seconds.append(time.perf_counter() - start)
-    return shapes, seconds
+        kept.append(sum(sizes.values()))
+    return seconds, kept
 
 
-def _activations(config: ModelConfig, shape: torch.Size) -> int:
-    """Return about how many numbers a forward pass over ids of this shape keeps for its backward pass."""
-    tokens, length = shape.numel(), shape[1]
-    rest, attention = 10 * config.hidden_size + 3 * config.intermediate_size, 2 * config.num_attention_heads * length
-    return config.num_hidden_layers * tokens * (rest + attention)
+@contextmanager
+def _counted(network: Transformer) -> Iterator[dict[int, int]]:
+    """Yield the sizes, by address, of what forward passes inside keep for their backward passes; not of parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    sizes: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor):
+        yield sizes
 
 
 def _widest_and_typical(rows: Rows, configs: StageConfigs) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

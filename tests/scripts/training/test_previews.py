@@ -5,10 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from model import masked_diffusion
 from model.checkpoint import load_checkpoint
 from model.forward_process import mask_tokens
+from scripts.engine.training.preview import _counted
 from scripts.train import diffusion, train_pretrain, train_sft_minimind
 from tests.scripts.commands import TRAINS
 from tests.scripts.conftest import snapshot, write_jsonl, write_rows
@@ -32,6 +34,15 @@ def test_a_dry_run_counts_what_the_run_will_have(command, pretrain_argv):
     for name, tensor in weights.items():
         if not name.startswith("layers.1."):
             assert re.search(rf"{re.escape(name)} +{re.escape(str(tuple(tensor.shape)))}", said), name
+
+
+def test_a_dry_run_counts_once_what_a_forward_pass_keeps_and_no_parameters():
+    layer, x = torch.nn.Linear(8, 5, bias=False), torch.randn(30, 8, requires_grad=True)
+    with _counted(layer) as sizes:
+        one, two = layer(x).exp(), layer(x).exp()
+    assert sum(sizes.values()) == x.nbytes + one.nbytes + two.nbytes
+    (one + two).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * one.detach() @ layer.weight.detach())
 
 
 @pytest.fixture
