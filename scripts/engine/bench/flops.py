@@ -30,9 +30,9 @@ ROUNDS, WARM_UP = 7, 2
 
 def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     """Count the operations of a forward and backward pass over a batch that an objective has prepared."""
-    keys, scored = visible_keys(prepared), prepared["positions"]
-    num_positions, num_scored = int((keys > 0).sum()), len(scored)
-    length, width, inner_layers = prepared["input_ids"].shape[1], config.hidden_size, config.num_hidden_layers - 1
+    keys, (rows, columns) = visible_keys(prepared), scored_places(prepared)
+    num_positions, num_scored = int((keys > 0).sum()), len(rows)
+    width, inner_layers = config.hidden_size, config.num_hidden_layers - 1
     queries = config.num_attention_heads * config.head_dim
     # Weights that every position meets in a layer, and those that the last layer applies at scored ones only.
     keys_and_values = 2 * width * config.num_key_value_heads * config.head_dim
@@ -41,8 +41,18 @@ def step_flops(config: ModelConfig, prepared: dict[str, Any]) -> int:
     weights += (inner_layers * num_positions + num_scored) * queries_output_mlp
     weights += num_scored * width * config.vocab_size  # the head
     # Each pair of a query and a key: a product of queries and keys, and one of probabilities and values.
-    pairs = inner_layers * int(keys.sum()) + int(keys[scored // length, scored % length].sum())
+    pairs = inner_layers * int(keys.sum()) + int(keys[rows, columns].sum())
     return FORWARD_AND_BACKWARD * (2 * weights + 4 * queries * pairs)
+
+
+def scored_places(prepared: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Row and column, as in `visible_keys`, of each position from which a token is predicted."""
+    length, places = prepared["input_ids"].shape[1], prepared["positions"]
+    rows, columns = places // length, places % length
+    if prepared.get("joint"):  # the next tokens, from the second half
+        places = prepared["next_positions"]
+        rows, columns = torch.cat([rows, places // length]), torch.cat([columns, places % length + length])
+    return rows, columns
 
 
 def visible_keys(prepared: dict[str, Any]) -> Tensor:
@@ -51,8 +61,8 @@ def visible_keys(prepared: dict[str, Any]) -> Tensor:
     documents = prepared.get("document_ids", torch.zeros_like(ids))
     if "noised_ids" not in prepared:
         mask = document_mask(documents) & block_causal_mask(ids.shape[1], 1)
-    elif 0 < size < ids.shape[1]:
-        mask = block_diffusion_mask(documents, size)
+    elif prepared["joint"] or 0 < size < ids.shape[1]:
+        mask = block_diffusion_mask(documents, size, prepared["joint"])
         documents = documents.repeat(1, 2)
     else:
         mask = document_mask(documents)

@@ -35,9 +35,10 @@ from scripts.engine.training.compiling import compile_layers
 from scripts.engine.training.loader import Rows
 from scripts.engine.training.optim import OptimConfig, make_optimizers, scale_and_clip
 
-KINDS = ("ar", "full", "block")
+KINDS = ("ar", "full", "block", "joint")
 STEPS = "with --parts training, ablation or scaling"
 PARTS = ("data", "forward", "backward", "optimizer")
+NEXT_TOKEN_WEIGHT = 0.5  # of joint weights
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,12 @@ class TrainingBenchmarkConfig:
     """Measuring training."""
 
     kinds: Annotated[
-        tuple[Literal[*KINDS], ...], "ar = autoregressive, full = diffusion, block = block diffusion", STEPS
+        tuple[Literal[*KINDS], ...],
+        "ar = autoregressive, full = diffusion, block = block diffusion, joint = blocks and next tokens",
+        STEPS,
     ] = KINDS
     batch_size: Annotated[int, "rows per step", "at least 1", STEPS] = 8
-    block_size: Annotated[int, "of block diffusion", "at least 1", STEPS] = 32
+    block_size: Annotated[int, "of block diffusion and joint weights", "at least 1", STEPS] = 32
     rounds: Annotated[int, "measured steps of every case, which take turns", "at least 1", STEPS] = 5
     compile: Annotated[
         bool, "compile the layers (needs a C++ compiler on a CPU)", "with --parts training or ablation"
@@ -77,24 +80,33 @@ class TrainingBenchmarkConfig:
 def objective_of(kind: str, block_size: int) -> Objective:
     if kind == "ar":
         return NextToken()
-    return MaskedDiffusion(block_size=block_size if kind == "block" else 0, variable_length_prob=0.0)
+    weight = NEXT_TOKEN_WEIGHT if kind == "joint" else None
+    size = 0 if kind == "full" else block_size
+    return MaskedDiffusion(block_size=size, next_token_weight=weight, variable_length_prob=0.0)
 
 
 def plain_nats(network: Transformer, prepared: dict[str, Any]) -> Tensor:
     """The loss of NextToken and MaskedDiffusion, summed over the batch, from logits at all positions."""
-    ids = prepared["input_ids"]
+    ids, joint = prepared["input_ids"], prepared.get("joint", False)
     everywhere, documents = torch.arange(ids.numel(), device=ids.device), prepared.get("document_ids")
     targets, weight = (torch.zeros(ids.numel(), dtype=d, device=ids.device) for d in (torch.long, torch.float32))
     targets[prepared["positions"]] = prepared["targets"]
     weight[prepared["positions"]] = prepared.get("weight", torch.ones((), device=ids.device))
     if "noised_ids" in prepared:
         noised_ids, size = prepared["noised_ids"], prepared["block_size"]
-        both, attention = denoising_inputs(noised_ids, ids, documents, size, everywhere)
-        logits = network(both, **attention)
+        both, attention = denoising_inputs(noised_ids, ids, documents, size, everywhere, joint)
+        if joint:  # the clean half, too
+            attention["select"] = torch.cat([attention["select"], attention["select"] + ids.shape[1]])
+        logits, before_next = network(both, **attention).tensor_split([ids.numel()])
         logits = forbid(logits, network.config.mask_token_id)
     else:
         logits = network(ids, **causal_attention(documents, ids.shape[1])).flatten(0, 1)
-    return (token_nats(logits, targets) * weight).sum()
+    nats = (token_nats(logits, targets) * weight).sum()
+    if joint:
+        places, share = prepared["next_positions"], prepared["count"] / prepared["next_count"].clamp(min=1)
+        of_next = token_nats(before_next, ids.flatten().roll(-1))[places]
+        nats = nats + NEXT_TOKEN_WEIGHT * (of_next * share[places // ids.shape[1]]).sum()
+    return nats
 
 
 @dataclass(frozen=True)

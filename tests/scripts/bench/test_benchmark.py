@@ -19,15 +19,26 @@ from scripts.engine.bench import flops, training
 from scripts.engine.bench.memory import in_own_process, most_resident
 from scripts.engine.bench.scaling import shape_of
 from scripts.engine.bench.timing import Timing, markdown, take_turns
-from scripts.engine.bench.training import OURS, PARTS, PLAIN, Setting, TrainingBenchmarkConfig, cases_of, plain_nats
+from scripts.engine.bench.training import (
+    NEXT_TOKEN_WEIGHT,
+    OURS,
+    PARTS,
+    PLAIN,
+    Setting,
+    TrainingBenchmarkConfig,
+    cases_of,
+    objective_of,
+    plain_nats,
+)
 from scripts.engine.runtime import RuntimeConfig, keep_freed_memory
 from scripts.eval import benchmark
 from tests.conftest import TINY
 
 KINDS = {
     "ar": NextToken(),
-    "full": MaskedDiffusion(variable_length_prob=0.0),
+    "full": MaskedDiffusion(variable_length_prob=0.0, block_size=0),
     "block": MaskedDiffusion(variable_length_prob=0.0, block_size=3),
+    "joint": MaskedDiffusion(variable_length_prob=0.0, block_size=3, next_token_weight=NEXT_TOKEN_WEIGHT),
 }
 
 
@@ -71,6 +82,18 @@ def test_operations_are_those_that_a_counter_sees_where_nothing_is_masked_or_lef
         assert 0.5 * counted < needed < counted
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_operations_are_of_the_positions_that_the_network_is_asked_for(kind, tiny_model):
+    model, asked = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, ids, given: asked.append((*ids, given["select"])), with_kwargs=True)
+    batch = prepared(kind, torch.randint(4, 24, (3, 8)))
+    KINDS[kind].loss(model, batch)
+    ((ids, select),) = asked
+    rows, columns = flops.scored_places(batch)
+    assert torch.equal(rows * ids.shape[1] + columns, select)
+    assert flops.visible_keys(batch).shape == ids.shape
+
+
 def test_padding_and_unseen_positions_are_no_work(tiny_model):
     ids, alone = torch.randint(4, 24, (1, 6)), torch.zeros(1, 6, dtype=torch.long)
     padded = torch.nn.functional.pad(ids, (0, 4))
@@ -79,6 +102,7 @@ def test_padding_and_unseen_positions_are_no_work(tiny_model):
         of_padded, of_alone = prepared(kind, padded, documents), prepared(kind, ids, alone)
         of_padded["positions"] = of_alone["positions"]  # of the only row, so the same in either
         assert flops.step_flops(TINY, of_padded) == flops.step_flops(TINY, of_alone)
+        assert objective_of(kind, 3) == KINDS[kind]
 
 
 def test_cases_take_turns_and_warming_up_is_not_timed():
@@ -142,11 +166,12 @@ def measured(corpus, tmp_path, monkeypatch, capsys):
 
 def test_the_command_measures_and_writes_what_it_says(measured):
     points = ["--scaling-lengths", "16", "--scaling-batches", "2", "--scaling-millions", "0.9"]
-    written, output = measured("--parts", "scaling,training", *points)
+    kinds = ("ar", "joint")
+    written, output = measured("--parts", "scaling,training", "--kinds", ",".join(kinds), *points)
     assert set(written["results"]) == {"peak", "training", "scaling"} and written["commit"]
     rows = written["results"]["training"]
     assert [(row["kind"], row["case"]) for row in rows] == [
-        (kind, case) for kind in KINDS for case in ("ours", "plain", "plain, usual memory")
+        (kind, case) for kind in kinds for case in ("ours", "plain", "plain, usual memory")
     ]
     for row in rows:
         assert sum(row[part] for part in PARTS) == pytest.approx(1) and row["mfu"] > 0
@@ -154,7 +179,7 @@ def test_the_command_measures_and_writes_what_it_says(measured):
     ours, plain = rows[:2]
     assert ours["real tokens/s"] > 0.95 * ours["padded tokens/s"]  # packed
     assert plain["real tokens/s"] < 0.8 * plain["padded tokens/s"]  # padded
-    assert [row["along"] for row in written["results"]["scaling"]] == ["length", "batch", "parameters"] * 3
+    assert [row["along"] for row in written["results"]["scaling"]] == ["length", "batch", "parameters"] * len(kinds)
     assert output.count("| kind | case |") == 1 and output.count("| kind | along |") == 1
 
 
