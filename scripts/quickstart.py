@@ -1,4 +1,4 @@
-"""Everything at once: both kinds of model pretrained, fine-tuned and compared, on a CPU, in minutes, from nothing.
+"""Everything at once: three models trained and compared, AR, diffusion and both in one, on a CPU, from nothing.
 
     uv run python -m scripts.quickstart
     uv run python -m scripts.quickstart --full
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from dataset.corpus.bundled import bundled_file
+from scripts.engine.bench.pace import seconds_of_a_step
 from scripts.engine.cli import parse_args, run
 from scripts.engine.files import locked, require_writable, write_json
 from scripts.engine.report.summary import summary
@@ -35,16 +36,30 @@ class Stage(NamedTuple):
     flags: str
     makes: str  # a file in {out}
     steps: int = 0  # of a training of the small recipe
-    seconds: int = 0  # on the machine that README.md names
 
 
+# Measured on one machine in one hour: seconds of the small recipe's stages, and of the step that `pace` measures.
+SECONDS = {
+    "tokenizer": 1,
+    "AR pretraining": 73,
+    "AR fine-tuning": 53,
+    "joint fine-tuning, from AR": 130,
+    "diffusion fine-tuning, from joint": 61,
+    "evaluation": 50,
+    "trace": 1,
+}
+STEP_SECONDS = 0.27
 STORY = "Tell me a short story about Anna."
 SMALL_MODEL = "--hidden-size 192 --num-hidden-layers 4 --num-attention-heads 6 --tie-embeddings"
 LEARNING = (
     " --save-dir {out} --tokenizer-dir {out}/tokenizer --optimizer muon --batch-size 64 --lr-stable-ratio 0.6"
     " --min-lr-ratio 0.05 --log-interval 100 --eval-interval 500 --eval-max-batches 2"
 )
-COMPARED = "--minimind-checkpoint {out}/ar_sft_state_dict.pt --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt"
+COMPARED = (  # joint weights under both kinds
+    "--minimind-checkpoint {out}/ar_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
+    " --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
+)
+ALONE = "--minimind-checkpoint {out}/ar_sft_state_dict.pt --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt"
 GREEDY = " --ar-temperature 0 --gen-temp 0 --ar-repeat-penalty 0 --gen-repeat-penalty 0"
 SMALL = (
     Stage(
@@ -52,7 +67,6 @@ SMALL = (
         "scripts.train.train_tokenizer",
         "--target-vocab-size 4096 --out {out}/tokenizer",
         "tokenizer/tokenizer.json",
-        seconds=1,
     ),
     Stage(
         "AR pretraining",
@@ -60,49 +74,44 @@ SMALL = (
         f"--run-name ar {SMALL_MODEL} --max-seq-len 64 --learning-rate 3e-3{LEARNING}",
         "ar_state_dict.pt",
         steps=260,
-        seconds=73,
     ),
-    Stage(
+    Stage(  # never from joint weights: they know facts backwards, which the comparison is about
         "AR fine-tuning",
         "scripts.train.train_sft_minimind",
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
-        steps=550,
-        seconds=73,
+        steps=400,
     ),
     Stage(
-        "diffusion pretraining, from AR",
-        "scripts.train.diffusion",
-        "--train --use-tokenizer --run-name diffusion --init-from-minimind {out}/ar_state_dict.pt --max-seq-len 64"
-        f" --learning-rate 3e-3 --variable-length-prob 0 --eos-fill 0 --max-new-tokens 24{LEARNING}",
-        "diffusion_state_dict.pt",
-        steps=500,
-        seconds=111,
-    ),
-    Stage(
-        "diffusion fine-tuning",
+        "joint fine-tuning, from AR",
         "scripts.train.train_sft_diffusion",
-        "--run-name diffusion_sft --load-from {out}/diffusion_state_dict.pt --max-seq-len 80 --eos-fill 8"
-        f" --learning-rate 3e-3{LEARNING}",
+        "--run-name joint_sft --load-from {out}/ar_state_dict.pt --block-size 8 --next-token-weight 0.5"
+        f" --max-seq-len 80 --learning-rate 3e-3{LEARNING}",
+        "joint_sft_state_dict.pt",
+        steps=600,
+    ),
+    Stage(
+        "diffusion fine-tuning, from joint",
+        "scripts.train.train_sft_diffusion",
+        "--run-name diffusion_sft --load-from {out}/joint_sft_state_dict.pt --block-size 0 --next-token-weight 0"
+        f" --eos-fill 8 --max-seq-len 80 --learning-rate 3e-3{LEARNING}",
         "diffusion_sft_state_dict.pt",
-        steps=1500,
-        seconds=183,
+        steps=500,
     ),
     Stage(
         "evaluation",
         "scripts.eval.report",
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --canvas 24"
-        f" --num-samples 8 --frontier-questions 0 --gen-remasking factor --gen-block-size 0{GREEDY}",
+        f" --num-samples 8 --frontier-questions 60 --frontier-policies threshold,self_speculative"
+        f" --gen-remasking threshold{GREEDY}",
         "report.json",
-        seconds=22,
     ),
     Stage(
         "trace",
         "scripts.eval.eval_sft_one_prompt",
-        f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
+        f"{ALONE} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
         f" --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
-        seconds=1,
     ),
 )
 DATASET = "gongjy/minimind_dataset"
@@ -121,6 +130,13 @@ FULL = (
         f"--data {CHATS} --load-from {{out}}/ar_state_dict.pt --run-name ar_sft --save-dir {{out}} --max-seq-len 512"
         " --epochs 2 --batch-size 96",
         "ar_sft_state_dict.pt",
+    ),
+    Stage(
+        "joint fine-tuning, from AR",
+        "scripts.train.train_sft_diffusion",
+        f"--data {CHATS} --load-from {{out}}/ar_state_dict.pt --block-size 32 --next-token-weight 0.5"
+        " --run-name joint_sft --save-dir {out} --max-seq-len 512 --epochs 3 --batch-size 96",
+        "joint_sft_state_dict.pt",
     ),
     Stage(
         "diffusion pretraining, from AR",
@@ -147,7 +163,7 @@ FULL = (
     Stage(
         "trace",
         "scripts.eval.eval_sft_one_prompt",
-        f"{COMPARED} --seq-len 512 --trace {{out}}/trace.html --prompt '{STORY}'",
+        f"{ALONE} --seq-len 512 --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
     ),
 )
@@ -220,18 +236,34 @@ def perform(module: str, command: list[str]) -> float:
 
 
 def announcement(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> str:
-    """The stages to come, and the seconds they take."""
+    """The stages to come, and the minutes that they take on this machine."""
     lines = [
-        "nano-llada quickstart: an autoregressive (AR) and a masked-diffusion language model learn the same text",
-        f"and are compared. Everything goes to {config.out}; device {runtime.describe()}.",
+        "nano-llada quickstart: an autoregressive (AR) model, a masked-diffusion model, and one that is both (joint)",
+        f"learn the same text and are compared. Everything goes to {config.out}; device {runtime.describe()}.",
     ]
+    minutes, how = ({}, "") if config.full else estimate(config, runtime, done)
     for number, stage in enumerate(config.stages, start=1):
-        seconds = round(stage.seconds * config.scale if stage.steps else stage.seconds)
-        estimate = f"about {seconds} s" if seconds else "says itself how long it takes"
-        lines.append(f"  {number}  {stage.title:<32}{'done before' if stage.title in done else estimate}")
-    if not config.full:
-        lines.append("(as measured on two cores with bfloat16 units, AMD EPYC of 2024; a CPU without them is slower)")
-    return "\n".join(lines)
+        told = f"about {minutes[stage.title]:.1f} min" if stage.title in minutes else "says itself how long it takes"
+        lines.append(f"  {number}  {stage.title:<36}{'done before' if stage.title in done else told}")
+    return "\n".join([*lines, how] if how else lines)
+
+
+def estimate(config: Quickstart, runtime: RuntimeConfig, done: dict[str, float]) -> tuple[dict[str, float], str]:
+    """The minutes of each stage to come, and a sentence on their sum and where it is from; no sentence if none is to
+    come."""
+    to_come = [stage for stage in config.stages if stage.title not in done]
+    if not to_come:
+        return {}, ""
+    step = seconds_of_a_step(runtime)
+    minutes = {
+        stage.title: SECONDS[stage.title] * (config.scale if stage.steps else 1) * step / STEP_SECONDS / 60
+        for stage in to_come
+    }
+    how = (
+        f"About {sum(minutes.values()):.1f} minutes in all: a training step takes {step:.2f} s here, and took "
+        f"{STEP_SECONDS:.2f} s where the stages were timed."
+    )
+    return minutes, how
 
 
 # -- the record of finished stages -------------------------------------------------------------------------------------

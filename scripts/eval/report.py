@@ -30,7 +30,7 @@ from scripts.engine.files import require_output, write_json
 from scripts.engine.likelihood.documents import facts_of_models
 from scripts.engine.loaded import Loaded, circumstances, load_kind
 from scripts.engine.prompts import PromptConfig, note_on_template, refuse_long_system
-from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier
+from scripts.engine.report.frontier import FrontierConfig, choose, measure_frontier, require_joint
 from scripts.engine.report.measure import (
     ANSWERED,
     IN_WORDS,
@@ -92,6 +92,8 @@ def measured(configs: list[Any], given: TypedFlags, argv: list[str] | None) -> d
     for loaded in models.values():
         if loaded.kind == "diffusion":
             denoising.fitted(loaded.model.config)  # refuses what does not go with its attention, before any work
+    if "frontier_policies" in given:
+        require_joint(frontier, denoising, models.values())
     for loaded in models.values() if {form for form, _ in forms} != {"text"} else ():
         if note := note_on_template(loaded, prompting.wraps(loaded)):
             print(note, file=sys.stderr)

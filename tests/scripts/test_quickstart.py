@@ -23,9 +23,8 @@ CHEAP = ["--scale", "0.001", "--dtype", "float32"]
 TINY = {  # module -> flags after those of its stage
     "scripts.train.train_pretrain": " --batch-size 8 --hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2",
     "scripts.train.train_sft_minimind": " --batch-size 8",
-    "scripts.train.diffusion": " --batch-size 8",
     "scripts.train.train_sft_diffusion": " --batch-size 8",
-    "scripts.eval.report": " --questions 12 --max-rows 12",
+    "scripts.eval.report": " --questions 12 --max-rows 12 --frontier-questions 2",
 }
 SMALL = tuple(stage._replace(flags=stage.flags + TINY.get(stage.module, "")) for stage in quickstart.SMALL)
 
@@ -37,6 +36,7 @@ def place(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(quickstart, "SMALL", SMALL)
+        patch.setattr(quickstart, "seconds_of_a_step", lambda runtime: quickstart.STEP_SECONDS)
         for name in ("pretrain", "sft", "questions"):
             patch.setitem(bundled.FILES, name, lambda rows=bundled.FILES[name]: rows()[::20])
         yield folder
@@ -101,17 +101,56 @@ def test_it_ends_with_answers_measures_and_files(finished):
 
 
 def test_what_it_says_is_what_was_written(finished):
-    """Shares of right answers, counted again from the answers."""
+    """Shares of right answers, counted again from the answers, of every way of writing."""
     report = json.loads((finished.folder / "report.json").read_text(encoding="utf-8"))
     section = next(section for section in report["sources"] if section["format"] == "questions")
-    chosen = [place for place, item in enumerate(section["items"]) if item["split"] == "seen"]
-    for model in report["models"]:
-        answers = section["results"][model["name"]]
-        asked = [(answers[place]["text"], section["items"][place]) for place in chosen]
-        right = sum(is_correct(text, item["wanted"], item["question"]) for text, item in asked)
-        assert f"{model['kind']} {100 * right / len(chosen):.1f} % [" in finished.result.out
-    for number in re.findall(r"^  (\d+) questions on facts", finished.result.out, re.MULTILINE):
-        assert int(number) == len(chosen)
+    table = finished.result.out.partition("Right answers")[2].partition("\n\n")[0]
+    ways = {"AR": "AR ar_sft", "joint, as AR": "AR joint_sft"}
+    ways |= {"full attention": "diffusion diffusion_sft", "joint, in blocks": "diffusion joint_sft"}
+    for title, name in ways.items():
+        shares = []
+        for split in dict.fromkeys(item["split"] for item in section["items"]):
+            asked = [(result, item) for result, item in zip(section["results"][name], section["items"], strict=True)]
+            asked = [(result["text"], item) for result, item in asked if item["split"] == split]
+            right = sum(is_correct(text, item["wanted"], item["question"]) for text, item in asked)
+            shares.append(f"{100 * right / len(asked):.1f} % [")
+        (line,) = re.findall(rf"^  {title}  .*$", table, re.MULTILINE)
+        assert sorted(shares) == sorted(re.findall(r"\S+ % \[", line)), title
+
+
+def test_self_speculation_writes_the_text_of_the_joint_weights_as_ar(finished):
+    """On the questions of the frontier, which shows both."""
+    points = json.loads((finished.folder / "report.json").read_text(encoding="utf-8"))["frontier"]["points"]
+    texts = {
+        (point["model"], point["policy"]): [result["text"] for result in point["results"]]
+        for point in points
+        if point["policy"] != "threshold"
+    }
+    assert len(texts) == 3
+    assert texts["diffusion joint_sft", "self_speculative"] == texts["AR joint_sft", "AR"]
+
+
+def test_the_minutes_are_those_of_this_machine_and_of_what_is_still_to_do(monkeypatch):
+    config, runtime = quickstart.Quickstart(), RuntimeConfig()
+
+    def announced(step, done):
+        monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda runtime: step)
+        return quickstart.estimate(config, runtime, done)
+
+    once, sentence = announced(quickstart.STEP_SECONDS, {})
+    assert once == {title: pytest.approx(seconds / 60) for title, seconds in quickstart.SECONDS.items()}
+    assert [stage.title for stage in quickstart.SMALL] == list(once)
+    told = float(re.match(r"About (\S+) minutes", sentence)[1])
+    assert told == pytest.approx(sum(quickstart.SECONDS.values()) / 60, abs=0.051)
+    twice, _ = announced(2 * quickstart.STEP_SECONDS, {"tokenizer": 5.0, "AR pretraining": 9.0})
+    assert twice == {title: pytest.approx(2 * minutes) for title, minutes in list(once.items())[2:]}
+    monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda runtime: pytest.fail("nothing is left to announce"))
+    assert quickstart.estimate(config, runtime, once) == ({}, "")
+    tenth = quickstart.Quickstart(scale=0.1)
+    monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda runtime: quickstart.STEP_SECONDS)
+    shorter, _ = quickstart.estimate(tenth, runtime, {})
+    assert shorter["AR pretraining"] == pytest.approx(once["AR pretraining"] / 10)
+    assert shorter["evaluation"] == once["evaluation"]
 
 
 def test_the_commands_that_it_prints_are_those_that_it_ran(finished):

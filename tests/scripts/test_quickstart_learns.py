@@ -14,10 +14,11 @@ KINDS = ("capital", "country")
 SHAPE = "--hidden-size 128 --num-attention-heads 4 --num-hidden-layers 2"
 STEPS = {
     "AR pretraining": 60,
-    "AR fine-tuning": 180,
-    "diffusion pretraining, from AR": 140,
-    "diffusion fine-tuning": 220,
+    "AR fine-tuning": 100,
+    "joint fine-tuning, from AR": 200,
+    "diffusion fine-tuning, from joint": 100,
 }
+AR, JOINT_AR, FULL, JOINT = "AR ar_sft", "AR joint_sft", "diffusion diffusion_sft", "diffusion joint_sft"
 
 
 def small_world(folder):
@@ -43,7 +44,6 @@ def rows(tmp_path_factory):
     texts, chats, questions = small_world(folder)
     more = {
         "scripts.train.train_pretrain": f" --data {texts} {SHAPE}",
-        "scripts.train.diffusion": f" --data {texts}",
         "scripts.train.train_sft_minimind": f" --data {chats}",
         "scripts.train.train_sft_diffusion": f" --data {chats}",
         "scripts.eval.report": f" --eval-data {questions},{chats} --eval-split validation",
@@ -61,19 +61,20 @@ def rows(tmp_path_factory):
     return {(row.metric.name, row.group): row for row in rows_of(report["sources"][0], report["models"])}
 
 
-def test_both_models_answer_questions_in_phrasings_that_they_never_saw(rows):
+def test_every_way_of_writing_answers_questions_in_phrasings_that_it_never_saw(rows):
     row = rows["exact match", "seen"]
-    assert row.count == 80
+    assert row.count == 80 and row.values.keys() == {AR, JOINT_AR, FULL, JOINT}
     assert all(share.value > 0.6 for share in row.values.values()), row.values
 
 
-def test_diffusion_reverses_facts_and_an_autoregressive_model_does_not(rows):
-    """Told "Brussels is the capital of Belgium" alone, asked for the capital of Belgium."""
+def test_what_has_learnt_by_diffusion_reverses_facts_and_an_autoregressive_model_does_not(rows):
+    """Told "Brussels is the capital of Belgium" alone, asked for the capital of Belgium; joint weights know it also
+    when they write from left to right."""
     row = rows["exact match", "reversed"]
-    autoregressive, diffusion = (share.value for share in row.values.values())
-    assert autoregressive < 0.1 and diffusion > 0.1
-    (difference,) = row.differences.values()
-    assert difference.high < 0  # autoregressive less diffusion
+    assert row.values[AR].value < 0.1
+    for name in (JOINT_AR, FULL, JOINT):
+        assert row.values[name].value > 0.1, row.values
+    assert row.differences[FULL].high < 0  # AR less diffusion
 
 
 def test_answers_end(rows):

@@ -56,14 +56,15 @@ def reversal(reports: Mapping[str, Report]) -> Record:
 
 
 def frontier(reports: Mapping[str, Report]) -> Record:
-    """The share of right answers, forward passes and seconds of every policy and setting; questions are clusters."""
+    """The share of right answers, forward passes and seconds of every policy and setting of the first model of each
+    kind; questions are clusters."""
     runs, pooled, costs = [], {}, {}
     ways: dict[str, list] = {}  # path -> what its frontier compares, and on which questions
     for path, report in reports.items():
         items, metric = _frontier_items(path, report)
         kinds = {name: kind for kind, name in _models(path, report).items()}
         ways[path] = []
-        for point in report["frontier"]["points"]:
+        for point in (point for point in report["frontier"]["points"] if point["model"] in kinds):
             key = kinds[point["model"]], point["policy"], point["setting"]
             results = point["results"]
             questions = {item["key"]: _ratio(metric, item, result) for item, result in zip(items, results, strict=True)}

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
+from model.decoding.denoiser import SELF_SPECULATIVE
 from scripts.engine.report.metrics import Metric
-from scripts.engine.report.results import AR, KIND, Estimate, Point, Report, Row, is_bound
+from scripts.engine.report.results import AR, KIND, Estimate, Point, Report, Row, is_bound, titles_of
 from scripts.engine.statistics import NORMAL
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray")
@@ -82,7 +83,7 @@ def draw_quality(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure | 
                 panels.setdefault(f"{name}: {metric.name}", []).append(row)
     if not panels:
         return None
-    labels, columns = names_in_figures(report), min(2, len(panels))
+    labels, columns = titles_of(report["models"]), min(2, len(panels))
     sizes = [len(shown) for shown in panels.values()]
     heights = [max(sizes[first : first + columns]) + 3 for first in range(0, len(sizes), columns)]
     figure = Figure(
@@ -105,7 +106,7 @@ def draw_quality(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure | 
 
 def draw_likelihood(report: Report, rows: Mapping[str, Sequence[Row]]) -> Figure | None:
     """Nats per token and bits per byte of documents and replies, by language."""
-    labels = names_in_figures(report)
+    labels = titles_of(report["models"])
     labels |= {m["name"]: labels[m["name"]] + ", upper bound" for m in report["models"] if is_bound(m)}
     pairs = [(name, row) for name, rows_of_file in rows.items() for row in rows_of_file]
     panels = {
@@ -134,22 +135,16 @@ def draw_frontier(report: Report, points: tuple[Metric, list[Point]] | None) -> 
     if points is None:
         return None
     metric, ways = points
-    names = names_in_figures(report)
+    names = titles_of(report["models"])
     lines: dict[tuple[str, str], list[Point]] = {}
     for point in ways:
         lines.setdefault((point.model, point.policy), []).append(point)
-    only_one_diffusion_model = len({model for model, policy in lines if policy != AR}) == 1
+    alone = len({model for model, policy in lines if policy != AR}) == 1  # one diffusion model
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    number_of_policies = 0
     for number, ((model, policy), line) in enumerate(lines.items()):
-        if policy == AR:
-            style = {"color": COLOURS[0], "label": f"{names[model]}, key/value cache", **STAR}
-        else:
-            colour = COLOURS[1 + number_of_policies % (len(COLOURS) - 1)]
-            number_of_policies += 1
-            style = {"color": colour, "marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
-            style["label"] = policy if only_one_diffusion_model else f"{names[model]}, {policy}"
+        style = {"color": COLOURS[number % len(COLOURS)], "label": way_of_writing(names[model], policy, alone)}
+        style |= STAR if policy == AR else {"marker": MARKERS[number % len(MARKERS)], "markersize": 5, "linewidth": 1}
         quality = [point.quality for point in line]
         for axis, costs in zip(axes, ([p.passes for p in line], [p.seconds for p in line]), strict=True):
             draw_points(axis, [cost.value for cost in costs], quality, elinewidth=0.5, capsize=1.5, **style)
@@ -157,20 +152,23 @@ def draw_frontier(report: Report, points: tuple[Metric, list[Point]] | None) -> 
         cost_axis(axis, label)
         axis.grid(alpha=0.3, which="both")
     frontier = report["frontier"]
-    models = " and ".join(dict.fromkeys(names[point.model] for point in ways))
+    models = f"{' and '.join(dict.fromkeys(names[point.model] for point in ways))}: " if alone else ""
     rows = f"{frontier['items']:,} rows of {frontier['source']}, {frontier['batch_size']} at a time"
-    figure.suptitle(f"{models}: {rows}", fontsize=10)
+    figure.suptitle(f"{models}{rows}", fontsize=10)
     axes[0].set_ylabel(f"{metric.name}, with 95 % intervals")
     _legend(figure, axes[0], "outside lower center", ncol=3, fontsize=8)
     return figure
 
 
+def way_of_writing(title: str, policy: str, alone: bool = False) -> str:
+    """What a line of the frontier is called; alone: no other diffusion model is in it."""
+    if policy == AR:
+        return f"{title}, key/value cache"
+    if alone:
+        return policy
+    return f"joint: {policy}" if policy == SELF_SPECULATIVE else f"{title}: {policy}"
+
+
 def _legend(figure: Figure, axis: Axes, place: str, **style: Any) -> None:
     """One legend outside all panels, of the labels of one of them."""
     figure.legend(*axis.get_legend_handles_labels(), loc=place, frameon=False, **style)
-
-
-def names_in_figures(report: Report) -> dict[str, str]:
-    """name -> what figures call the model: its kind, if it is the only one of that kind."""
-    kinds = [model["kind"] for model in report["models"]]
-    return {m["name"]: m["kind"] if kinds.count(m["kind"]) == 1 else m["name"] for m in report["models"]}

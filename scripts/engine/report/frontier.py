@@ -1,19 +1,23 @@
 """Quality against cost: every way of decoding on the same questions, for the report's frontier."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from tqdm import tqdm
 
 from model.decoding.autoregressive import SamplingConfig
-from model.decoding.denoiser import DenoisingConfig
-from model.decoding.remasking import POLICIES
+from model.decoding.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
 from scripts.engine.decoding.answers import Answer, answer_batch, seeded_at
 from scripts.engine.decoding.generation import warm_up
+from scripts.engine.decoding.samplers import ADAPTIVE
 from scripts.engine.flags import in_effect
+from scripts.engine.loaded import Loaded
 from scripts.engine.report.measure import ANSWERED, IN_WORDS, Section, Setup, recorded
+
+OF_DIFFUSION = "with a frontier of a diffusion model"
+STEPPED = tuple(policy for policy in REMASKING if policy not in ADAPTIVE)
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,30 @@ class FrontierConfig:
         "at least 0",
         f"with {IN_WORDS}",
     ] = 200
+    frontier_policies: Annotated[
+        tuple[Literal[*REMASKING], ...],
+        "policies of diffusion; self_speculative is that of joint checkpoints alone",
+        OF_DIFFUSION,
+    ] = REMASKING
     frontier_steps: Annotated[
         tuple[int, ...] | None,
         "step counts (none: an eighth, a quarter, half and all of --max-new-tokens)",
         "at least 1",
-        "with a frontier of a diffusion model",
+        OF_DIFFUSION,
+        f"with --frontier-policies {', '.join(STEPPED[:-1])} or {STEPPED[-1]}",
     ] = None
     frontier_thresholds: Annotated[
-        tuple[float, ...], "of the policy threshold", "in (0, 1]", "with a frontier of a diffusion model"
+        tuple[float, ...], "of the policy threshold", "in (0, 1]", OF_DIFFUSION, "with --frontier-policies threshold"
     ] = (0.5, 0.7, 0.9)
     frontier_factors: Annotated[
-        tuple[float, ...], "of the policy factor", "above 0", "with a frontier of a diffusion model"
+        tuple[float, ...], "of the policy factor", "above 0", OF_DIFFUSION, "with --frontier-policies factor"
     ] = (0.5, 1.0, 2.0)
     frontier_entropy_bounds: Annotated[
-        tuple[float, ...], "of the policy entropy_bound", "at least 0", "with a frontier of a diffusion model"
+        tuple[float, ...],
+        "of the policy entropy_bound",
+        "at least 0",
+        OF_DIFFUSION,
+        "with --frontier-policies entropy_bound",
     ] = (0.1, 0.3, 1.0)
 
 
@@ -53,9 +67,10 @@ class Sampler(NamedTuple):
 
 
 def samplers(
-    frontier: FrontierConfig, config: SamplingConfig | DenoisingConfig, max_new_tokens: int
+    frontier: FrontierConfig, config: SamplingConfig | DenoisingConfig, max_new_tokens: int, joint: bool = True
 ) -> Iterator[Sampler]:
-    """AR: with the settings of the command, and greedy; diffusion: every policy with each of its settings."""
+    """AR: with the settings of the command, and greedy; diffusion: every policy with each of its settings, that of
+    joint weights only for those."""
     if isinstance(config, SamplingConfig):
         if config.ar_temperature:
             yield Sampler("AR", f"temperature {config.ar_temperature:g}", config)
@@ -67,7 +82,12 @@ def samplers(
         "factor": ("gen_factor", frontier.frontier_factors),
         "entropy_bound": ("gen_entropy_bound", frontier.frontier_entropy_bounds),
     }
-    for policy in POLICIES:
+    for policy in frontier.frontier_policies:
+        if policy == SELF_SPECULATIVE:
+            if joint and config.gen_eos != "confidence":
+                setting = f"temperature {config.gen_temp:g}" if config.gen_temp else "greedy"
+                yield Sampler(policy, setting, replace(config, gen_remasking=policy))
+            continue
         field, values = varied.get(policy, ("gen_steps", steps))
         for value in values:
             way = replace(config, gen_remasking=policy, **{field: value})
@@ -75,6 +95,23 @@ def samplers(
             if policy == "hybrid":  # has a threshold, too
                 setting = f"{way.gen_confidence_threshold:g}, {setting}"
             yield Sampler(policy, setting, way)
+
+
+def require_joint(frontier: FrontierConfig, config: DenoisingConfig, models: Iterable[Loaded]) -> None:
+    """Raise ValueError if self-speculation was asked for, and no model can do it so."""
+    if SELF_SPECULATIVE in frontier.frontier_policies:
+        joint = [loaded for loaded in models if _is_joint(loaded)]
+        if not joint:
+            raise ValueError(
+                f"--frontier-policies {SELF_SPECULATIVE} is for joint weights, and no --diffusion-checkpoint has them; "
+                "leave it out"
+            )
+        replace(config, gen_remasking=SELF_SPECULATIVE).fitted(joint[0].model.config)
+
+
+def _is_joint(loaded: Loaded) -> bool:
+    """Return whether joint weights are used as a diffusion model."""
+    return loaded.model.config.attention == "joint"
 
 
 def number_of_steps(policy: str, steps: int) -> str:
@@ -99,7 +136,11 @@ def measure_frontier(setup: Setup, config: FrontierConfig, section: Section) -> 
     for name, loaded in setup.models.items():
         models.setdefault(loaded.described, name)
     length = setup.continuation.max_new_tokens
-    ways = {name: list(samplers(config, setup.sampler(name), length)) for name in models.values()}
+    ways = {
+        name: list(samplers(config, setup.sampler(name), length, _is_joint(setup.models[name])))
+        for name in models.values()
+    }
+    ways = {name: some for name, some in ways.items() if some}  # nothing but self-speculation was asked for
     answers: dict[str, list[list[Answer]]] = {name: [[] for _ in ways[name]] for name in ways}
     for first in tqdm(range(0, len(items), batch_size), desc="frontier", disable=not sys.stderr.isatty()):
         for name in ways:

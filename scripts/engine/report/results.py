@@ -56,7 +56,7 @@ class Row(NamedTuple):
     group: str
     count: int  # items measured
     values: dict[str, Estimate]  # of each model
-    differences: dict[str, Estimate]  # first AR model minus each diffusion model, by the latter's name
+    differences: dict[str, Estimate]  # first AR model minus each of the others, by the latter's name
 
     def without_errors(self) -> "Row":
         values = {name: Estimate(estimate.value) for name, estimate in self.values.items()}
@@ -70,9 +70,27 @@ def is_bound(model: dict[str, Any]) -> bool:
 
 
 def pairs_of(models: Models) -> list[tuple[str, str]]:
-    """The first AR model with each diffusion model."""
+    """The first AR model with each of the others."""
     first = next((model["name"] for model in models if model["kind"] == AR), None)
-    return [(first, model["name"]) for model in models if first is not None and model["kind"] == DIFFUSION]
+    return [(first, model["name"]) for model in models if first not in (None, model["name"])]
+
+
+def titles_of(models: Models) -> dict[str, str]:
+    """name -> what figures call the model: its kind, if it is the only one of that kind, else how it writes, if no
+    other one does so, else its name."""
+    joint = {model["sha256"] for model in models if model["attention"] == "joint"}
+
+    def way(model: dict[str, Any]) -> str:
+        if model["kind"] == AR:
+            return "joint, as AR" if model["sha256"] in joint else AR
+        in_blocks = {"joint": "joint, in blocks", "block": f"blocks of {model['block_size']}"}
+        return in_blocks.get(model["attention"], "full attention")
+
+    kinds, ways = [model["kind"] for model in models], [way(model) for model in models]
+    titles = {}
+    for model, kind, title in zip(models, kinds, ways, strict=True):
+        titles[model["name"]] = kind if kinds.count(kind) == 1 else title if ways.count(title) == 1 else model["name"]
+    return titles
 
 
 # -- one estimate ------------------------------------------------------------------------------------------------------

@@ -14,9 +14,11 @@ from scripts.engine.prompts import Prompt, PromptConfig
 from scripts.engine.report import frontier
 from scripts.engine.report.frontier import FrontierConfig, measure_frontier
 from scripts.engine.report.measure import MeasureConfig, Setup, answers_of
-from scripts.engine.report.results import points_of
+from scripts.engine.report.results import points_of, rows_of, titles_of
 from scripts.engine.statistics import is_correct
-from tests.scripts.report.conftest import DM, NEW_TOKENS
+from scripts.eval import report
+from tests.scripts.models import ready, save
+from tests.scripts.report.conftest import BOTH, DM, NEW_TOKENS, flags, report_in
 
 
 def test_the_frontier_has_every_policy_with_every_setting_and_ar(made, sections, models):
@@ -88,7 +90,7 @@ def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_
         return answer_batch(loaded, prompts, continuation, sampler)
 
     monkeypatch.setattr(frontier, "answer_batch", noted)
-    measured = measure_frontier(setup, FrontierConfig(4, (2,), (0.9,), (1.0,), (0.1,)), sections["questions"])
+    measured = measure_frontier(setup, FrontierConfig(4, POLICIES, (2,), (0.9,), (1.0,), (0.1,)), sections["questions"])
     assert [point["policy"] for point in measured["points"]] == ["AR", "AR", *POLICIES]
     first = (2**32 - 1) % (2**32 - 4)
     assert order == [(first + place, 1) for place in range(4) for _ in measured["points"]]
@@ -98,3 +100,58 @@ def test_a_question_is_answered_by_all_samplers_before_the_next_is_and_as_if_it_
             alone = answers_of(setup, point["model"], sections["questions"]["items"][:4], config, 1)
             assert [answer["text"] for answer in point["results"]] == [answer["text"] for answer in alone]
             assert len({answer["text"] for answer in alone}) > 1
+
+
+JOINT = (
+    *("--minimind-checkpoint", "ar_state_dict.pt,j_state_dict.pt"),
+    *("--diffusion-checkpoint", "dm_state_dict.pt,j_state_dict.pt"),
+)
+
+
+def test_joint_weights_stand_in_one_frontier_with_all_their_ways_of_writing(
+    place, tokenizer, tokenizer_dir, command, no_figures
+):
+    """Self-speculation is theirs alone, and writes the text of the same weights as AR; each way has its own name."""
+    save("j_state_dict.pt", ready(tokenizer, "joint 3"), "sft")
+    greedy = "--ar-temperature", "0", "--gen-temp", "0", "--ar-repeat-penalty", "0", "--gen-repeat-penalty", "0"
+    argv = [*JOINT, *flags(tokenizer_dir, *greedy, without=("--nmc", "--canvas", "--gen-steps"))]
+    argv += ["--eval-data", "questions.jsonl", "--questions", "4", "--frontier-questions", "2", "--out", "new"]
+    argv += ["--frontier-policies", "threshold,self_speculative", "--frontier-thresholds", "0.5"]
+    result = command(report, argv)
+    assert result.code == 0, result.err
+    points = report_in("new")["frontier"]["points"]
+    texts = {(p["model"], p["policy"]): [r["text"] for r in p["results"]] for p in points}
+    ways = [("AR ar", "AR"), ("AR j", "AR"), ("diffusion dm", "threshold"), ("diffusion j", "threshold")]
+    assert list(texts) == [*ways, ("diffusion j", "self_speculative")]
+    assert texts["diffusion j", "self_speculative"] == texts["AR j", "AR"]
+    assert list(titles_of(report_in("new")["models"]).values()) == [
+        "AR",
+        "joint, as AR",
+        "full attention",
+        "joint, in blocks",
+    ]
+    rows = rows_of(report_in("new")["sources"][0], report_in("new")["models"])
+    assert list(rows[0].differences) == ["AR j", "diffusion dm", "diffusion j"]
+
+
+@pytest.mark.parametrize(
+    "policies, more, words",
+    [
+        (
+            "threshold",
+            ("--frontier-factors", "1"),
+            "--frontier-factors has no effect without --frontier-policies factor",
+        ),
+        ("factor", ("--frontier-steps", "1"), "--frontier-steps has no effect without --frontier-policies"),
+        ("factor", ("--gen-steps", "1"), "--gen-steps has no effect"),
+        ("threshold,self_speculative", (), "--frontier-policies self_speculative is for joint weights"),
+    ],
+)
+def test_settings_of_policies_that_are_not_tried_are_refused(policies, more, words, place, tokenizer_dir, refused):
+    argv = [
+        *BOTH,
+        *flags(tokenizer_dir, without=("--nmc", "--canvas", "--gen-steps")),
+        "--eval-data",
+        "questions.jsonl",
+    ]
+    refused(report, [*argv, "--gen-remasking", "threshold", "--frontier-policies", policies, *more], words)

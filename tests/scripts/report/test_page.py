@@ -12,7 +12,7 @@ from scripts.engine.decoding.generation import generate
 from scripts.engine.prompts import Prompt
 from scripts.engine.report import figures, page
 from scripts.engine.report.metrics import EXACT, NATS
-from scripts.engine.report.results import Estimate, points_of
+from scripts.engine.report.results import Estimate, points_of, titles_of
 from scripts.eval import report
 from tests.scripts.conftest import run_command
 from tests.scripts.report.conftest import AR, DM
@@ -143,7 +143,7 @@ def test_figures_have_no_kinds_and_call_the_only_model_of_a_kind_by_it(made, tab
     assert {"all", "Chinese", "seen", "seen, Chinese"} <= set(labels) and not any("kind" in one for one in labels)
     assert axis.get_legend_handles_labels()[1] == ["AR", "diffusion"]
     models = [*made[1]["models"], made[1]["models"][0] | {"name": "AR two"}]
-    assert list(figures.names_in_figures({**made[1], "models": models}).values()) == [AR, "diffusion", "AR two"]
+    assert list(titles_of(models).values()) == [AR, "diffusion", "AR two"]
 
 
 def test_bars_and_points_stand_where_the_numbers_say(made, tables):
