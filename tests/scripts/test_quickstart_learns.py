@@ -14,9 +14,9 @@ KINDS = ("capital", "country")
 SHAPE = "--hidden-size 128 --num-attention-heads 4 --num-hidden-layers 2"
 STEPS = {
     "AR pretraining": 60,
-    "AR fine-tuning": 100,
-    "joint fine-tuning, from AR": 200,
-    "diffusion fine-tuning, from joint": 100,
+    "AR fine-tuning": 180,
+    "joint fine-tuning, from AR": 320,
+    "diffusion fine-tuning, from joint": 80,
 }
 AR, JOINT_AR, FULL, JOINT = "AR ar_sft", "AR joint_sft", "diffusion diffusion_sft", "diffusion joint_sft"
 

@@ -30,7 +30,8 @@ SPLITS = {  # of the bundled questions: the head of their column
     "reversed": "told the other way",
 }
 LEGEND = (
-    "(told facts are asked for in other words; of 24 capitals training tells in the other direction only, city first)"
+    "(facts are asked for in other words than those of training, which never tells 16 of the sums, and of 24 capitals\n"
+    'says only "Brussels is the capital of Belgium": they are asked for by country)'
 )
 SMALL_TALK = (  # a model that holds 80 tokens, and was trained on short canvases
     "--max-seq-len 80 --max-new-tokens 48 --gen-remasking threshold --gen-temp 0 --gen-repeat-penalty 0"
@@ -72,13 +73,13 @@ def answers(section: dict[str, Any], titles: dict[str, str]) -> list[str]:
         for place, item in enumerate(section["items"]):
             if item["lang"] == lang:
                 places.setdefault((item["split"], item["kind"]), place)
-        lines += ["", in_columns(titles.values())]
+        lines += ["", f"  {in_columns(titles.values())}"]
         for place in (places[pair] for pair in wanted if pair in places):
             item, cells = section["items"][place], []
             for name in titles:
                 text = section["results"][name][place]["text"]
                 cells.append(("+ " if is_correct(text, item["wanted"], item["question"]) else "- ") + on_screen(text))
-            lines += [on_screen(item["question"]), in_columns(cells)]
+            lines += [on_screen(item["question"]), f"  {in_columns(cells)}"]
     return lines
 
 
@@ -119,6 +120,7 @@ def speed(report: Report, titles: dict[str, str]) -> list[str]:
         if point.policy == "threshold" and point.setting != threshold:
             continue
         way, rate = way_of_writing(titles[point.model], point.policy), point.tokens_per_second
+        way += f" {threshold}" if point.policy == "threshold" else ""
         cells = [f"  {way}", f"{rate:.0f} tokens/s", f"{point.passes.value:.1f} passes per answer"]
         if point is not points[0]:
             cells.append(f"{rate / points[0].tokens_per_second:.1f} times {titles[points[0].model]}")
