@@ -59,7 +59,7 @@ COMPARED = (  # joint weights under both kinds
     "--minimind-checkpoint {out}/ar_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
     " --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
 )
-ALONE = "--minimind-checkpoint {out}/ar_sft_state_dict.pt --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt"
+TRACED = "--minimind-checkpoint {out}/ar_sft_state_dict.pt --diffusion-checkpoint {out}/joint_sft_state_dict.pt"
 GREEDY = " --ar-temperature 0 --gen-temp 0 --ar-repeat-penalty 0 --gen-repeat-penalty 0"
 SMALL = (
     Stage(
@@ -102,15 +102,15 @@ SMALL = (
         "evaluation",
         "scripts.eval.report",
         f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --canvas 24"
-        f" --num-samples 8 --frontier-questions 60 --frontier-policies threshold,self_speculative"
+        " --num-samples 8 --frontier-questions 60 --frontier-policies threshold,self_speculative"
         f" --gen-remasking threshold{GREEDY}",
         "report.json",
     ),
     Stage(
         "trace",
         "scripts.eval.eval_sft_one_prompt",
-        f"{ALONE} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48 --gen-steps 48{GREEDY}"
-        f" --trace {{out}}/trace.html --prompt '{STORY}'",
+        f"{TRACED} --tokenizer-dir {{out}}/tokenizer --seq-len 80 --max-new-tokens 48{GREEDY}"
+        f" --gen-remasking threshold --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
     ),
 )
@@ -163,7 +163,7 @@ FULL = (
     Stage(
         "trace",
         "scripts.eval.eval_sft_one_prompt",
-        f"{ALONE} --seq-len 512 --trace {{out}}/trace.html --prompt '{STORY}'",
+        f"{TRACED} --seq-len 512 --trace {{out}}/trace.html --prompt '{STORY}'",
         "trace.html",
     ),
 )

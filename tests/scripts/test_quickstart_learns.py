@@ -38,8 +38,8 @@ def small_world(folder):
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """(metric, group) -> what the report of such a quickstart says of its questions."""
+def report(tmp_path_factory):
+    """The report of such a quickstart."""
     folder = tmp_path_factory.mktemp("learning")
     texts, chats, questions = small_world(folder)
     more = {
@@ -55,9 +55,15 @@ def rows(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(quickstart, "SMALL", small)
+        patch.setattr(quickstart, "seconds_of_a_step", lambda runtime: quickstart.STEP_SECONDS)
         result = run_command(quickstart, ["--out", folder / "out"])
     assert result.code == 0, result.err
-    report = json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "out" / "report.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def rows(report):
+    """(metric, group) -> what it says of its questions."""
     return {(row.metric.name, row.group): row for row in rows_of(report["sources"][0], report["models"])}
 
 
@@ -79,3 +85,12 @@ def test_what_has_learnt_by_diffusion_reverses_facts_and_an_autoregressive_model
 
 def test_answers_end(rows):
     assert all(share.value < 0.05 for share in rows["overrun", "all"].values.values())
+
+
+def test_self_speculation_writes_in_fewer_passes_what_the_same_weights_write_as_ar(report):
+    """The frontier's questions; a rounding of bfloat16 may tell one text from the other."""
+    written = {(point["model"], point["policy"]): point["results"] for point in report["frontier"]["points"]}
+    one_by_one, drafted = written[JOINT_AR, "AR"], written[JOINT, "self_speculative"]
+    pairs = list(zip(one_by_one, drafted, strict=True))
+    assert sum(a["text"] == b["text"] for a, b in pairs) > 0.9 * len(pairs) > 50
+    assert sum(a["num_forward_passes"] - 2 * b["num_forward_passes"] for a, b in pairs) > 0

@@ -117,6 +117,7 @@ def test_every_command_of_the_readme_and_the_report_runs_in_its_order(workplace,
     monkeypatch.chdir(workplace)
     monkeypatch.setattr(quickstart, "perform", lambda module, command: 0.0)  # its stages have tests of their own
     monkeypatch.setattr(quickstart, "summary", lambda folder, seconds: [])
+    monkeypatch.setattr(quickstart, "seconds_of_a_step", lambda runtime: 1.0)
     monkeypatch.setitem(soak.PARTS, "bytes", lambda place, tries: [])
     monkeypatch.setattr(experiment_runs, "launch", in_process([]))
     documented = commands(ROOT / "README.md") + commands_in_full()

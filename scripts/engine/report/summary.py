@@ -148,7 +148,7 @@ def files(folder: Path) -> list[str]:
         "report.json": "the same, item by item",
         "exact_match.png": "right answers by group of questions",
         "frontier.png": "quality against the cost of every way of writing",
-        "trace.html": "a story being written, step by step: open it in a browser",
+        "trace.html": "a story by AR and one by joint weights in blocks, step by step: open it in a browser",
         "*_loss.png": "loss curves",
         "*_state_dict.pt": "the models; talk to the joint one (/reset between questions):",
     }
