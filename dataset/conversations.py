@@ -46,7 +46,7 @@ class Conversations:
 class ConversationTokeniser(FileTokeniser):
     """The conversations of files."""
 
-    unit, version = "conversations", 5
+    unit, version, kind = "conversations", 5, "chat"
     num_replies = 0  # read so far, empty ones included
 
     def dtypes(self) -> dict[str, Any]:

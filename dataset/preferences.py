@@ -101,7 +101,7 @@ class Pairs:
 class PairTokeniser(FileTokeniser):
     """The pairs of files."""
 
-    unit, version = "pairs", 5
+    unit, version, kind = "pairs", 5, "pairs"
 
     def dtypes(self) -> dict[str, Any]:
         hashes = {"prompts": np.uint64, "hashes": np.uint64}

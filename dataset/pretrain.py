@@ -252,7 +252,7 @@ def _document_ends(starts: np.ndarray, total: int, documents: np.ndarray) -> np.
 class DocumentTokeniser(FileTokeniser):
     """One pass over a corpus, from text to the streams of both splits."""
 
-    unit, version = "rows", 4
+    unit, version, kind = "rows", 4, "text"
 
     def __init__(self, config: PretrainData, tokenizer: PreTrainedTokenizerFast):
         super().__init__(config.files, tokenizer, config.on_bad_row)

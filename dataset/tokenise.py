@@ -13,9 +13,10 @@ import numpy as np
 from tqdm import tqdm
 
 from dataset.cache import ArrayFiles, cached_directory, map_array, source_key, unchanged
-from dataset.reading.bad_rows import BadRows
+from dataset.reading.bad_rows import BadRow, BadRows
 from dataset.reading.files import Observer, describe_files, is_packed, open_unpacked
 from dataset.reading.rows import chunked
+from dataset.rows.kinds import note_on_kind
 from dataset.tokenizer import PreTrainedTokenizerFast, fingerprint
 
 CHUNK_CHARACTERS = 1_000_000  # of text tokenised at a time: enough to keep all cores busy, some 50 MB of Python lists
@@ -59,6 +60,8 @@ class FileTokeniser(ABC):
 
     unit: ClassVar[str]  # of rows
     version: ClassVar[int]  # counts changes of what the arrays mean
+    kind: ClassVar[str]  # of rows, one of dataset/rows/kinds.py
+    field = "text"  # that holds a document
     options: tuple[Any, ...] = ()  # besides the tokenizer and on_bad_row
 
     def __init__(self, files: Sequence[Path], tokenizer: PreTrainedTokenizerFast, on_bad_row: str):
@@ -84,8 +87,12 @@ class FileTokeniser(ABC):
 
     def _build(self, folder: Path) -> None:
         began = time.monotonic()
-        with unchanged(self.files), ArrayFiles(folder, self.dtypes()) as files:
-            meta = self.read_file(files)
+        try:
+            with unchanged(self.files), ArrayFiles(folder, self.dtypes()) as files:
+                meta = self.read_file(files)
+        except BadRow as bad:
+            note = note_on_kind(bad.path, self.kind, self.field)
+            raise ValueError(f"{bad}{note}") if note else bad from None
         (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         tokens = sum(length for name, length in files.lengths.items() if name.endswith("tokens"))
         rows, seconds = f"{meta[self.unit]:,} {self.unit}", time.monotonic() - began

@@ -19,7 +19,7 @@ import numpy as np
 from dataset.preferences import PreferenceData
 from dataset.pretrain import PretrainData
 from dataset.reading.files import DATA_HELP, data_files, is_plain_text, open_unpacked
-from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_explanations, note_on_others, note_on_unused
+from dataset.rows.kinds import WORDS, kinds_of_rows, note_on_others, notes_on_texts
 from dataset.sft import SFTData
 from dataset.survey import AllBadRows, Survey
 from dataset.tokenizer import load_tokenizer
@@ -106,8 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     result = Survey(files, kind, tokenizer, data.max_seq_len, config.jsonl_field).result
     fault = fault_of(result)
     said = [note_on_others(files[0], kinds, "--kind", config.jsonl_field), "" if kinds else UNKNOWN]
-    said.append("" if source == "data" else note_on_explanations(files[0]))
-    said.append(note_on_unused(files[0], config.jsonl_field) if kinds == ["text"] else "")
+    for file in files:
+        of_file = f"{file.name}: " * (len(files) > 1)
+        said += [f"{of_file}{line}" for line in notes_on_texts(file, kind, config.jsonl_field)]
     notes = [f"  note            {line}" for line in said if line]
     print("\n".join([*page(result), *notes]), end="\n\n")
     print("\n".join([fault or "Sound: every row can be used.", *training_commands(data, result)]))

@@ -2,20 +2,21 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dataset.reading.bad_rows import BadRows
 from dataset.reading.files import data_files, is_plain_text
 from dataset.reading.rows import read_rows
-from dataset.rows.choice_formats import is_choice
-from dataset.rows.exercise_formats import EXERCISES
+from dataset.rows.choice_formats import is_choice, question_of
+from dataset.rows.exercise_formats import EXERCISES, exercise_of
 from dataset.rows.exercise_formats import format_of as exercise_format_of
-from dataset.rows.formats import is_conversation
-from dataset.rows.messages import EXPLANATIONS, Row, require_used, without_null
-from dataset.rows.pair_formats import is_pair
+from dataset.rows.formats import is_conversation, messages_of
+from dataset.rows.messages import EXPLANATIONS, Row, holds_text, require_used, text_in, without_null
+from dataset.rows.pair_formats import is_pair, pair_of
 
 FIRST_ROWS = 100  # by which the kind of rows is decided
 WORDS = {
@@ -32,6 +33,12 @@ TRAINERS = {
     "chat": "scripts.train.train_sft_minimind",
     "text": "scripts.train.train_pretrain",
 }
+# The first command that reads rows of each kind.
+COMMANDS = {
+    **TRAINERS,
+    "choices": "scripts.eval.likelihood",
+    **dict.fromkeys(("poems", "open", "questions"), "scripts.eval.report"),
+}
 
 
 def _is_exercise(row: Row, form: str) -> bool:
@@ -44,6 +51,13 @@ FITS: dict[str, Callable[[Row], bool]] = {
     "choices": is_choice,
     **{form: partial(_is_exercise, form=form) for form in EXERCISES},
     "chat": is_conversation,
+}
+# What is made of a row of each kind but documents, and the texts in it.
+CONTENTS: dict[str, tuple[Callable[[Row], Any], Callable[[Any], Sequence[str]]]] = {
+    "pairs": (pair_of, lambda pair: pair.contents),
+    "choices": (question_of, lambda question: [question.text, *question.choices]),
+    **{form: (partial(exercise_of, form=form), lambda row: [row.text, row.reference]) for form in EXERCISES},
+    "chat": (messages_of, lambda messages: [message["content"] for message in messages]),
 }
 ALONE = ("pairs", "choices", "poems")  # with a field unused, which would be a bad row of another kind
 
@@ -129,6 +143,42 @@ def note_on_explanations(path: Path) -> str:
     rows = () if is_plain_text(path) else _first_rows(path, BadRows("skip"))
     found = {name for row in rows for name in EXPLANATIONS if row.get(name)}
     return f"{path}: {', '.join(sorted(found))} stands beside the questions and is not asked" if found else ""
+
+
+def notes_on_texts(path: Path, kind: str, field: str = "text") -> list[str]:
+    """A line on every field that holds text in rows of a file, and without which these rows would be the same; one
+    reading of the file."""
+    if is_plain_text(path):
+        return []
+    use, texts_of = CONTENTS.get(kind, (partial(text_in, name=field), lambda text: [text]))
+    rows, found = 0, Counter[str]()
+    for row in _rows_of(path):
+        with suppress(ValueError, KeyError):
+            used = use(row)
+            rows, texts = rows + 1, texts_of(used)
+            found.update(name for name in row if holds_text(name, row[name], texts) and _same(use, row, name, used))
+    return [f'field "{name}" holds text in {n:,} of {rows:,} rows and is not used' for name, n in found.most_common()]
+
+
+def _rows_of(path: Path) -> Iterator[Row]:
+    with suppress(ValueError):  # none is a row
+        yield from (row for _, row in read_rows(path, bad=BadRows("skip")))
+
+
+def _same(use: Callable[[Row], Any], row: Row, name: str, used: Any) -> bool:
+    """Return whether a row without a field is used as with it."""
+    with suppress(ValueError, KeyError):
+        return use({other: value for other, value in row.items() if other != name}) == used
+    return False
+
+
+def note_on_kind(path: Path, kind: str, field: str = "text") -> str:
+    """Words on what the first rows of a file are if it is not `kind`, and on the command that reads them; else ""."""
+    with suppress(ValueError):
+        found = kinds_of_rows(path, tuple(dict.fromkeys((kind, *COMMANDS))), BadRows("skip"), field=field)
+        if found and found[0] != kind:
+            return f"; the rows are {WORDS[found[0]]}, which {COMMANDS[found[0]]} reads"
+    return ""
 
 
 def note_on_training(path: Path | None, kind: str, field: str = "text") -> str:

@@ -138,6 +138,15 @@ def require_used(fields: Row, used: Collection[str], contents: Iterable[str], te
                 )
 
 
+def holds_text(name: str, value: Any, contents: Iterable[str]) -> bool:
+    """Return whether a field has words that stand in none of the contents: in one of METADATA more than a label, in
+    another a single word, too, but not a mark."""
+    words = [text for text in _strings(value) if any(map(str.isalpha, text)) and text.strip().lower() not in SPELT]
+    if METADATA.fullmatch(name):
+        words = [text for text in words if not (text.isascii() and len(text.split()) == 1)]
+    return any(not any(text in content for content in contents) for text in words)
+
+
 def _strings(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value

@@ -163,9 +163,32 @@ def test_the_kind_of_rows_is_told_by_their_fields_or_by_a_flag(doctor):
     code, told, found = doctor([{"content": "a"}])
     assert (code, found["kind"]) == (1, "text") and "choose one with --jsonl-field" in told
     assert "of no known format" in told
-    assert "title stands beside" in doctor([{"text": "a", "title": "two words", "id": "b", "source": "a book"}])[1]
     code, told, found = doctor([{"content": "a", "text": 1}], "--jsonl-field", "content")
     assert code == 0 and "--jsonl-field content" in told
+
+
+UNUSED = {  # kind -> a row; what of it is text that is not used
+    "text": ({"text": "a b", "title": "two words", "part": "a", "url": "https://a.b?c", "n": 3}, ["title"]),
+    "chat": (chat("a b", "c") | {"prompt": "a b", "lang": "en", "weight": "1", "system": "river"}, []),
+    "pairs": ({"prompt": "a", "chosen": "b", "rejected": "c", "history": []}, []),
+    "choices": ({"question": "a", "choices": ["b", "c"], "answer": "b", "lang": "zh"}, []),
+    "questions": ({"question": "a", "answer": "b", "final": "c", "split": "d"}, []),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSED)
+def test_text_that_is_not_used_is_named_by_file_and_field_whatever_its_name(kind, doctor):
+    """Metadata of several words or of another script, and one word in a field of no known name."""
+    row, unused = UNUSED[kind]
+    rows = [row | {"meta": {"note": "the river is long"}, "remark": "Paris"}, row | {"source": "小说"}, row]
+    told = doctor(rows, "--kind", kind)[1]
+    found = re.findall('note +field "(.*)" holds text in (\\d) of 3 rows and is not used', told)
+    assert sorted(found) == sorted([("meta", "1"), ("remark", "1"), ("source", "1"), *((n, "3") for n in unused)])
+    Path("many").mkdir()
+    for name, some in (("a", rows[:1]), ("b", rows[2:])):
+        Path(f"many/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    told = doctor(None, "--kind", kind, name="many")[1]
+    assert 'a.jsonl: field "meta" holds text in 1 of 1 rows' in told and 'b.jsonl: field "meta"' not in told
 
 
 @pytest.mark.parametrize(
@@ -267,7 +290,7 @@ def test_questions_are_evaluated_and_the_commands_say_so(doctor):
     row = {"question": "1 + 1?", "choices": ["2", "3", "the river"], "answer": "A", "explanation": "a b"}
     code, told, found = doctor([row, row, {**row, "answer": "D"}])
     assert code == 1 and found["kind"] == "choices" and found["copies"] == 1 and found["bad_rows"] == 1
-    assert found["counts"]["questions with 3 choices"] == 2 and "explanation stands beside" in told
+    assert found["counts"]["questions with 3 choices"] == 2 and 'field "explanation" holds text in 2 of 2 rows' in told
     assert "scripts.eval.likelihood --checkpoint" in told and "--eval-data rows.jsonl --on-bad-row skip" in told
     code, told, found = doctor([{"question": "1 + 1?", "answer": "It is\n#### 2"}], "--kind", "questions")
     assert code == 0 and found["counts"]["wanted_end"] == 1 and "scripts.eval.report --minimind" in told

@@ -2,12 +2,14 @@
 lost. And which kind a file is."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from dataset.pretrain import PretrainData, PretrainDataset
 from dataset.reading.bad_rows import BadRows
 from dataset.rows.choice_formats import ANSWER_FIELDS, CHOICE_FORMATS, LETTERS, question_of, read_questions
 from dataset.rows.exercise_formats import EXERCISE_FORMATS, exercise_of, read_exercises
@@ -285,6 +287,24 @@ def test_a_file_is_of_the_kind_of_most_of_its_first_rows_for_every_command(tmp_p
         assert kinds_of_rows(path, TRAINED, BadRows()) == kinds
         assert kinds_of_rows(path, TRAINED[::-1], BadRows()) == kinds[::-1]
     assert kinds_of_rows(path, TRAINED, BadRows(), "chat") == ["chat"]
+
+
+@pytest.mark.parametrize(
+    "row, reader",
+    [
+        ({"instruction": "a", "output": "b"}, "conversations, which scripts.train.train_sft_minimind reads"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "pairs of replies, which scripts.train.train_dpo_minimind"),
+        (question(0), "multiple choice, which scripts.eval.likelihood reads"),
+        ({"content": "a"}, ""),
+    ],
+)
+def test_rows_of_another_kind_are_refused_with_the_command_that_reads_them(row, reader, tmp_path, small):
+    data = PretrainData(data=written(tmp_path, [row]), cache_dir=tmp_path / "cache", val_fraction=0)
+    with pytest.raises(ValueError, match='row 1: field "text" is missing') as error:
+        PretrainDataset(data, small)
+    assert reader in str(error.value) and ("; the rows are" in str(error.value)) == bool(reader)
+    if not reader:
+        assert len(PretrainDataset(replace(data, jsonl_field="content"), small).train) == 1
 
 
 def test_what_is_left_out_is_said(tmp_path):
