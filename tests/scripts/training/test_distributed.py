@@ -53,7 +53,10 @@ RUNS = {
     "ar": (train_pretrain, "--accumulation-steps 2 --ema-decay 0.9 --topk-merge 2 --save-interval 50"),
     "dm": (diffusion, "--accumulation-steps 2 --mask-schedule iid_t --variable-length-prob 0.5"),
     "half": (train_pretrain, "--run-name half --dtype bfloat16 --max-iters 4 --log-interval 1"),
-    "muon": (diffusion, "--run-name muon --optimizer muon --max-iters 3 --log-interval 1 --block-size 4"),
+    "muon": (
+        diffusion,
+        "--run-name muon --optimizer muon --max-iters 3 --log-interval 1 --block-size 4 --next-token-weight 0.5",
+    ),
 }
 
 
