@@ -24,7 +24,7 @@ TINY = {  # module -> flags after those of its stage
     "scripts.train.train_pretrain": " --batch-size 8 --hidden-size 32 --num-hidden-layers 1 --num-attention-heads 2",
     "scripts.train.train_sft_minimind": " --batch-size 8",
     "scripts.train.train_sft_diffusion": " --batch-size 8",
-    "scripts.eval.report": " --questions 12 --max-rows 12 --frontier-questions 2",
+    "scripts.eval.report": " --questions 12 --max-rows 12 --frontier-questions 2 --frontier-thresholds 0.9",
 }
 SMALL = tuple(stage._replace(flags=stage.flags + TINY.get(stage.module, "")) for stage in quickstart.SMALL)
 

@@ -46,7 +46,8 @@ def report(tmp_path_factory):
         "scripts.train.train_pretrain": f" --data {texts} {SHAPE}",
         "scripts.train.train_sft_minimind": f" --data {chats}",
         "scripts.train.train_sft_diffusion": f" --data {chats}",
-        "scripts.eval.report": f" --eval-data {questions},{chats} --eval-split validation",
+        "scripts.eval.report": f" --eval-data {questions},{chats} --eval-split validation"
+        " --frontier-questions 20 --frontier-thresholds 0.9",
     }
     small = tuple(
         stage._replace(flags=stage.flags + more.get(stage.module, ""), steps=STEPS.get(stage.title, 0))
@@ -92,5 +93,5 @@ def test_self_speculation_writes_in_fewer_passes_what_the_same_weights_write_as_
     written = {(point["model"], point["policy"]): point["results"] for point in report["frontier"]["points"]}
     one_by_one, drafted = written[JOINT_AR, "AR"], written[JOINT, "self_speculative"]
     pairs = list(zip(one_by_one, drafted, strict=True))
-    assert sum(a["text"] == b["text"] for a, b in pairs) > 0.9 * len(pairs) > 50
+    assert sum(a["text"] == b["text"] for a, b in pairs) > 0.9 * len(pairs) > 15
     assert sum(a["num_forward_passes"] - 2 * b["num_forward_passes"] for a, b in pairs) > 0
