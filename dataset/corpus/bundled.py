@@ -1,8 +1,8 @@
 """The bundled corpus: Chinese and English rows that the project makes from its own tables, always the same.
 
 `pretraining_rows`, `conversations`, `words`, `preferences`, `questions` and `choices` are pure; `write` puts them into
-files and `bundled_file` into the cache. Choices are made by hashes, never by a random generator, so that every Python
-makes the same bytes.
+files and `bundled_file` into the cache, as it does with the tasks of tasks.py. Choices are made by hashes, never by a
+random generator, so that every Python makes the same bytes.
 
 Held out, and so in no training row: the sums of HELD_OUT_SUMS in any phrasing, language or order, the subtractions that
 undo them included; the capital after its country, for the countries of CAPITALS_ONE_WAY; and of every fact one
@@ -14,14 +14,15 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from itertools import chain
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 from dataset.cache import cached_directory
+from dataset.corpus import tasks
 from dataset.corpus.facts import (
     HELD_OUT_SUMS,
     PHRASES,
@@ -337,6 +338,7 @@ def _in_any_order(items: Iterable[Any]) -> list[Any]:
     return [unique[key] for key in sorted(unique, key=lambda key: hashlib.sha256(key.encode()).digest())]
 
 
+Files = Mapping[str, Callable[[], list[Row]]]
 FILES = {
     "words": words,
     "pretrain": pretraining_rows,
@@ -345,12 +347,15 @@ FILES = {
     "questions": questions,
     "choices": choices,
 }
+# In a folder of their own: the corpus keeps its name, by which a quickstart knows it, when a task is changed.
+TASK_FILES = {"tasks": lambda: _in_any_order(tasks.training_rows()), "task_questions": tasks.questions}
+PREFIX = "bundled:"  # before the name of a bundled file on the command line
 
 
-def write(directory: Path) -> None:
-    """Write <name>.jsonl of each of FILES, the same bytes every time; each file appears whole or not at all."""
+def write(directory: Path, files: Files = FILES) -> None:
+    """Write <name>.jsonl of each of the files, the same bytes every time; each file appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
-    for name, make in FILES.items():
+    for name, make in files.items():
         part = directory / f"{name}.jsonl.{os.getpid()}.tmp"
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in make())
         part.write_bytes(lines.encode())
@@ -358,7 +363,26 @@ def write(directory: Path) -> None:
 
 
 def bundled_file(name: str, cache_dir: Path = CACHE_DIR) -> Path:
-    """cache_dir/bundled-<hash>/<name>.jsonl, written first if need be. ValueError if `cache_dir` is unusable."""
-    sources = sorted(Path(__file__).parent.glob("*.py"))
+    """cache_dir/bundled-<hash>/<name>.jsonl, of a task tasks-<hash>/, written first if need be. ValueError if
+    `cache_dir` is unusable."""
+    of_tasks = name in TASK_FILES
+    sources = (path for path in sorted(Path(__file__).parent.glob("*.py")) if of_tasks or path.stem != "tasks")
     version = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:12]
-    return cached_directory(Path(cache_dir), f"bundled-{version}", write) / f"{name}.jsonl"
+    folder = f"{'tasks' if of_tasks else 'bundled'}-{version}"
+    make = partial(write, files=TASK_FILES if of_tasks else FILES)
+    return cached_directory(Path(cache_dir), folder, make) / f"{name}.jsonl"
+
+
+def with_bundled(names: str) -> str:
+    """Names of files with commas between them, each bundled:<name> as the path of that bundled file.
+
+    ValueError if there is no such bundled file.
+    """
+    return ",".join(_located(name) if name.strip().startswith(PREFIX) else name for name in names.split(","))
+
+
+def _located(name: str) -> str:
+    known, asked = [*FILES, *TASK_FILES], name.strip().removeprefix(PREFIX)
+    if asked not in known:
+        raise ValueError(f"{name.strip()}: no bundled file has this name; choose one of {', '.join(known)}")
+    return str(bundled_file(asked))

@@ -22,7 +22,7 @@ Observer = Callable[[bytes], object]
 PLAIN_TEXT = ".txt"
 CONTAINERS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", PLAIN_TEXT)
 PACKED = (".gz", ".zst")
-DATA_HELP = "a file, a folder, a pattern in quotes, or several of these with commas"
+DATA_HELP = "a file, a folder, a pattern in quotes, bundled:NAME, or several of these with commas"
 EXPECTED = f"{', '.join(CONTAINERS)}, or {' or '.join(PACKED)} after it (not after .parquet)"
 BESIDE_DATA = re.compile(  # in a folder, without being data
     r"\..*|(?:README|LICENSE|LICENCE).*|dataset_(?:infos?|dict)\.json", re.IGNORECASE

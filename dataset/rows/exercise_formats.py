@@ -17,6 +17,7 @@ from dataset.reading.rows import Check, read_as
 from dataset.rows.formats import TEXT_FIELDS
 from dataset.rows.messages import EXPLANATIONS, GROUPS, TOPICS, Row, labels_of, require_used, without_null
 
+MATCH, WHOLE = "match", "whole"  # field and value of a row whose right answer has one form
 FINAL = re.compile(r"^####([^\n]*\S)\s*\Z", re.MULTILINE)  # the last line of a worked answer, as in GSM8K
 
 
@@ -46,6 +47,7 @@ class Exercise(NamedTuple):
     language: str
     labels: dict[str, str]
     couplet: str | None = None  # of a line of a poem, the same in either direction
+    whole: bool = False  # a right answer is `wanted` and nothing else
 
     @property
     def complete(self) -> bool:
@@ -91,7 +93,8 @@ def exercise_of(row: Row, form: str, check: Check = str) -> Exercise:
     wanted = row[finals[0]] if finals else final[1] if final else reference
     couplet = key_of("\n".join(sorted((row["prompt"], reference)))) if form == "poems" else None
     wanted = None if form == "open" else wanted.strip()
-    return Exercise(0, question, reference, wanted, language, labels_of(row), couplet)
+    whole = row.get(MATCH) == WHOLE and wanted is not None
+    return Exercise(0, question, reference, wanted, language, labels_of(row), couplet, whole)
 
 
 def read_exercises(

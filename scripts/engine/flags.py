@@ -15,7 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
+from dataset.corpus.bundled import with_bundled
 from model.ranges import Range, is_range, parse_range
+
+DATA = ("data", "eval_data", "file")  # fields that name files of data, which may be bundled: bundled:tasks
 
 
 def spelling(field: str) -> str:
@@ -118,6 +121,8 @@ class Flag:
         """Add it to a group of an argparse parser."""
         help = "; ".join([self.help, *self.ranges, *(need.text for need in self.needs)])
         options = _conversion(self.kind)
+        if self.name in DATA:
+            options["type"] = _of_data(options["type"])
         if self.default is MISSING:
             section.add_argument(self.name, help=help.replace("%", "%%"), **options | {"metavar": self.name.upper()})
             return
@@ -185,6 +190,18 @@ def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return ",".join(map(str, default))
     return "none" if default is None else str(default)
+
+
+def _of_data(convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a parser of files of data, of which some may be bundled."""
+
+    def of_data(text: str) -> Any:
+        try:
+            return convert(with_bundled(text))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return of_data
 
 
 def _elements(member: Any) -> Callable[[str], tuple]:

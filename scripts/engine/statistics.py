@@ -1,4 +1,5 @@
-"""Statistics of evaluations: intervals and standard errors, chrF, distinct n-grams, repetition, right answers.
+"""Statistics of evaluations: intervals and standard errors, chrF, edit distance, distinct n-grams, repetition, right
+answers.
 
 Everything here is a function of plain numbers, texts or token ids, and knows no model and no file.
 """
@@ -104,14 +105,16 @@ NUMBER = re.compile(
 )
 
 
-def is_correct(reply: str, answer: str, question: str = "") -> bool:
-    """Return whether a reply to the question gives the answer.
+def is_correct(reply: str, answer: str, question: str = "", whole: bool = False) -> bool:
+    """Return whether a reply to the question gives the answer, or if `whole` is it and nothing else, blanks aside.
 
     If the answer is a number, the last number of the reply must equal it, where numbers that the question holds count
     only if there is no other: "2 + 11 = 13." answers 13, not 2 or 11, and "9 comes before 10." answers 9 if 10 was
     asked about. 4.0, 4., $4, 4 % and full-width digits are 4, and 4,000 is 4000; 4.5, -4, 0.4 and 1/4 are not 4. Any
     other answer must stand in the reply as words of its own, in upper or lower case.
     """
+    if whole:
+        return reply.split() == answer.split()
     if number := NUMBER.fullmatch(answer.strip().lstrip("$€£¥￥").rstrip(".。")):
         asked, replied = (list(map(_value, NUMBER.finditer(text))) for text in (question, reply))
         said = [value for value in replied if value not in asked] or replied
@@ -146,6 +149,20 @@ def chrf(reply: str, reference: str) -> float:
         return 0.0
     precision, recall, weight = sum(precisions) / len(precisions), sum(recalls) / len(recalls), CHRF_BETA**2
     return 100 * (1 + weight) * precision * recall / (weight * precision + recall)
+
+
+def edit_distance(reply: str, answer: str) -> float:
+    """Characters to insert, delete or replace to turn one text into the other (Levenshtein 1966) / length of the longer
+    one, 0 to 1; runs of white space count as one blank."""
+    reply, answer = (" ".join(text.split()) for text in (reply, answer))
+    costs = list(range(len(answer) + 1))  # of each beginning of the answer, from the beginning of the reply so far
+    for place, written in enumerate(reply, start=1):
+        left, diagonal = place, place - 1
+        costs[0] = place
+        for end, wanted in enumerate(answer, start=1):
+            left = min(left + 1, costs[end] + 1, diagonal + (written != wanted))
+            diagonal, costs[end] = costs[end], left
+    return costs[-1] / max(len(reply), len(answer), 1)
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float | None:

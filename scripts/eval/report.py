@@ -10,7 +10,8 @@ Writes report.json (every row's values), and report.md and pictures drawn from i
                 and others (dataset/rows/choice_formats.py)
     poems       {"prompt", "answer", "direction": "forward" or "backward", "question"}
     open        {"question", "reference"}
-    questions   {"question", "answer"}; "final", or #### and the rest of the answer, is to be found instead of it
+    questions   {"question", "answer"}; "final", or #### and the rest of the answer, is to be found instead of it;
+                with "match": "whole" a right answer is that and nothing else (bundled:task_questions)
     chat        a conversation in any format of fine-tuning
     text        {"text"}
 

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import pytest
 
+from dataset.corpus import bundled
 from scripts.engine import cli
 from scripts.engine.flags import Need, settings_of
 
@@ -54,6 +55,33 @@ def test_a_flag_whose_need_is_not_met_is_refused(argv, words, capsys):
 )
 def test_a_flag_whose_needs_are_met_is_not(argv):
     parse(*argv)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files."""
+
+    data: Annotated[Path | None, "rows"] = None
+    eval_data: Annotated[tuple[Path, ...] | None, "more rows"] = None
+    out: Annotated[Path | None, "a place"] = None
+
+
+def test_bundled_files_are_given_by_name_where_data_are(tmp_path, monkeypatch, capsys):
+    made = {name: lambda: [{"text": "甲"}] for name in ("tasks", "task_questions")}
+    monkeypatch.setattr(bundled, "TASK_FILES", made)
+    monkeypatch.chdir(tmp_path)
+    argv = ["--data", "own.jsonl, bundled:tasks", "--eval-data", "bundled:task_questions,x", "--out", "bundled:tasks"]
+    files, _ = cli.parse_args("what it does", Files, argv=argv)
+    own, tasks = str(files.data).split(",")
+    assert own == "own.jsonl" and tasks == str(bundled.bundled_file("tasks"))
+    assert Path(tasks).read_text(encoding="utf-8") == '{"text": "甲"}\n'
+    assert files.eval_data == (bundled.bundled_file("task_questions"), Path("x"))
+    assert files.out == Path("bundled:tasks")
+    for flag in ("--data", "--eval-data"):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse_args("what it does", Files, argv=[flag, "bundled:task"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and f"{flag}: bundled:task" in said and "pretrain, sft" in said and "tasks" in said
 
 
 @pytest.mark.parametrize("names", ["u,w", "", "u,,v", "u,"])

@@ -13,6 +13,7 @@ from scripts.engine.statistics import (
     chrf,
     difference_interval,
     distinct,
+    edit_distance,
     is_correct,
     longest_repeat,
     paired_interval,
@@ -171,6 +172,25 @@ def test_the_last_number_decides_however_it_is_written(number, other, grouped):
     written = f"{number:,}" if grouped else f"{number:f}"
     assert is_correct(f"{other} and so {written}.", str(number)) and is_correct(f"{written} = {written}", str(number))
     assert is_correct(f"{number:f}, {other:f}", f"{number:f}") == (number == other)
+
+
+def test_an_answer_that_is_to_be_given_whole_is_right_alone():
+    assert is_correct("1, 2, 3.", "1, 2, 3.", whole=True) and is_correct(" 1,\n2, 3.", "1, 2, 3.", whole=True)
+    for other in ("1, 2, 3. 4", "It is 1, 2, 3.", "1, 2, 3", "1,2,3.", ""):
+        assert not is_correct(other, "1, 2, 3.", whole=True)
+    assert is_correct("It is 4.", "4") and not is_correct("It is 4.", "4", whole=True)
+
+
+@given(st.text("ab ", max_size=5), st.text("ab ", max_size=5))
+def test_the_edit_distance_is_the_shortest_way_from_one_text_to_the_other(reply, answer):
+    texts = [" ".join(text.split()) for text in (reply, answer)]
+    reached, steps = {texts[0]}, 0
+    while texts[1] not in reached:  # all texts that one more edit leads to
+        cuts = {(text[:i], text[i:]) for text in reached for i in range(len(text) + 1)}
+        inserted = {a + letter + b for a, b in cuts for letter in "ab " if len(a + b) < 6}
+        replaced = {a + letter + b[1:] for a, b in cuts for letter in ("a", "b", " ", "") if b}
+        reached, steps = reached | inserted | replaced, steps + 1
+    assert edit_distance(reply, answer) == pytest.approx(steps / max(*map(len, texts), 1))
 
 
 @given(ids)

@@ -16,6 +16,7 @@ def item_of(exercise: Exercise, tokenizer: PreTrainedTokenizerFast) -> dict[str,
         "question": exercise.text,
         "reference": exercise.reference,
         **({} if exercise.wanted is None else {"wanted": exercise.wanted}),
+        **({"whole": True} if exercise.whole else {}),
         "reference_tokens": len(encode(tokenizer, exercise.reference)) + 1,
     }
 

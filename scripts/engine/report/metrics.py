@@ -16,7 +16,7 @@ from scripts.engine.decoding.answers import Answer, is_premature
 from scripts.engine.likelihood.chain_rules import AUTOREGRESSIVE, BOUND, BY_CONFIDENCE, LEFT_TO_RIGHT
 from scripts.engine.likelihood.choices import outcome
 from scripts.engine.report.measure import WRITTEN
-from scripts.engine.statistics import chrf, is_correct, longest_repeat
+from scripts.engine.statistics import chrf, edit_distance, is_correct, longest_repeat
 
 Item = dict[str, Any]  # of a section of report.json
 Result = dict[str, Any]  # what one model made of an item
@@ -37,6 +37,7 @@ class Metric(NamedTuple):
     bound: bool = False  # for a diffusion model an upper bound, shown with <=
     exponential: bool = False  # e to the ratio is shown
     digits: int = 3  # shown after the point
+    by_kind: bool = False  # also shown for each kind of question, as a file's first metric is
     cost: bool = False  # of the writing, not of its content: shown in a table of its own, by language alone
 
 
@@ -79,6 +80,10 @@ def _chain_rule(*names: str) -> Callable[[Item, Result], Ratio]:
     return of
 
 
+def _edits(item: Item, result: Result) -> Ratio:
+    return (edit_distance(result["text"], item["wanted"]), 1.0) if item.get("whole") else UNMEASURED
+
+
 def _premature(item: Item, result: Result) -> bool:
     answer = Answer(**{name: result[name] for name in WRITTEN})
     return is_premature(answer, Answer("", item["reference_tokens"], True))
@@ -88,10 +93,18 @@ def _premature(item: Item, result: Result) -> bool:
 
 EXACT = Metric(
     "exact match",
-    _mean(lambda item, result: is_correct(result["text"], item["wanted"], item["question"])),
+    _mean(lambda item, result: is_correct(result["text"], item["wanted"], item["question"], item.get("whole", False))),
     "share of the answers that hold the wanted string as words of their own, whatever its case; where a number is "
-    "wanted, share of those whose last number it is, numbers of the question left out if there is another",
+    "wanted, share of those whose last number it is, numbers of the question left out if there is another; of "
+    'questions with "match": "whole", share of those that are the wanted answer and nothing else, blanks aside',
     share=True,
+)
+EDITS = Metric(
+    "edit distance",
+    _edits,
+    'mean over answers to questions with "match": "whole" of the characters to insert, delete or replace to make the '
+    "wanted answer of it / the length of the longer one: 0 to 1",
+    by_kind=True,
 )
 CHRF = Metric(
     "chrF",
@@ -186,7 +199,7 @@ METRICS = {  # format of rows -> metrics; the first is the quality that a fronti
     "text": [NATS, PERPLEXITY, BITS, *CHAIN_RULES],
     "chat": [NATS, PERPLEXITY, BITS, *CHAIN_RULES],
     "choices": [ACC, ACC_NORM, CHOICE_NATS],
-    "questions": [EXACT, *WRITING],
+    "questions": [EXACT, EDITS, *WRITING],
     "poems": [EXACT, REFERENCE_NATS, *WRITING],
     "open": [CHRF, REFERENCE_NATS, *WRITING],
 }

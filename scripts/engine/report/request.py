@@ -25,9 +25,11 @@ class Request:
     tokenizer_dir: Annotated[Path, "directory with tokenizer.json and tokenizer_config.json", "without --from"] = Path(
         "."
     )
-    eval_data: Annotated[tuple[Path, ...] | None, "files of rows or plain text (none: bundled)", "without --from"] = (
-        None
-    )
+    eval_data: Annotated[
+        tuple[Path, ...] | None,
+        "files of rows or plain text, also bundled:task_questions (none: bundled questions)",
+        "without --from",
+    ] = None
     out: Annotated[Path | None, "folder of the report (none: weights/report; with --from, that of the file)"] = None
     redraw: Annotated[Path | None, "draw the report again from this report.json; no model is needed", "--from"] = None
     show: Annotated[

@@ -37,7 +37,8 @@ GROUPS = (  # labels by which rows are grouped
     ("split", "lang"),
     ("kind",),
 )
-KIND = "kind "  # begins the names of groups by kind; there are many, so only a file's first metric has them
+# Begins the names of groups by kind; there are many, so only a file's first metric has them, and those that ask for it.
+KIND = "kind "
 
 
 class Estimate(NamedTuple):
@@ -185,7 +186,7 @@ def _rows(section: Section, metrics: Sequence[Metric], groups: Groups, models: M
         if pairs and len(places) > 1:
             resampled = resampled_sums(np.hstack(list(members.values())))
             sums = dict(zip(members, np.split(resampled, len(members), axis=1), strict=True))
-        for metric in metrics[:1] if group.startswith(KIND) else metrics:
+        for metric in [m for m in metrics if m.by_kind or m is metrics[0]] if group.startswith(KIND) else metrics:
             counted = int((members[metric.name, names[0]][:, 1] > 0).sum())
             if not counted:
                 continue

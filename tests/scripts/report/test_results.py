@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dataset.rows.exercise_formats import exercise_of
 from dataset.tokenizer import encode
 from scripts.engine.decoding.answers import Answer, describe
+from scripts.engine.report.exercises import item_of
 from scripts.engine.report.metrics import EXACT, WRITTEN
 from scripts.engine.report.results import difference, groups_of, reversals_of, rows_of
 from scripts.engine.statistics import chrf, is_correct, paired_interval, resampled_sums, wilson
@@ -79,6 +81,30 @@ def test_exact_match_is_the_share_of_recorded_answers_that_hold_what_is_wanted(f
                 for i in places
             ]
             assert summary[f"{form}.jsonl"]["exact match"][group]["models"][name] == pytest.approx(np.mean(right))
+
+
+def test_answers_with_one_form_are_right_as_a_whole_and_their_distance_is_told_for_each_kind(tokenizer):
+    answers = [(kind, f"{number}, {number + 1}, {number + 2}.") for kind in ("count", "sort") for number in range(5)]
+    rows = [{"question": "?", "answer": answer, "kind": kind, "match": "whole"} for kind, answer in answers]
+    rows.append({"question": "?", "answer": "cat", "kind": "other"})
+    items = [item_of(exercise_of(row, "questions"), tokenizer) for row in rows]
+
+    def told(texts):
+        cost = {"ids": [1], "num_tokens": 1, "ended": True, "num_forward_passes": 1, "seconds": 1.0}
+        results = [{"text": text} | cost for text in texts]
+        section = {"format": "questions", "batch_size": 1, "items": items, "results": {AR: results}}
+        return {
+            (row.metric.name, row.group): row.values[AR].value for row in rows_of(section, [{"name": AR, "kind": "AR"}])
+        }
+
+    perfect = told([row["answer"] for row in rows])
+    assert [perfect["exact match", group] for group in ("all", "kind count", "kind sort")] == [1, 1, 1]
+    assert [perfect["edit distance", group] for group in ("all", "kind count", "kind sort")] == [0, 0, 0]
+    damaged = told([row["answer"] if row["kind"] == "sort" else f"{row['answer']} {row['answer']}" for row in rows])
+    assert (damaged["exact match", "kind count"], damaged["exact match", "kind sort"]) == (0, 1)
+    assert (damaged["edit distance", "kind count"], damaged["edit distance", "all"]) == pytest.approx((9 / 17, 9 / 34))
+    assert damaged["exact match", "kind other"] == 1 and ("edit distance", "kind other") not in damaged
+    assert told(["" for _ in rows])["edit distance", "all"] == 1
 
 
 def test_chrf_is_that_of_the_recorded_answers(sections, summary):
