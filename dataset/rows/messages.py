@@ -56,7 +56,7 @@ TOOLS_PROMPT = (
 METADATA = re.compile(
     r"(?:\w+_)?(?:id|idx|index|uid|uuid|hash|name|source|dataset|category|categorie|domain|topic|tag|task|type|kind|lang|"
     r"language|license|copyright|url|link|avatarUrl|metadata|meta|extra|model|generator|author|annotator|date|created|at|"
-    r"time|timestamp|split|subset|version|difficulty|level|quality|score|rating)s?"
+    r"time|timestamp|split|subset|version|difficulty|level|quality|score|rating|match)s?"
 )
 ARRAYS = ("messages", "conversations", "rejected_messages", "choices", "options", "endings")
 EXPLANATIONS = (  # names of fields that explain the answer to a question, which is asked without them
