@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from model.attention import AttentionMask, Part, Parts, document_mask
 from model.ranges import check_ranges
+from model.transformer import Transformer
 
 GOLDEN = (5**0.5 - 1) / 2
 DENSE_KEYS = 2048  # up to this many keys a dense mask is enough; FlexAttention would be compiled for many short widths
@@ -255,3 +256,23 @@ def denoising_inputs(
         "position_ids": torch.arange(length, device=device).repeat(2)[None],  # both halves stand at the same places
         "select": select + select // length * length,  # from flat positions of (B, L) to those of (B, 2L)
     }
+
+
+def predicted_states(model: Transformer, prepared: dict[str, Any], places: Tensor) -> Tensor:
+    """Return the hidden states from which x_0 is predicted at the flat positions `places` of x_t, for a joint model
+    followed by those of x_0 from which the next token is."""
+    ids, attention = denoising_inputs(
+        prepared["noised_ids"],
+        prepared["input_ids"],
+        prepared.get("document_ids"),
+        prepared["block_size"],
+        places,
+        prepared["joint"],
+    )
+    if prepared["joint"]:  # of complementary copies the first: x_0 is the same in both
+        place, length = prepared["next_positions"], prepared["input_ids"].shape[1]
+        attention["select"] = torch.cat([attention["select"], place + (place // length + 1) * length])
+    noise = prepared.get("perturbation")
+    if noise is not None:  # from units of the embeddings' root mean square
+        noise = noise * model.embed_tokens.weight.detach().square().mean().sqrt()
+    return model(ids, **attention, perturbation=noise, head=False)

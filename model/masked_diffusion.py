@@ -12,50 +12,27 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from model.block_diffusion import BlockSchedule, denoising_inputs
+from model.block_diffusion import BlockSchedule, predicted_states
 from model.config import ModelConfig
+from model.editing import EDIT_SOURCES, EditSettings, WithEditRates, drafts, edit_loss, mean_of, prepare_edits
 from model.forward_process import MASK_SCHEDULES, MaskSettings, Noised, StepNoise, complement, mask_tokens, rate_range
-from model.losses import entropy, forbid, linear_nats, run_lengths, sum_by_row, token_nats, unlikelihood
+from model.losses import (
+    RepetitionPenalty,
+    entropy,
+    forbid,
+    linear_nats,
+    repetition_penalty,
+    sum_by_row,
+    token_nats,
+)
 from model.objective import Averages, Batch, BatchView, NextToken, Objective, Prepared, RowLoss, number_of, share_of
-from model.ranges import check_ranges
 from model.transformer import Transformer
 
 RATE_BINS = 10
 
 
 @dataclass(frozen=True)
-class RepetitionPenalty:
-    """Weight of the unlikelihood of repetitions; every field is a flag."""
-
-    repeat_penalty_weight: Annotated[
-        float, "unlikelihood of continuing a run of equal tokens (0 = off)", "at least 0"
-    ] = 0.0
-    repeat_penalty_min_run: Annotated[
-        int,
-        "tokens in a run before its continuation is penalised",
-        "at least 1",
-        "with --repeat-penalty-weight above 0",
-    ] = 2
-    repeat_penalty_delay_steps: Annotated[
-        int, "steps before the penalty sets in", "at least 0", "with --repeat-penalty-weight above 0"
-    ] = 0
-    repeat_penalty_warmup_steps: Annotated[
-        int, "steps over which it grows to full weight", "at least 0", "with --repeat-penalty-weight above 0"
-    ] = 0
-
-    def __post_init__(self):
-        check_ranges(type(self), vars(self))
-
-    def penalty_weight_at(self, step: int) -> float:
-        """Return the weight at a step: 0 during the delay, then a linear ramp to the full weight."""
-        ramp = (step - self.repeat_penalty_delay_steps) / max(self.repeat_penalty_warmup_steps, 1)
-        if self.repeat_penalty_warmup_steps == 0:
-            ramp = float(step >= self.repeat_penalty_delay_steps)
-        return self.repeat_penalty_weight * min(max(ramp, 0.0), 1.0)
-
-
-@dataclass(frozen=True)
-class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective):
+class MaskedDiffusion(RepetitionPenalty, EditSettings, BlockSchedule, MaskSettings, Objective):
     """Masked diffusion (LLaDA Eq. 3); with loss_mask on the response alone, its SFT loss (Eq. 5).
 
     With a block size it is block diffusion (LLaDA 2.0 Eq. 1): every block has a mask rate of its own and is predicted
@@ -109,6 +86,7 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
     def __post_init__(self):
         MaskSettings.__post_init__(self)
         BlockSchedule.__post_init__(self)
+        EditSettings.__post_init__(self)
         low, high = rate_range(self)
         if self.mask_schedule == "iid_t" and low >= high:
             raise ValueError(
@@ -141,7 +119,9 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
 
     @property
     def terms(self) -> tuple[str, ...]:
-        return ("diffusion", "next_token") if self.joint else ()
+        edit = ("edit", *self.edit_rates) if self.edit_weight else ()
+        next_token = ("next_token",) if self.joint else ()
+        return ("diffusion", *next_token, *edit) if edit or next_token else ()
 
     @property
     def num_copies(self) -> int:
@@ -173,12 +153,19 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         decay = self.wsd_warmup_ratio + self.wsd_stable_ratio
         return self.mask_schedule != "wsd" or progress >= min(decay, 1.0)
 
-    def for_validation(self) -> "MaskedDiffusion":
+    def for_validation(self) -> Objective:
         """Return the full-range bound by which every schedule is judged, at the block size of the run's end; of a joint
-        model its weighted sum with the next-token loss, so that neither way of writing is chosen alone."""
-        return MaskedDiffusion(
+        model its weighted sum with the next-token loss, so that neither way of writing is chosen alone.
+
+        If the model learns to edit, the rates of its edits are measured beside it, at one edit rate whatever is trained
+        on.
+        """
+        bound = MaskedDiffusion(
             block_size=self.last_block_size, variable_length_prob=0.0, next_token_weight=self.next_token_weight
         )
+        if not self.edit_weight:
+            return bound
+        return WithEditRates(bound, tuple(replace(bound, edit_weight=1.0, edit_source=name) for name in EDIT_SOURCES))
 
     def view(self, batch: Batch, config: ModelConfig, noise: StepNoise) -> BatchView:
         """Return what is masked in the first half of complementary masks."""
@@ -220,6 +207,8 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             "penalty_weight": self.penalty_weight_at(noise.step),
         }
         # 5. What not every step has.
+        if self.edit_weight:
+            prepared |= prepare_edits(self, noised, batch, config, noise)
         if "document_ids" in batch:
             prepared["document_ids"] = batch["document_ids"].repeat(self.num_copies, 1)
         if size := self.embedding_noise_at(noise.step):
@@ -231,10 +220,20 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         return prepared
 
     def loss(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        if "drafts" not in prepared:
+            return self.loss_of(model, prepared)
+        return mean_of([self.loss_of(model, drafted) for drafted in drafts(model, prepared)])
+
+    def loss_of(self, model: Transformer, prepared: Prepared) -> RowLoss:
+        """Return the loss of x_t as it is."""
         input_ids, positions, targets = prepared["input_ids"], prepared["positions"], prepared["targets"]
         shape, penalty_weight = input_ids.shape, prepared["penalty_weight"]
-        # 1. Hidden states (N, C) at the masked positions, and those before the tokens (M,) that a joint model predicts.
-        hidden, before_next = predicted_states(model, prepared).tensor_split([len(positions)])
+        # 1. Hidden states (N, C) at the masked positions, those at the visible ones that are learnt, too, and those
+        #    before the tokens that a joint model predicts.
+        places = torch.cat([positions, prepared["visible"]]) if self.edit_weight else positions
+        hidden, visible, before_next = predicted_states(model, prepared, places).tensor_split(
+            [len(positions), len(places)]
+        )
         # 2. -log p(x_0 | x_t) of each (N,). Only CAP and the repetition penalty need the logits (N, V) themselves.
         if self.cap_weight or penalty_weight:
             logits = forbid(model.lm_head(hidden), model.config.mask_token_id)
@@ -245,7 +244,9 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
         averages["eos_share"] = share_of(targets, model.config.eos_token_id)
         # 3. Additions by token (N,).
         if penalty_weight:
-            penalty = repetition_penalty(logits, prepared, self.repeat_penalty_min_run)
+            penalty = repetition_penalty(
+                logits, prepared["noised_ids"], input_ids, positions, self.repeat_penalty_min_run
+            )
             averages["repeat_penalty"] = (penalty.detach().sum(), number_of(penalty))
             nats = nats + penalty_weight * penalty
         # 4. Weighted sums by row (R,), and additions by row.
@@ -255,15 +256,21 @@ class MaskedDiffusion(RepetitionPenalty, BlockSchedule, MaskSettings, Objective)
             averages |= cap_averages
             total = total + self.cap_weight * prepared["count"] * confidence
         # 5. The copies of a row together (B,), and the tokens they stand for.
-        nats, count = (values.view(self.num_copies, -1).sum(dim=0) for values in (total, prepared["count"]))
-        loss = RowLoss(nats, count, averages)
+        terms = {"diffusion": self.of_rows(RowLoss(total, prepared["count"], averages))}
+        # 6. The other terms: x_0 where x_t shows a token, right or wrong; and the next-token loss.
+        if self.edit_weight:
+            terms["edit"] = self.of_rows(edit_loss(visible, model, prepared, self.edit_source))
+        if self.joint:
+            terms["next_token"] = next_token_loss(before_next, model.lm_head.weight, prepared)
         if self.sequence_mean:
-            loss = loss.by_sequence()
-        # 6. The next-token loss.
-        if not self.joint:
-            return loss
-        upcoming = next_token_loss(before_next, model.lm_head.weight, prepared)
-        return weighted_sum(loss, upcoming.by_sequence() if self.sequence_mean else upcoming, self.next_token_weight)
+            terms = {name: loss.by_sequence() for name, loss in terms.items()}
+        weights = {"edit": self.edit_weight, "next_token": self.next_token_weight}
+        return weighted_sum(terms, weights) if len(terms) > 1 else terms["diffusion"]
+
+    def of_rows(self, loss: RowLoss) -> RowLoss:
+        """Return the loss of the rows of a batch (B,) from that of their copies (R,)."""
+        nats, count = (values.view(self.num_copies, -1).sum(dim=0) for values in (loss.nats, loss.count))
+        return RowLoss(nats, count, loss.averages)
 
 
 def shortened(batch: Batch, probability: float, noise: StepNoise) -> Batch:
@@ -283,26 +290,6 @@ def stacked(first: Noised, second: Noised) -> Noised:
         torch.cat([first.weight, second.weight]),
         torch.cat([first.count, second.count]),
     )
-
-
-def predicted_states(model: Transformer, prepared: Prepared) -> Tensor:
-    """Return the hidden states (N, C) from which x_0 is predicted at the masked positions of x_t, for a joint model
-    followed by those (M, C) of x_0 from which the next token is."""
-    ids, attention = denoising_inputs(
-        prepared["noised_ids"],
-        prepared["input_ids"],
-        prepared.get("document_ids"),
-        prepared["block_size"],
-        prepared["positions"],
-        prepared["joint"],
-    )
-    if prepared["joint"]:  # of complementary copies the first: x_0 is the same in both
-        place, length = prepared["next_positions"], prepared["input_ids"].shape[1]
-        attention["select"] = torch.cat([attention["select"], place + (place // length + 1) * length])
-    noise = prepared.get("perturbation")
-    if noise is not None:  # from units of the embeddings' root mean square
-        noise = noise * model.embed_tokens.weight.detach().square().mean().sqrt()
-    return model(ids, **attention, perturbation=noise, head=False)
 
 
 def loss_by_rate(nats: Tensor, prepared: Prepared) -> Averages:
@@ -348,16 +335,18 @@ def next_token_loss(hidden: Tensor, head: Tensor, prepared: Prepared) -> RowLoss
     return RowLoss(sum_by_row(nats, prepared["next_positions"], len(count), prepared["input_ids"].shape[1]), count)
 
 
-def weighted_sum(diffusion: RowLoss, next_token: RowLoss, weight: float) -> RowLoss:
-    """Return the sum of two losses per token, for the log with the mean of either.
+def weighted_sum(terms: dict[str, RowLoss], weights: dict[str, float]) -> RowLoss:
+    """Return the sum of losses per token, of which the first has weight 1, for the log with the mean of each.
 
-    A row counts as it does in the first; a token that has none before it counts as much as the others of its row.
+    A row counts as it does in the first; a token that has no part in another counts as much as the others of its row.
     """
-    share = diffusion.count / next_token.count.clamp(min=1)
-    pairs = {"diffusion": diffusion, "next_token": next_token}
-    averages = {name: (loss.nats.detach().sum(), loss.count.sum()) for name, loss in pairs.items()}
-    nats = diffusion.nats + weight * share * next_token.nats
-    return RowLoss(nats, diffusion.count, diffusion.averages | averages)
+    first, *others = terms
+    nats, count, averages = terms[first].nats, terms[first].count, {}
+    for name in others:
+        nats = nats + weights[name] * (count / terms[name].count.clamp(min=1)) * terms[name].nats
+    for name, loss in terms.items():
+        averages |= loss.averages | {name: (loss.nats.detach().sum(), loss.count.sum())}
+    return RowLoss(nats, count, averages)
 
 
 def confidence_loss(
@@ -371,21 +360,3 @@ def confidence_loss(
     sums, number = (sum_by_row(values, positions, *shape) for values in (entropy(logits) * right, right))
     averages = {"cap_entropy": (sums.detach().sum(), number.sum()), "right": (number.sum(), number_of(right))}
     return sums / number.clamp(min=1), averages
-
-
-def repetition_penalty(logits: Tensor, prepared: Prepared, min_run: int) -> Tensor:
-    """Return the unlikelihood (N,), at each masked position, of the token whose run ends just before it.
-
-    Runs of at least `min_run` equal tokens are penalised; not if the text itself goes on with the run.
-    """
-    input_ids, positions = prepared["input_ids"], prepared["positions"]
-    # 1. The canvas (R, L) as a greedy decoder would fill it.
-    guess = logits.detach().argmax(dim=-1)
-    canvas = prepared["noised_ids"].flatten().index_put((positions,), guess).view_as(input_ids)
-    # 2. The token before each masked position (N,), and the length of its run, 0 before the first column.
-    previous = canvas.roll(1, dims=1).flatten()[positions]
-    run = run_lengths(canvas).roll(1, dims=1)
-    run[:, 0] = 0
-    # 3. Where going on with it would be wrong.
-    wrong = (run.flatten()[positions] >= min_run) & (previous != input_ids.flatten()[positions])
-    return unlikelihood(logits, previous) * wrong

@@ -52,7 +52,7 @@ class Objective:
 
     unit: ClassVar[str]  # of the validation loss
     autoregressive: ClassVar[bool]  # it predicts the next token, so diffusion weights are no start for it
-    terms: tuple[str, ...] = ()  # averages that the loss is the weighted sum of, if there are several
+    terms: tuple[str, ...] = ()  # averages to be told with it: what it is the sum of, and what else is judged by
 
     def settle(self, config: ModelConfig) -> tuple["Objective", ModelConfig]:
         """Settle what is open in either, before the network is built, for starting weights of this config.

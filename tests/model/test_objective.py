@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.attention import block_causal_mask, document_mask
 from model.forward_process import MASK_SCHEDULES, StepNoise, mask_tokens
-from model.losses import run_lengths, unlikelihood
-from model.masked_diffusion import MaskedDiffusion, repetition_penalty
+from model.losses import repetition_penalty, run_lengths, unlikelihood
+from model.masked_diffusion import MaskedDiffusion
 from model.objective import NextToken
 from model.preference import DiffusionDPO, ExactDPO
 from model.transformer import Transformer
@@ -221,8 +221,7 @@ def test_the_repetition_penalty_waits_warms_up_and_acts_on_wrong_repetitions_onl
     logits = torch.full((5, 24), -4.0)
     logits[:, 7] = 4.0
     text = torch.tensor([[9, 7, 9, 9, 7]])
-    prepared = {"noised_ids": torch.full_like(text, 3), "input_ids": text, "positions": torch.arange(5)}
-    penalty = repetition_penalty(logits, prepared, min_run=2)
+    penalty = repetition_penalty(logits, torch.full_like(text, 3), text, torch.arange(5), min_run=2)
     # Two 7s stand before positions 2, 3 and 4; at 4 the text itself goes on with 7.
     assert (penalty > 0).tolist() == [False, False, True, True, False]
 
@@ -253,6 +252,10 @@ OBJECTIVES = {
     "full": DIFFUSION,
     "complementary, CAP, penalty, noise": replace(
         DIFFUSION, complementary_masks=True, cap_weight=1.0, repeat_penalty_weight=0.5, mask_embedding_noise=1.0
+    ),
+    "edits": replace(DIFFUSION, edit_weight=0.5, cap_weight=1.0),
+    "edits of drafts, joint": replace(
+        DIFFUSION, edit_weight=0.5, edit_source="self", edit_rounds=2, block_size=4, next_token_weight=0.5
     ),
     "blocks": replace(DIFFUSION, block_size=4, mask_schedule="iid_t", sequence_mean=True),
     "preferences": ExactDPO(reference=Transformer(TINY), dpo_sft_weight=0.1),

@@ -301,10 +301,10 @@ class Trainer:
         self.bar.set_postfix(loss=loss, lr=f"{learning_rate:.1e}", tok_s=f"{tokens_per_second:.0f}")
 
     def _terms(self, values: dict[str, Any]) -> str:
-        """Return what the loss is the weighted sum of, in words, if there are several terms; only the first process
-        knows those of a validation."""
-        terms = [f"{name.replace('_', ' ')} {values[name]:.4f}" for name in self.objective.terms if values.get(name)]
-        return f" ({', '.join(terms)})" if terms else ""
+        """Return the averages that the objective names, in words; of a validation only the first process has them."""
+        known = [name for name in self.objective.terms if values.get(name) is not None]
+        terms = ", ".join(f"{name.replace('_', ' ')} {values[name]:.4f}" for name in known)
+        return f" ({terms})" if terms else ""
 
     def save(self) -> None:
         """Save the run; raise ValueError instead if the weights are not finite.

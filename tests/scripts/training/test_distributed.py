@@ -55,7 +55,8 @@ RUNS = {
     "half": (train_pretrain, "--run-name half --dtype bfloat16 --max-iters 4 --log-interval 1"),
     "muon": (
         diffusion,
-        "--run-name muon --optimizer muon --max-iters 3 --log-interval 1 --block-size 4 --next-token-weight 0.5",
+        "--run-name muon --optimizer muon --max-iters 3 --log-interval 1 --block-size 4 --next-token-weight 0.5 "
+        "--edit-weight 1 --edit-source self",
     ),
 }
 

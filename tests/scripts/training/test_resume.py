@@ -35,7 +35,7 @@ RUNS = {
         diffusion,
         "--mask-schedule wsd --time-weighted-loss --noise-schedule cosine --use-block-curriculum --topk-merge 2 "
         "--wsd-block-sizes-up 1,4 --wsd-block-sizes-down 8,4 --mask-embedding-noise 1 --mask-embedding-noise-steps 7 "
-        "--accumulation-steps 2 --ema-decay 0.9",
+        "--accumulation-steps 2 --ema-decay 0.9 --edit-weight 0.5",
     ),
     "sft-ar": (train_sft_minimind, "--accumulation-steps 2 --resume-optimizer-state --load-from pretrained/ar.pt"),
     "sft-blocks": (
@@ -47,12 +47,13 @@ RUNS = {
     "joint": (
         diffusion,
         "--next-token-weight 0.5 --use-block-curriculum --wsd-block-sizes-up 1,4 --wsd-block-sizes-down 8,4 "
-        "--accumulation-steps 2 --ema-decay 0.9 --variable-length-prob 0.5",
+        "--accumulation-steps 2 --ema-decay 0.9 --variable-length-prob 0.5 --edit-weight 0.5 --edit-source self "
+        "--edit-rounds 2",
     ),
     "sft-joint": (
         train_sft_diffusion,
         "--next-token-weight 0.3 --block-size 4 --no-quantize-effective-length --complementary-masks --streaming "
-        "--steps-per-epoch 5",
+        "--steps-per-epoch 5 --edit-weight 1 --edit-source self --edit-rate 0.9",
     ),
 }
 
