@@ -18,7 +18,8 @@ from typing import Annotated, Any, NamedTuple
 from model.decoding.autoregressive import SamplingConfig
 from model.decoding.canvas import Canvas
 from model.decoding.decode import ContinuationConfig
-from model.decoding.denoiser import REMASKING, DenoisingConfig
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import REMASKING
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
     Generation,

@@ -10,7 +10,8 @@ from typing import Annotated
 
 from model.decoding.autoregressive import AutoregressiveDecoder, SamplingConfig
 from model.decoding.canvas import Canvas, Decoded, Decoder, DecodingStep
-from model.decoding.denoiser import SELF_SPECULATIVE, Denoiser, DenoisingConfig
+from model.decoding.denoiser import Denoiser, DenoisingConfig
+from model.decoding.remasking import SELF_SPECULATIVE
 from model.decoding.speculation import SpeculativeDecoder
 from model.ranges import check_ranges
 from model.transformer import Transformer

@@ -23,7 +23,7 @@ from model.decoding.denoiser_cache import (
     PrefixCache,
     UnfusedBlockCache,
 )
-from model.decoding.remasking import POLICIES, Step, choose, padded, transfer_schedule
+from model.decoding.remasking import DENOISING, REMASKING, SELF_SPECULATIVE, Step, choose, padded, transfer_schedule
 from model.decoding.sampling import Draw, guide
 from model.losses import forbid
 from model.ranges import check_ranges
@@ -31,9 +31,6 @@ from model.transformer import Transformer
 
 # On larger canvases a small model writes the EOS at their end first: report, section 10.
 DEFAULT_BLOCK_SIZE = 8
-SELF_SPECULATIVE = "self_speculative"  # no policy of denoising: see speculation.py
-REMASKING = (*POLICIES, SELF_SPECULATIVE)
-DENOISING = f"without --gen-remasking {SELF_SPECULATIVE}"  # what flags need that have no effect there
 
 
 @dataclass(frozen=True)
@@ -280,20 +277,23 @@ class Denoiser(Decoder):
 
     def _block_at(self, row: int, column: int) -> Block:
         """The block that `column`, the leftmost masked one of a row, is in."""
-        size, length, open_columns = self.block_size, self.blocks[row].length, self.state.open_columns[row]
+        length, open_columns = self.blocks[row].length, self.state.open_columns[row]
         # 1. Its columns, start to stop - 1, and which of the row's open positions they are, first to last - 1.
-        if self.on_grid:
-            number = column // size
-            start, stop = number * size, min((number + 1) * size, length)
-            first, last = bisect_left(open_columns, start), bisect_left(open_columns, stop)
-        else:
-            number = bisect_left(open_columns, column) // size
-            first, last = number * size, min((number + 1) * size, len(open_columns))
-            start, stop = open_columns[first], open_columns[last - 1] + 1
+        number = (column if self.on_grid else bisect_left(open_columns, column)) // self.block_size
+        start, stop = self._columns_of(row, number)
+        first, last = bisect_left(open_columns, start), bisect_left(open_columns, stop)
         # 2. The tokens to write there are spread over the block's share of the steps.
         num_masked = bisect_left(self.state.masked_columns[row], stop)
         schedule = transfer_schedule(num_masked, self.config.steps_of(first, last, len(open_columns)))
         return Block(row, length, number, start, stop, schedule)
+
+    def _columns_of(self, row: int, number: int) -> tuple[int, int]:
+        """The first column of a row's block, and the one behind its last."""
+        size, length, open_columns = self.block_size, self.blocks[row].length, self.state.open_columns[row]
+        if self.on_grid:
+            return number * size, min((number + 1) * size, length)
+        last = min((number + 1) * size, len(open_columns))
+        return open_columns[number * size], open_columns[last - 1] + 1
 
     def _guided_logits(self, blocks: list[Block]) -> Tensor:
         """(N, V) float32 on the model's device, after classifier-free guidance."""

@@ -115,6 +115,9 @@ POLICIES: dict[str, Callable[[Step], Choice]] = {
     "entropy_bound": entropy_bound,
     "left_to_right": left_to_right,
 }
+SELF_SPECULATIVE = "self_speculative"  # no policy of denoising: see speculation.py
+REMASKING = (*POLICIES, SELF_SPECULATIVE)
+DENOISING = f"without --gen-remasking {SELF_SPECULATIVE}"  # what flags need that have no effect there
 
 
 def choose(policy: str, step: Step) -> Tensor:

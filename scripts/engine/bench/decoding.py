@@ -24,8 +24,8 @@ from model.config import ModelConfig
 from model.decoding.autoregressive import SamplingConfig
 from model.decoding.canvas import Canvas, Decoded
 from model.decoding.decode import decode as fill
-from model.decoding.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
-from model.decoding.remasking import transfer_schedule
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import REMASKING, SELF_SPECULATIVE, transfer_schedule
 from model.transformer import Transformer
 from scripts.engine.bench.timing import Row, Timing, take_turns
 from scripts.engine.decoding.samplers import ADAPTIVE, THRESHOLDED, SamplerGrid

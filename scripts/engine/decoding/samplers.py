@@ -4,7 +4,8 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
-from model.decoding.denoiser import REMASKING, SELF_SPECULATIVE, DenoisingConfig
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import REMASKING, SELF_SPECULATIVE
 
 ADAPTIVE = ("threshold", "factor", "entropy_bound", SELF_SPECULATIVE)  # take as many steps as they need
 THRESHOLDED = ("threshold", "hybrid")

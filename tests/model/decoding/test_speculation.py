@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from model.decoding.autoregressive import SamplingConfig
 from model.decoding.canvas import Canvas
 from model.decoding.decode import decode
-from model.decoding.denoiser import SELF_SPECULATIVE, DenoisingConfig
+from model.decoding.denoiser import DenoisingConfig
+from model.decoding.remasking import SELF_SPECULATIVE
 from model.decoding.speculation import SpeculativeDecoder, num_accepted
 from tests.model.decoding.canvases import EOS, MASK, PROMPTS, continuing, infilling, spied, steps_of
 
