@@ -10,8 +10,9 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -19,6 +20,7 @@ from model.decoding.autoregressive import SamplingConfig
 from model.decoding.canvas import Canvas
 from model.decoding.decode import ContinuationConfig
 from model.decoding.denoiser import DenoisingConfig
+from model.decoding.editing import MODES
 from model.decoding.remasking import REMASKING
 from scripts.engine.cli import parse_args, run
 from scripts.engine.decoding.generation import (
@@ -60,6 +62,8 @@ DIFFUSION_HELP = """\
 /steps N          denoising steps of a reply
 /block N          tokens denoised together, from left to right; 0 = the whole reply at once
 /policy NAME      which predictions a denoising step keeps: {policies}
+/mode NAME        draft fast, then edit: {modes}
+/edit T           edit where another token is more probable than T; off = what is written stays
 /infill TEXT      fill the blanks (___) of TEXT; as a reply to the last message, if there is one; not remembered"""
 
 
@@ -174,6 +178,7 @@ class Chat:
         empty = "" if generation.text.strip() else "an empty reply, "
         cut = "" if generation.ended else ", no end within --max-new-tokens"
         cost = f"{generation.num_forward_passes} passes, {generation.tokens_per_second:.0f} tokens/s"
+        cost += "" if generation.num_edits is None else f", {generation.num_edits} edits"
         print(f"[{empty}{generation.num_tokens} tokens, {cost}{cut}]")
 
     # -- commands ------------------------------------------------------------------------------------------------------
@@ -198,7 +203,7 @@ class Chat:
         _refuse_rest("/help", rest)
         print(HELP)
         if self.is_diffusion:
-            print(DIFFUSION_HELP.format(policies=", ".join(REMASKING)))
+            print(DIFFUSION_HELP.format(policies=", ".join(REMASKING), modes=" or ".join(MODES)))
         values = settings_of(self.sampler, self.continuation)
         flags = [f"{spelling(name)} {value}" for name, value in values.items() if value is not None]
         print(textwrap.fill(", ".join(flags), 110, break_on_hyphens=False))
@@ -289,8 +294,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _policy(text: str) -> str:
-    if text not in REMASKING:
+def _one_of(names: Collection[str], text: str) -> str:
+    if text not in names:
         raise ValueError
     return text
 
@@ -299,7 +304,9 @@ SETTINGS = {
     "/steps": Setting("gen_steps", None, int, "a whole number such as 32"),
     "/temp": Setting("gen_temp", "ar_temperature", _finite, "a number such as 0.8"),
     "/block": Setting("gen_block_size", None, int, "a whole number such as 32"),
-    "/policy": Setting("gen_remasking", None, _policy, f"one of {', '.join(REMASKING)}"),
+    "/policy": Setting("gen_remasking", None, partial(_one_of, REMASKING), f"one of {', '.join(REMASKING)}"),
+    "/mode": Setting("gen_mode", None, partial(_one_of, MODES), " or ".join(MODES)),
+    "/edit": Setting("gen_edit_threshold", None, lambda t: None if t == "off" else _finite(t), "a number, or off"),
 }
 COMMAND_OF = {  # flag -> command, which replaces it in what the model's code says about a mistake
     "--gen-steps": "/steps",
@@ -307,6 +314,7 @@ COMMAND_OF = {  # flag -> command, which replaces it in what the model's code sa
     "--ar-temperature": "/temp",
     "--gen-block-size": "/block",
     "--gen-remasking": "/policy",
+    "--gen-edit-threshold": "/edit",
     "--infill": "/infill",
     "--system": "/system",
 }

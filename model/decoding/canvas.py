@@ -1,9 +1,10 @@
 """A canvas: rows of given tokens and of open positions, and what decoding writes into these.
 
 Shapes: B rows, L positions of the longest row, R active rows, N positions written, V vocabulary. A position is given,
-open or padding; an open one is masked until it is written, once.
+open or padding; an open one is masked until it is written, and written once unless the decoder edits.
 """
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -91,7 +92,7 @@ class DecodingStep:
     """The tokens that one step wrote. Its tensors are its own copies, on the CPU."""
 
     ids: Tensor  # (B, L) int64 after the step; [MASK] where nothing is written yet
-    written: Tensor  # (B, L) bool, written in this step
+    written: Tensor  # (B, L) bool, written in this step, over [MASK] or over another token
     # (B, L) float32, the probability of each token written, in the distribution that it was drawn from: after guidance,
     # repetition penalty and forbidden tokens, before temperature, top-k and top-p. 0 elsewhere.
     confidence: Tensor
@@ -99,6 +100,7 @@ class DecodingStep:
     rejected: Tensor | None = None  # (B, L) int64: drafts that were taken back in this step, [MASK] elsewhere
     num_drafted: int = 0  # tokens drafted and verified so far; 0: the decoder does not draft
     num_accepted: int = 0  # those of them that were written
+    num_edits: int = 0  # written tokens that gave way to others, or to [MASK], so far
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Decoded:
     row_passes: list[int]  # per row, calls made while it was active: what it would have cost alone
     row_drafted: list[int] = field(default_factory=list)  # per row, tokens drafted and verified; empty: no drafts
     row_accepted: list[int] = field(default_factory=list)  # per row, those of them that were written
+    row_edits: list[int] = field(default_factory=list)  # per row, tokens that gave way; empty: no edits
 
 
 class CanvasState:
@@ -136,10 +139,12 @@ class CanvasState:
         self.open_columns = [[column for column, is_open in enumerate(row) if is_open] for row in self.open.tolist()]
         self.masked_columns = [list(columns) for columns in self.open_columns]
         # The column of each text's last token: of the leftmost EOS written, at first of the last token that is wanted.
-        self.end = [length - more - 1 for length, more in zip(canvas.lengths.tolist(), canvas.surplus, strict=True)]
+        self.last = [length - more - 1 for length, more in zip(canvas.lengths.tolist(), canvas.surplus, strict=True)]
+        self.end = list(self.last)
         self.active_rows = [row for row, masked in enumerate(self.masked_columns) if masked]
         self.num_forward_passes, self.row_passes = 0, [0] * len(seeds)
-        self.drafted, self.accepted = list[int](), list[int]()  # see Decoded
+        self.drafted, self.accepted, self.edits = list[int](), list[int](), list[int]()  # see Decoded
+        self.held = set[int]()  # rows that stay active until they are released
 
     @property
     def masked(self) -> Tensor:
@@ -200,27 +205,50 @@ class CanvasState:
     def write(
         self, rows: Tensor, columns: Tensor, tokens: Tensor, confidence: Tensor, rejected: Tensor | None = None
     ) -> DecodingStep:
-        """Write tokens (N,) at masked positions rows, columns (N,); a row that is finished by it becomes inactive.
+        """Write tokens (N,) at positions rows, columns (N,), masked ones or, if the decoder edits, written ones; a row
+        that is finished by it becomes inactive.
 
-        ValueError for a position that is not masked, or a [MASK] to be written.
+        ValueError for a position that is given, or written and not to be edited, and for [MASK] over [MASK].
         """
         rows, columns, tokens, confidence = (values.cpu() for values in (rows, columns, tokens, confidence))
         places = rows * self.ids.shape[1] + columns  # (N,) among the B * L positions
-        if (tokens == self.mask_token_id).any() or not self.masked.view(-1)[places].all():
-            raise ValueError("only masked positions can be written, and only with tokens other than [MASK]")
-        # 1. The lists of single rows.
-        for row, column, token in zip(rows.tolist(), columns.tolist(), tokens.tolist(), strict=True):
+        is_edit, to_mask = ~self.masked.view(-1)[places], tokens == self.mask_token_id
+        if not (self.open if self.edits else self.masked).view(-1)[places].all() or (to_mask & ~is_edit).any():
+            raise ValueError(
+                "only masked positions can be written, and only with tokens other than [MASK]; a decoder that edits "
+                "may also change what it has written"
+            )
+        # 1. The tensors (B, L).
+        self.ids.view(-1)[places] = tokens
+        written, probability = torch.zeros(self.ids.shape, dtype=torch.bool), torch.zeros(self.ids.shape)
+        written.view(-1)[places] = ~to_mask
+        probability.view(-1)[places] = confidence
+        # 2. The lists of single rows.
+        changes = (values.tolist() for values in (rows, columns, tokens, is_edit))
+        for row, column, token, edited in zip(*changes, strict=True):
+            if edited:
+                self._note_edit(row, column, token)
+                continue
             self.masked_columns[row].remove(column)
             if token == self.eos_token_id:
                 self.end[row] = min(column, self.end[row])
-        self.active_rows = [row for row in self.active_rows if not self._has_ended(row)]
-        # 2. The tensors (B, L).
-        self.ids.view(-1)[places] = tokens
-        written, probability = torch.zeros(self.ids.shape, dtype=torch.bool), torch.zeros(self.ids.shape)
-        written.view(-1)[places] = True
-        probability.view(-1)[places] = confidence
+        self.active_rows = [row for row in self.active_rows if row in self.held or not self._has_ended(row)]
         drafts = rejected, sum(self.drafted), sum(self.accepted)
-        return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes, *drafts)
+        return DecodingStep(self.ids.clone(), written, probability, self.num_forward_passes, *drafts, sum(self.edits))
+
+    def _note_edit(self, row: int, column: int, token: int) -> None:
+        """An end may come or go by it; without it the text goes on to the next one, or to the last token wanted."""
+        self.edits[row] += 1
+        if token == self.mask_token_id:
+            insort(self.masked_columns[row], column)
+        ids = self.ids[row].tolist()
+        ends = (place for place in self.open_columns[row] if ids[place] == self.eos_token_id)
+        self.end[row] = min(next(ends, self.last[row]), self.last[row])
+
+    def release(self, row: int) -> None:
+        """Make a row that is held inactive if it is written to its end."""
+        if self._has_ended(row):
+            self.active_rows.remove(row)
 
     def _has_ended(self, row: int) -> bool:
         masked = self.masked_columns[row]
@@ -236,7 +264,8 @@ class CanvasState:
             tokens = [row[column] for column in columns[: len(columns) - more]]
             ended.append(self.eos_token_id in tokens)
             new.append(tokens[: tokens.index(self.eos_token_id) + 1] if ended[-1] else tokens)
-        return Decoded(ids, new, ended, self.num_forward_passes, list(self.row_passes), self.drafted, self.accepted)
+        lists = list(self.row_passes), self.drafted, self.accepted, self.edits
+        return Decoded(ids, new, ended, self.num_forward_passes, *lists)
 
 
 class Decoder:

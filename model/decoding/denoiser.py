@@ -23,6 +23,7 @@ from model.decoding.denoiser_cache import (
     PrefixCache,
     UnfusedBlockCache,
 )
+from model.decoding.editing import MODELESS, EditingConfig, Editor
 from model.decoding.remasking import DENOISING, REMASKING, SELF_SPECULATIVE, Step, choose, padded, transfer_schedule
 from model.decoding.sampling import Draw, guide
 from model.losses import forbid
@@ -34,7 +35,7 @@ DEFAULT_BLOCK_SIZE = 8
 
 
 @dataclass(frozen=True)
-class DenoisingConfig:
+class DenoisingConfig(EditingConfig):
     """Diffusion sampling."""
 
     gen_steps: Annotated[
@@ -44,6 +45,7 @@ class DenoisingConfig:
         "at least 1",
         "with --gen-remasking low_confidence, random, hybrid, margin, entropy or left_to_right or "
         "--gen-cap-start-ratio below 1 or --gen-cap-end-ratio below 1",
+        MODELESS,
     ] = 64
     gen_block_size: Annotated[
         int | None,
@@ -57,9 +59,14 @@ class DenoisingConfig:
         "self_speculative (joint checkpoints): those that the same weights would write autoregressively, so that the "
         "text is theirs",
         ("--llada2-enable-parallel-decoding", "hybrid"),
+        MODELESS,
     ] = "low_confidence"
     gen_confidence_threshold: Annotated[
-        float, "keep predictions of at least this probability", "in (0, 1]", "with --gen-remasking threshold or hybrid"
+        float,
+        "keep predictions of at least this probability",
+        "in (0, 1]",
+        "with --gen-remasking threshold or hybrid",
+        MODELESS,
     ] = 0.9
     gen_factor: Annotated[
         float,
@@ -142,7 +149,8 @@ class DenoisingConfig:
         return Draw(self.gen_temp, self.gen_top_k, self.gen_top_p, self.gen_repeat_penalty, self.gen_repeat_window)
 
     def fitted(self, model: ModelConfig) -> "DenoisingConfig":
-        """The config with the checkpoint's own block size and cache in place of `none` and `auto`.
+        """The config with the checkpoint's own block size and cache in place of `none` and `auto`, and with what its
+        mode stands for.
 
         ValueError for an autoregressive checkpoint, and for settings that do not go with its attention.
         """
@@ -175,7 +183,7 @@ class DenoisingConfig:
                 "--no-gen-fuse-commit has no effect without the cache of finished blocks, which checkpoints of block "
                 "diffusion have; leave it out"
             )
-        return replace(self, gen_block_size=size, gen_cache=cache)
+        return replace(self, gen_block_size=size, gen_cache=cache, **self.of_mode())
 
     def steps_of(self, first: int, last: int, num_open: int) -> int:
         """Steps of the block of open positions `first` to `last` - 1: its share by length, at least one."""
@@ -191,13 +199,14 @@ class DenoisingConfig:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What would be written at the masked positions of the active blocks, row by row."""
+    """What would be written at the masked positions of the active blocks, row by row; after these, with editing, what
+    the visible ones would give way to."""
 
     rows: Tensor  # (N,) int64
     columns: Tensor  # (N,) int64
     tokens: Tensor  # (N,) int64
     confidence: Tensor  # (N,) float32, of each token; see DecodingStep
-    kept: Tensor  # (N,) bool, chosen by the remasking policy to be written; the rest stays [MASK]
+    kept: Tensor  # (N,) bool, chosen by the policy, or the rule of editing, to be written; the rest stays as it is
 
 
 class Denoiser(Decoder):
@@ -226,6 +235,7 @@ class Denoiser(Decoder):
         self.on_grid = model.config.block_size > 0
         self.block_size = config.gen_block_size or max(map(len, self.state.open_columns)) or 1
         self.blocks = [Block(row, length) for row, length in enumerate(canvas.lengths.tolist())]
+        self.editor = Editor(self.state, config, config.gen_eos == "confidence") if config.edits else None
 
     def step(self) -> DecodingStep:
         """Predict, and write what the policy keeps."""
@@ -236,11 +246,12 @@ class Denoiser(Decoder):
         blocks); writes nothing. ValueError once every row is finished."""
         if self.finished:
             raise ValueError("every row is finished; call finish()")
-        # 1. The masked columns of each active row's block: N in all, counts[i] of them in the i-th row.
+        # 1. The masked columns of each active row's block, counts[i] of them in the i-th row, then the visible ones: N.
         blocks = self._active_blocks()
         counts = [len(block.masked) for block in blocks]
-        rows = torch.tensor([block.row for block in blocks for _ in block.masked])
-        columns = torch.tensor([column for block in blocks for column in block.masked])
+        places = [(block.row, column) for block in blocks for column in block.masked]
+        places += [(block.row, column) for block in blocks for column in block.visible]
+        rows, columns = torch.tensor(places).unbind(dim=1)
         with torch.inference_mode():
             # 2. Logits (N, V), less what may not or should not be written.
             logits = self._guided_logits(blocks)
@@ -249,31 +260,52 @@ class Denoiser(Decoder):
             if self.config.gen_eos == "never" or not self.may_end:
                 forbid(logits, self.model.config.eos_token_id)
             forbid(logits, self.model.config.mask_token_id)
-            # 3. A token for every masked position, with its probability, both (N,).
-            tokens, confidence = (x.cpu() for x in self.state.sample(logits, counts, self.config.draw))
-            # 4. Those that the remasking policy keeps, (N,) bool.
-            kept = self._kept(blocks, logits, tokens, confidence)
+            masked, visible = logits[: sum(counts)], logits[sum(counts) :]
+            # 3. A token for every masked position, with its probability, and whether the policy keeps it.
+            tokens, confidence = (x.cpu() for x in self.state.sample(masked, counts, self.config.draw))
+            found = tokens, confidence, self._kept(blocks, masked, tokens, confidence)
+            # 4. What the visible ones would give way to, and whether they do; all three are (N,) now.
+            if self.editor:
+                found = map(torch.cat, zip(found, self.editor.edits(visible, blocks), strict=True))
         # Copies, because inference tensors could not be changed outside of inference mode.
-        return Candidates(rows, columns, tokens.clone(), confidence.clone(), kept.clone())
+        return Candidates(rows, columns, *(values.clone() for values in found))
 
     @torch.no_grad()
     def write(self, candidates: Candidates) -> DecodingStep:
         """Write the candidates that are kept."""
-        for row in self.state.active_rows:
-            self.blocks[row].steps_done += 1
-        kept = candidates.kept
-        return self.state.write(
+        blocks, kept = [self.blocks[row] for row in self.state.active_rows], candidates.kept
+        for block in blocks:
+            block.steps_done += 1
+        step = self.state.write(
             candidates.rows[kept], candidates.columns[kept], candidates.tokens[kept], candidates.confidence[kept]
         )
+        for block in blocks if self.editor else ():
+            if self.editor.finishes(block, candidates.columns[kept & (candidates.rows == block.row)].tolist()):
+                self._leave(block)
+        return step
 
     def _active_blocks(self) -> list[Block]:
-        """The blocks of this step; a row whose block is full enters the next one."""
+        """The blocks of this step; a row whose block is done enters the next one."""
         for row in self.state.active_rows:
             masked = self.state.masked_columns[row]
-            if masked[0] >= self.blocks[row].stop:
+            if self.editor.is_done(row) if self.editor else masked[0] >= self.blocks[row].stop:
                 self.blocks[row] = self._block_at(row, masked[0])
+                if self.editor:
+                    self.editor.open(self.blocks[row])
             self.blocks[row].masked = masked[: bisect_left(masked, self.blocks[row].stop)]
+            if self.editor:
+                self.editor.plan(self.blocks[row])
         return [self.blocks[row] for row in self.state.active_rows]
+
+    def _leave(self, block: Block) -> None:
+        """Leave a block that is done with its edits, by way of the window that --gen-edit-blocks reopens, if any."""
+        row, window = block.row, self.editor.window(block)
+        if window:
+            start, _ = self._columns_of(row, block.number - window)
+            self.blocks[row] = replace(block, start=start)
+            self.editor.reopen(self.blocks[row], stop=block.start)
+        else:
+            self.editor.close(block)
 
     def _block_at(self, row: int, column: int) -> Block:
         """The block that `column`, the leftmost masked one of a row, is in."""

@@ -1,12 +1,13 @@
 """What a denoising step feeds the network, and which keys and values it keeps from earlier steps.
 
 Shapes: R active rows of a batch of B, L columns, W of them fed, N masked positions of the active blocks, V vocabulary.
-Rows are at different places of their texts; in a pass each feeds what it needs, padded to the widest.
+Rows are at different places of their texts; in a pass each feeds what it needs, padded to the widest. The active block
+may be a window of several blocks of the grid, which are edited together.
 
 A DenoiserCache plans the forward passes of a step, and Denoiser runs and counts them. Three things may be visible:
 
     full attention    the whole row
-    in blocks         the blocks of the grid up to one's own
+    in blocks         for the active block all of it and what is before it; before it, the blocks up to one's own
     joint             for the active block all of it and what is before it; before it, a token sees those up to itself
 
 In blocks, or joint, the K/V of what is before the active block never change, so keeping them is exact; under full
@@ -38,6 +39,7 @@ class Block:
     schedule: Sequence[int] = ()  # tokens to write at each of its steps
     steps_done: int = 0
     masked: Sequence[int] = ()  # columns in it that are still masked, ascending
+    visible: Sequence[int] = ()  # columns in it that are written and may be edited, ascending
 
     def quota(self) -> int:
         """Tokens to write in the next step by the schedule: in its last one and later, all that are masked."""
@@ -71,18 +73,19 @@ class DenoiserCache(Protocol):
     """A way to compute the logits of a step. To add one, write a class and name it in `denoiser.cache_of`."""
 
     def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
-        """The forward passes of a step, in order; the last one's logits (N, V) are those at the blocks' masked columns.
+        """The forward passes of a step, in order; the last one's logits (N, V) are those at the blocks' masked columns,
+        and then at their visible ones.
 
         ids (B, L) on the CPU; blocks of the R active rows.
         """
 
 
 def flat_places(blocks: list[Block], first: Sequence[int], width: int) -> Tensor:
-    """Places (N,) int64 of the masked columns among R x `width` tokens, the i-th row's being its columns from first[i]
-    on."""
-    places = []
-    for i, block in enumerate(blocks):
-        places += [i * width + column - first[i] for column in block.masked]
+    """Places (N,) int64 of the masked columns, then of the visible ones, among R x `width` tokens, the i-th row's being
+    its columns from first[i] on."""
+    begins = [i * width - column for i, column in enumerate(first)]
+    places = [begin + column for begin, block in zip(begins, blocks, strict=True) for column in block.masked]
+    places += [begin + column for begin, block in zip(begins, blocks, strict=True) for column in block.visible]
     return torch.tensor(places, dtype=torch.long)
 
 
@@ -96,19 +99,20 @@ class Span(NamedTuple):
 
 def reach(config: ModelConfig, columns: Tensor, blocks: list[Block]) -> Tensor | None:
     """The last column (R or 1, W) that queries at `columns` (R or 1, W) see, if that is not all of the visible text."""
-    if config.attention == "joint":
-        starts = torch.tensor([block.start for block in blocks], device=columns.device)[:, None]
-        return columns.where(columns < starts, max(block.stop for block in blocks) - 1)
     size = config.block_size
-    return columns // size * size + size - 1 if size else None
+    if not size:
+        return None
+    starts = torch.tensor([block.start for block in blocks], device=columns.device)[:, None]
+    before = columns if config.attention == "joint" else columns // size * size + size - 1
+    return before.where(columns < starts, max(block.stop for block in blocks) - 1)
 
 
 def several(config: ModelConfig, span: Span, block: Block) -> bool:
     """True if the queries of a span of columns do not all see the same keys."""
-    if config.attention == "joint":
-        return span.first < block.start
     size = config.block_size
-    return size > 0 and span.first // size < (span.last - 1) // size
+    if not size or span.first >= block.start:
+        return False
+    return config.attention == "joint" or span.first // size < (span.last - 1) // size
 
 
 def visibility(columns: Tensor, stops: list[int], last_seen: Tensor | None) -> Tensor | None:
@@ -213,6 +217,8 @@ class BlockCache(SpanCache):
 
     def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
         self.drop_finished(blocks)
+        for block in blocks:  # a window goes back, and its pass, as every step's, keeps nothing of what it feeds
+            self.committed[block.row] = min(self.committed[block.row], block.start)
         spans = [self._span(block.row, block.stop) for block in blocks]
         self._commit(blocks)
         return [self.forward_pass(ids, blocks, spans)]
@@ -231,7 +237,7 @@ class UnfusedBlockCache(BlockCache):
     def passes(self, ids: Tensor, blocks: list[Block]) -> list[ForwardPass]:
         self.drop_finished(blocks)
         # 1. What rows have finished before their active block: its K/V become final, and no logits are wanted.
-        behind = [replace(block, masked=()) for block in blocks if self.committed[block.row] < block.start]
+        behind = [replace(block, masked=(), visible=()) for block in blocks if self.committed[block.row] < block.start]
         if not behind:
             return super().passes(ids, blocks)
         commit = self.forward_pass(ids, behind, [self._span(block.row, block.start) for block in behind])

@@ -84,10 +84,10 @@ def penalise_repeats(logits: Tensor, ids: Tensor, written: Tensor, columns: Tens
     """logits (N, V), each token's lowered by draw.repeat_penalty for every time it was written near the position.
 
     The i-th position is column columns[i] of the row ids[i], ids (N, L). Tokens count if they are `written` (N, L) at
-    most draw.repeat_window columns away. The token `exempt`, EOS, keeps its logit.
+    most draw.repeat_window columns away, in others than its own. The token `exempt`, EOS, keeps its logit.
     """
     distance = (torch.arange(ids.shape[1], device=ids.device) - columns[:, None]).abs()
-    near = written & (distance <= draw.repeat_window)
+    near = written & (distance > 0) & (distance <= draw.repeat_window)
     counts = torch.zeros_like(logits).scatter_add_(1, ids, near.to(logits.dtype))
     counts[:, exempt] = 0
     return logits - draw.repeat_penalty * counts

@@ -36,6 +36,7 @@ COLUMNS = (  # of the table
     "forward_passes",
     "tokens_per_pass",
     "tokens_per_second",
+    "edits",
 )
 LEGEND = (
     "mean +- standard error over the answers; distinct_n: of all answers together; longest_repeat: share of an answer; "
@@ -64,6 +65,7 @@ class Answer:
     seconds: float = 0.0
     judged_nats: float | None = None  # of it and its EOS under a judge, an autoregressive model; see `judge`
     judged_tokens: int = 0
+    num_edits: int | None = None  # written tokens that gave way to others; none: the decoder does not edit
 
 
 def questions_of(
@@ -146,7 +148,7 @@ def answer_batch(
 ) -> list[Answer]:
     """The answers to prompts that share forward passes, each with its share of the seconds."""
     return [
-        Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(prompts))
+        Answer(g.text, g.num_tokens, g.ended, g.num_forward_passes, g.seconds / len(prompts), num_edits=g.num_edits)
         for g in generate_batch(loaded, prompts, continuation, sampler)
     ]
 
@@ -194,12 +196,14 @@ def describe(
     longest_repeat: length of the longest token sequence that an answer contains twice, as a share of the answer.
     premature: ended below a quarter of the reference's length. overrun: did not end. Tokens count up to and including
     EOS. judged: nats per token under a judge and their standard error. References were not computed: no cost (None).
+    edits: of decoders that edit.
     """
     ids = [encode(tokenizer, answer.text) for answer in answers]
     repeats = [longest_repeat(row) / max(len(row), 1) for row in ids]
     premature = [float(is_premature(a, r)) for a, r in zip(answers, reference, strict=True)]
     tokens = [answer.num_tokens for answer in answers]
     passes = [answer.num_forward_passes for answer in answers]
+    edits = [answer.num_edits for answer in answers if answer.num_edits is not None]
     seconds = sum(answer.seconds for answer in answers)
     return {
         "answers": len(answers),
@@ -212,6 +216,7 @@ def describe(
         "forward_passes": mean_and_error(passes) if any(passes) else None,
         "tokens_per_pass": sum(tokens) / sum(passes) if any(passes) else None,
         "tokens_per_second": sum(tokens) / seconds if seconds else None,
+        "edits": mean_and_error(edits) if edits else None,
     }
 
 

@@ -41,6 +41,7 @@ class Generation:
     filled: bool = False  # blanks were filled
     num_drafted: int | None = None  # tokens that self-speculation drafted and verified; none: it did not
     num_accepted: int | None = None  # those of them that were written
+    num_edits: int | None = None  # written tokens that gave way to others; none: the decoder does not edit
 
     @property
     def tokens_per_second(self) -> float:
@@ -52,12 +53,13 @@ class Generation:
 
     def report(self) -> str:
         between = "\n" if self.filled else "\u2502"  # a filled text repeats the prompt, a continuation does not
-        drafts = "" if self.num_drafted is None else f", {self.num_accepted} of {self.num_drafted} drafted tokens kept"
+        told = "" if self.num_drafted is None else f", {self.num_accepted} of {self.num_drafted} drafted tokens kept"
+        told += "" if self.num_edits is None else f", {self.num_edits} edits"
         return (
             f"{self.prompt}{between}{self.text}\n[{self.num_tokens} tokens{'' if self.ended else ', no EOS'}, "
             f"{self.num_forward_passes} forward passes, {self.seconds:.2f} s, "
             f"{self.tokens_per_second:.1f} tokens/s, "
-            f"{self.tokens_per_pass:.2f} tokens per pass{drafts}]"
+            f"{self.tokens_per_pass:.2f} tokens per pass{told}]"
         )
 
 
@@ -78,9 +80,9 @@ def generate_batch(
     """Generate for several prompts that share forward passes; prompt i is sampled with the seed plus i."""
     canvas = canvas_of_prompts(loaded, prompts, continuation.max_new_tokens)
     decoded, seconds = decode_timed(loaded, canvas, sampler, first_seed(loaded, continuation), observe)
-    undrafted = [None] * len(prompts)
-    drafts = zip(decoded.row_drafted or undrafted, decoded.row_accepted or undrafted, strict=True)
-    rows = zip(prompts, decoded.new, decoded.ended, decoded.row_passes, drafts, strict=True)
+    none = [None] * len(prompts)
+    counts = zip(decoded.row_drafted or none, decoded.row_accepted or none, decoded.row_edits or none, strict=True)
+    rows = zip(prompts, decoded.new, decoded.ended, decoded.row_passes, counts, strict=True)
     return [
         Generation(
             prompt=prompt.text,
@@ -91,8 +93,9 @@ def generate_batch(
             seconds=seconds,
             num_drafted=drafted,
             num_accepted=accepted,
+            num_edits=edits,
         )
-        for prompt, new, ended, passes, (drafted, accepted) in rows
+        for prompt, new, ended, passes, (drafted, accepted, edits) in rows
     ]
 
 
@@ -112,7 +115,16 @@ def infill(
     canvas = Canvas.infilling([row], loaded.model.config, loaded.runtime.torch_device)
     decoded, seconds = decode_timed(loaded, canvas, sampler, first_seed(loaded, continuation), observe)
     text = decode(loaded.tokenizer, decoded.ids[0, start:-1].tolist())
-    return Generation(blanks.text, text, len(decoded.new[0]), True, decoded.num_forward_passes, seconds, filled=True)
+    return Generation(
+        prompt=blanks.text,
+        text=text,
+        num_tokens=len(decoded.new[0]),
+        ended=True,
+        num_forward_passes=decoded.num_forward_passes,
+        seconds=seconds,
+        filled=True,
+        num_edits=next(iter(decoded.row_edits), None),
+    )
 
 
 def note_on_blanks(loaded: Loaded) -> str | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from model.decoding.denoiser import DenoisingConfig
+from model.decoding.editing import MODELESS
 from model.decoding.remasking import REMASKING, SELF_SPECULATIVE
 
 ADAPTIVE = ("threshold", "factor", "entropy_bound", SELF_SPECULATIVE)  # take as many steps as they need
@@ -15,18 +16,22 @@ THRESHOLDED = ("threshold", "hybrid")
 class SamplerGrid:
     """Samplers to compare."""
 
-    policies: Annotated[tuple[Literal[*REMASKING], ...] | None, "policies to try instead of --gen-remasking"] = None
+    policies: Annotated[
+        tuple[Literal[*REMASKING], ...] | None, "policies to try instead of --gen-remasking", MODELESS
+    ] = None
     steps: Annotated[
         tuple[int, ...] | None,
         "step counts to try instead of --gen-steps",
         "at least 1",
         f"without --gen-remasking {', '.join(ADAPTIVE[:-1])} or {ADAPTIVE[-1]}",
+        MODELESS,
     ] = None
     thresholds: Annotated[
         tuple[float, ...] | None,
         "thresholds to try instead of --gen-confidence-threshold",
         "in (0, 1]",
         "with --gen-remasking threshold or hybrid",
+        MODELESS,
     ] = None
 
     def samplers(self, denoising: DenoisingConfig) -> dict[str, DenoisingConfig]:

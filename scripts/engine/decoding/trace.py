@@ -5,10 +5,12 @@ Its JSON form: {
   "tokens": {id: {"text"}, {"bytes"} or {"text", "special"}},   every id that occurs; bytes in hexadecimal if the
                                                    token is only a part of a character; special: its role
   "initial": [id, ...], "open": [0 or 1, ...],     before the first step; 1 = to be filled
-  "steps": [{"forward_passes", "writes": [[position, id, confidence], ...], "rejected": [[position, id], ...]}, ...]
+  "steps": [{"forward_passes", "writes": [[position, id, confidence], ...], "edited": [[position, id before], ...],
+             "rejected": [[position, id], ...]}, ...]
 }. Forward passes are cumulative; a confidence is the model's probability of the token it wrote, from 0 to 1, to 4
-decimals. A position holds the token that was written there last. Rejected, if there are any, are tokens that a
-speculative decoder had drafted and took back; one that another token is written for at once is shown as replaced by it.
+decimals. A position holds the token that was written there last. Edited are writes over another token, with what stood
+there before; [MASK] is written where a token was taken back, to be written anew. Rejected are tokens that a speculative
+decoder had drafted and took back; one that another token is written for at once is shown as replaced by it.
 """
 
 import json
@@ -177,6 +179,9 @@ class Trace:
 
     def to_json(self) -> dict[str, Any]:
         """The form described above."""
+        edited: dict[int, list[list[int]]] = {}
+        for number, position, before, _ in self.edits:
+            edited.setdefault(number, []).append([position, before])
         return {
             "info": self.info,
             "tokens": {str(i): _token_to_json(self.tokens[i]) for i in sorted(self.tokens)},
@@ -184,8 +189,9 @@ class Trace:
             "open": [int(o) for o in self.open],
             "steps": [
                 {"forward_passes": step.num_forward_passes, "writes": [list(write) for write in step.writes]}
+                | ({"edited": edited[number]} if number in edited else {})
                 | ({"rejected": [list(draft) for draft in step.rejected]} if step.rejected else {})
-                for step in self.steps
+                for number, step in enumerate(self.steps, start=1)
             ],
         }
 

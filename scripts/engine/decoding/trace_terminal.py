@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from model.decoding.canvas import DecodingStep
-from scripts.engine.decoding.trace import REPLACEMENT, Cell, Token, Trace
+from scripts.engine.decoding.trace import REPLACEMENT, Cell, Token, Trace, assemble
 
 # xterm's 256 colours, from low to high confidence, all light enough for black text.
 SHADES = (230, 229, 193, 157, 122, 117)
@@ -71,9 +71,21 @@ class LiveView:
         passes = self.trace.num_forward_passes
         filled, total = self.trace.num_written(self._cells), sum(self.trace.open)
         rate = f", {filled / passes:.2f} tokens per pass" if passes else ""
-        return (
-            f"[step {len(self.trace.steps)}, {passes} forward passes, {filled} of {total} tokens{rate}{self._drafts}]"
-        )
+        told = rate + self._drafts + self._edits()
+        return f"[step {len(self.trace.steps)}, {passes} forward passes, {filled} of {total} tokens{told}]"
+
+    def _edits(self) -> str:
+        """The number of edits, and what this step has changed into what."""
+        edits = self.trace.edits
+        if not edits:
+            return ""
+        latest = (change for number, _, *change in edits if number == len(self.trace.steps))
+        return f", {len(edits)} edits" + "".join(f" {self._name(old)}>{self._name(new)}" for old, new in latest)
+
+    def _name(self, token: int) -> str:
+        """A token as it is shown by itself."""
+        tokens = self.trace.tokens
+        return symbols(tokens, [Cell(token, *assemble([tokens[token]]))])[0].replace("\n", "")
 
     def _redraw(self) -> None:
         size = shutil.get_terminal_size()

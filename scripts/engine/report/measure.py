@@ -45,7 +45,7 @@ from scripts.engine.prompts import Ask, PromptConfig
 from scripts.engine.report.exercises import item_of, whole_couplets
 
 BATCH_SIZE = 32  # of answers
-WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
+WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds", "num_edits")  # what is kept of an answer
 
 # What files hold, for the flags that depend on it.
 IN_WORDS = "questions that are answered in words"

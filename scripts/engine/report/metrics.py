@@ -56,6 +56,11 @@ def _recorded(name: str) -> Callable[[Item, Result], Ratio]:
     return lambda item, result: (result[name], 1.0)
 
 
+def _edits(item: Item, result: Result) -> Ratio:
+    edits = result.get("num_edits")  # a report of an earlier version has none
+    return UNMEASURED if edits is None else (edits, 1.0)
+
+
 def _outcome(item: Item, result: Result) -> tuple[int, bool, bool]:
     question = Question(item["question"], item["choices"], item["answer"], item["lang"])
     return outcome(question, np.array(result["nats"]))
@@ -85,7 +90,7 @@ def _edits(item: Item, result: Result) -> Ratio:
 
 
 def _premature(item: Item, result: Result) -> bool:
-    answer = Answer(**{name: result[name] for name in WRITTEN})
+    answer = Answer(**{name: result.get(name) for name in WRITTEN})
     return is_premature(answer, Answer("", item["reference_tokens"], True))
 
 
@@ -184,6 +189,7 @@ WRITING = [
     _cost("overrun", _mean(lambda _, result: not result["ended"]), "share of the answers without an end", share=True),
     _cost("longest repeat", _mean(lambda _, r: longest_repeat(r["ids"]) / max(len(r["ids"]), 1)), REPEAT),
     _cost("forward passes", _recorded("num_forward_passes"), "network calls per answer (NFE)", digits=2),
+    _cost("edits", _edits, "written tokens that gave way to others, per answer of a decoder that edits", digits=2),
     _cost(SECONDS, _recorded("seconds"), TIME, digits=4),
 ]
 DISTINCT = [  # of all answers together, not a ratio of sums over them: `results` computes them

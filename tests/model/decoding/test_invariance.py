@@ -165,6 +165,10 @@ denoising = st.builds(
     gen_penalty_lambda=st.sampled_from([0.0, 0.5]),
     gen_cfg_scale=st.sampled_from([0.0, 0.0, 0.7]),
     gen_eos=st.sampled_from(["free", "confidence", "never"]),
+    gen_edit_threshold=st.sampled_from([None, 0.0, 0.1, 0.5]),
+    gen_edit=st.sampled_from(["overwrite", "remask"]),
+    gen_post_edits=st.integers(0, 5),
+    gen_edit_blocks=st.integers(0, 2),
     **{f"gen_{name}": drawn for name, drawn in draws.items()},
 )
 caches = {"full": ["none", "prefix", "dual"], "block": ["none", "block"], "joint": ["none", "block"]}
@@ -213,7 +217,7 @@ def texts(model, rows, may_end, config, chosen):
     ids = found.ids.tolist()
     for i, one in zip(chosen, ids, strict=True):
         assert set(one[len(rows[i]) :]) <= {PAD}
-    told = zip(chosen, ids, found.new, found.ended, found.row_passes, strict=True)
+    told = zip(chosen, ids, found.new, found.ended, found.row_passes, found.row_edits or chosen, strict=True)
     return {i: (one[: len(rows[i])], *more) for i, one, *more in told}
 
 

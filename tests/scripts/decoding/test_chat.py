@@ -4,6 +4,7 @@ import contextlib
 import io
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,12 @@ def test_a_command_changes_the_next_reply(talk, decoding):
         assert shown in out
 
 
+def test_editing_is_set_by_mode_or_by_threshold_and_taken_back(talk, decoding):
+    talk("dm", ["/mode speed", "a", "/edit off", "a", "/edit 0.25", "a"])
+    speed = fitted(gen_mode="speed")
+    assert decoding.configs == [speed, *(replace(speed, gen_edit_threshold=value) for value in (None, 0.25))]
+
+
 def test_an_autoregressive_checkpoint_has_a_temperature_and_nothing_of_diffusion(talk, decoding):
     refused = ["/steps 3", "/block 4", "/policy random", "/infill a___"]
     out = talk("ar", ["/temp 0.5", "a", *refused, "/help"])
@@ -140,6 +147,9 @@ NONSENSE = {
     "/block 99999999999999999999999": "more than --max-seq-len 60",
     "/policy": "/policy takes one of low_confidence, random",
     "/policy best": "found best",
+    "/mode fast": "/mode takes quality or speed; found fast",
+    "/edit": "/edit takes a number, or off; found none",
+    "/edit 2": "/edit must be in [0, 1], not 2",
     "/infill": "/infill has no blank: write ___",
     "/infill no blank": "/infill has no blank",
     "/infill ___" + " the river" * 40: "the text with its blanks is",

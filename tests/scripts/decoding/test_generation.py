@@ -84,8 +84,46 @@ def test_drafts_are_counted_with_the_text_they_wrote(prompting, command):
     assert f"{drafted['num_accepted']} of {drafted['num_drafted']} drafted tokens kept" in shown
 
 
+def test_edits_are_counted_beside_the_passes(prompting, command):
+    argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--max-new-tokens", "9", "--json", "--gen-temp", "1"]
+    argv += ["--gen-remasking", "threshold", "--gen-confidence-threshold", "0.001"]
+    made = []
+    for flags in ([], ["--gen-edit-threshold", "0"]):
+        result = command(eval_diffusion, [*argv, *flags])
+        assert result.code == 0, result.err
+        made.append(json.loads(result.out)["generation"])
+    plain, edited = made
+    assert plain["num_edits"] is None and edited["num_edits"] > 0
+    assert edited["num_forward_passes"] > plain["num_forward_passes"]
+
+
 @pytest.mark.parametrize(
-    "flags", [["--gen-cfg-scale", "1"], ["--gen-steps", "4"], ["--gen-cache", "none"], ["--gen-penalty-lambda", "1"]]
+    "flags, words",
+    [
+        (["--gen-edit-threshold", "0.5", "--gen-mode", "speed"], "--gen-edit-threshold has no effect"),
+        (["--gen-confidence-threshold", "0.8", "--gen-mode", "speed"], "--gen-confidence-threshold has no effect"),
+        (["--gen-remasking", "margin", "--gen-mode", "quality"], "--gen-remasking has no effect"),
+        (["--gen-steps", "9", "--gen-mode", "quality"], "--gen-steps has no effect"),
+        (["--gen-post-edits", "3"], "--gen-post-edits has no effect"),
+        (["--gen-edit-threshold", "0", "--no-gen-edit"], "--gen-edit-threshold has no effect"),
+        (["--no-gen-edit"], "--gen-edit has no effect"),
+        (["--gen-mode", "speed", "--no-gen-edit", "--gen-edit-blocks", "1"], "--gen-edit-blocks has no effect"),
+    ],
+)
+def test_a_mode_stands_alone_and_edits_are_not_set_where_there_are_none(flags, words, prompting, refused):
+    refused(eval_diffusion, [*prompting["eval_diffusion"], "--prompt", "the cat", *flags], words)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--gen-cfg-scale", "1"],
+        ["--gen-steps", "4"],
+        ["--gen-cache", "none"],
+        ["--gen-penalty-lambda", "1"],
+        ["--gen-mode", "speed"],
+        ["--gen-edit-threshold", "0.5"],
+    ],
 )
 def test_settings_of_denoising_have_no_effect_on_self_speculation(flags, prompting, refused):
     argv = [*prompting["eval_diffusion"], "--prompt", "the cat", "--gen-remasking", "self_speculative", *flags]

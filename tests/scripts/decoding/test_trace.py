@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -131,6 +132,35 @@ def test_a_draft_that_was_rejected_is_told_and_shown_as_replaced(tokenizer, tiny
     write_trace(tmp_path / "t.json", [trace])
     assert load_traces(tmp_path / "t.json") == [trace] and not trace.edits
     assert f"{decoded.row_accepted[0]} of {decoded.row_drafted[0]} drafts kept" in live_lines(trace, steps)
+
+
+@pytest.mark.parametrize("edit", ["overwrite", "remask"])
+def test_edits_are_marked_with_what_stood_there_before(edit, tokenizer, tiny_model, tmp_path):
+    model = tiny_model(**{**token_ids(tokenizer), "vocab_size": len(tokenizer)}, attention="full")
+    canvas = Canvas.continuing([[1, *encode(tokenizer, "the cat")]], 12, model.config)
+    eager = DenoisingConfig(gen_remasking="threshold", gen_confidence_threshold=0.01, gen_temp=1.0)
+    trace, steps = Trace(Vocabulary(tokenizer), *canvas.text(0)), []
+    config = replace(eager, gen_edit_threshold=0.0, gen_edit=edit)
+    decoded = fill(model, canvas, config, [0], lambda step: steps.append(step) or trace.add(step))
+    assert len(trace.edits) == decoded.row_edits[0] == steps[-1].num_edits > 3
+    told = [
+        (i, place, before)
+        for i, step in enumerate(trace.to_json()["steps"])
+        for place, before in step.get("edited", [])
+    ]
+    changed = [
+        (i, place, int(ids[place]))
+        for i, (ids, step) in enumerate(zip([canvas.ids[0], *(s.ids[0] for s in steps)], steps, strict=False))
+        for place in range(len(ids))
+        if ids[place] not in (MASK, step.ids[0, place])
+    ]
+    assert told == changed
+    frames = list(trace.frames())
+    for i, place, before in told:
+        assert frames[i + 1][place].before == before
+    write_trace(tmp_path / "t.json", [trace])
+    assert load_traces(tmp_path / "t.json") == [trace]
+    assert f", {len(trace.edits)} edits" in live_lines(trace, steps)
 
 
 def live_lines(trace, steps):
