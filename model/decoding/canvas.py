@@ -286,7 +286,7 @@ class Decoder:
         return not self.state.active_rows
 
     def step(self) -> DecodingStep:
-        """Write at least one token in every row that is not finished."""
+        """Write at least one token in every row that is not finished; with editing perhaps none, if all is written."""
         raise NotImplementedError
 
     def finish(self) -> Decoded:

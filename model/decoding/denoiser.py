@@ -212,11 +212,13 @@ class Candidates:
 class Denoiser(Decoder):
     """LLaDA's sampler, a step at a time: predict all masked tokens of each row's active block, write some of them.
 
-    A row whose block is full goes on to the next at once. Under full attention, block b of a row is its open positions
-    b * size to (b + 1) * size - 1, in order, and the whole canvas is visible throughout. A checkpoint of block
-    diffusion has the grid that it was trained on: block b is the columns b * size to (b + 1) * size - 1, whatever is
-    given or open in them. Later blocks are not visible, not even given tokens in them, so an infilled blank is written
-    to suit what stands before it and in its own block. To choose by hand what is written:
+    A row whose block is full goes on to the next at once, or with editing once nothing in it changes any more. Under
+    full attention, block b of a row is its open positions b * size to (b + 1) * size - 1, in order, and the whole
+    canvas is visible throughout. A checkpoint of block diffusion has the grid that it was trained on: block b is the
+    columns b * size to (b + 1) * size - 1, whatever is given or open in them. Later blocks are not visible, not even
+    given tokens in them, so an infilled blank is written to suit what stands before it and in its own block.
+
+    To choose by hand what is written:
 
         denoiser = Denoiser(model, canvas, config, seeds)
         while not denoiser.finished:
