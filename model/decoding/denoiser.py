@@ -300,12 +300,11 @@ class Denoiser(Decoder):
         return [self.blocks[row] for row in self.state.active_rows]
 
     def _leave(self, block: Block) -> None:
-        """Leave a block that is done with its edits, by way of the window that --gen-edit-blocks reopens, if any."""
-        row, window = block.row, self.editor.window(block)
-        if window:
-            start, _ = self._columns_of(row, block.number - window)
-            self.blocks[row] = replace(block, start=start)
-            self.editor.reopen(self.blocks[row], stop=block.start)
+        """Leave a block that is done with its edits, by way of the blocks before it that --gen-edit-blocks reopens."""
+        start, _ = self._columns_of(block.row, max(0, block.number - self.config.gen_edit_blocks))
+        if self.editor.looks_back(block, start):
+            self.blocks[block.row] = replace(block, start=start)
+            self.editor.reopen(self.blocks[block.row], stop=block.start)
         else:
             self.editor.close(block)
 

@@ -110,10 +110,10 @@ class Editor:
         """Begin a block."""
         self.progress[block.row] = Progress(stop=block.stop)
 
-    def window(self, block: Block) -> int:
-        """The number of blocks before one that is done that get another look: 0 if none of them was open."""
-        before = bisect_left(self.state.open_columns[block.row], block.start)
-        return min(self.config.gen_edit_blocks, block.number) if before and not self.progress[block.row].reopened else 0
+    def looks_back(self, block: Block, start: int) -> bool:
+        """True if a block that is done sends the row back to its columns from `start` on: once, if any was open."""
+        columns = self.state.open_columns[block.row]
+        return not self.progress[block.row].reopened and bisect_left(columns, start) < bisect_left(columns, block.start)
 
     def reopen(self, window: Block, stop: int) -> None:
         """Look once more at the columns of a window of blocks that are before `stop`."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from model.decoding.canvas import Canvas
+from model.decoding.decode import decode
 from model.decoding.denoiser import Denoiser, DenoisingConfig
 from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, steps_of
 from tests.model.decoding.test_block_decoding import assert_same_steps
@@ -292,6 +293,14 @@ def test_a_reopened_block_sees_the_one_behind_it(size):
     assert plain.new[0][2] == 13 and plain.row_edits == [0]
     assert again.new[0] == [*plain.new[0][:2], 21, *plain.new[0][3:]] and again.row_edits == [1]
     assert [step.num_edits for step in steps] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_blocks_without_open_positions_are_not_looked_at_again(tiny_model):
+    model = tiny_model(**KINDS["block"])
+    row = [1, None, 5, 6, 7, 8, 9, 10, 11, None, 2]
+    canvas, config = Canvas.infilling([row], model.config), replace(FREELY, gen_post_edits=0)
+    passes = [decode(model, canvas, replace(config, gen_edit_blocks=w), [0]).num_forward_passes for w in (0, 1, 2)]
+    assert passes == [2, 2, 3]
 
 
 # -- modes -------------------------------------------------------------------------------------------------------------
