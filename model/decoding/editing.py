@@ -61,7 +61,7 @@ class EditingConfig:
 
     @property
     def edits(self) -> bool:
-        return self.gen_edit_threshold is not None and self.gen_edit != "off"
+        return self.gen_edit != "off" and (self.gen_mode is not None or self.gen_edit_threshold is not None)
 
     def of_mode(self) -> dict[str, object]:
         """The settings that a mode stands for, by name; empty without one."""

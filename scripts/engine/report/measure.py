@@ -324,9 +324,11 @@ def answers_of(
 
 
 def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
-    """Return what report.json holds of answers."""
+    """Return what report.json holds of answers; edits if any model edits, none of a model that does not."""
+    edits = setup.denoising.edits
     return [
-        {name: getattr(answer, name) for name in WRITTEN} | {"ids": encode(setup.tokenizer, answer.text)}
+        {name: getattr(answer, name) for name in WRITTEN}
+        | {"num_edits": answer.num_edits or 0 if edits else None, "ids": encode(setup.tokenizer, answer.text)}
         for answer in answers
     ]
 

@@ -57,7 +57,7 @@ def _recorded(name: str) -> Callable[[Item, Result], Ratio]:
 
 
 def _gave_way(item: Item, result: Result) -> Ratio:
-    edits = result.get("num_edits")  # a report of an earlier version has none
+    edits = result.get("num_edits")  # none: no model of the report edits
     return UNMEASURED if edits is None else (edits, 1.0)
 
 
@@ -189,7 +189,7 @@ WRITING = [
     _cost("overrun", _mean(lambda _, result: not result["ended"]), "share of the answers without an end", share=True),
     _cost("longest repeat", _mean(lambda _, r: longest_repeat(r["ids"]) / max(len(r["ids"]), 1)), REPEAT),
     _cost("forward passes", _recorded("num_forward_passes"), "network calls per answer (NFE)", digits=2),
-    _cost("edits", _gave_way, "written tokens that gave way to others, per answer of a decoder that edits", digits=2),
+    _cost("edits", _gave_way, "written tokens that gave way to others, per answer", digits=2),
     _cost(SECONDS, _recorded("seconds"), TIME, digits=4),
 ]
 DISTINCT = [  # of all answers together, not a ratio of sums over them: `results` computes them

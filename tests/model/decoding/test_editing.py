@@ -235,15 +235,14 @@ def test_an_edit_writes_no_end_that_the_policy_would_not_write(eos, ending_model
 
 # -- caches ------------------------------------------------------------------------------------------------------------
 
+BRIEF = replace(FREELY, gen_post_edits=3)
 VARIANTS = {
-    "freely": FREELY,
     "rarely": replace(FREELY, gen_edit_threshold=0.08),
-    "few rounds": replace(FREELY, gen_post_edits=2),
-    "reopened": replace(FREELY, gen_edit_blocks=1, gen_post_edits=3),
-    "two reopened": replace(FREELY, gen_edit_blocks=2, gen_temp=1.0),
-    "remasked": replace(FREELY, gen_edit="remask", gen_edit_blocks=1),
-    "guided": replace(FREELY, gen_cfg_scale=0.8, gen_edit_blocks=1),
-    "penalised": replace(FREELY, gen_repeat_penalty=0.5, gen_penalty_lambda=0.5),
+    "reopened": replace(BRIEF, gen_edit_blocks=1),
+    "two reopened": replace(BRIEF, gen_edit_blocks=2, gen_temp=1.0),
+    "remasked": replace(BRIEF, gen_edit="remask", gen_edit_blocks=1),
+    "guided": replace(BRIEF, gen_cfg_scale=0.8, gen_edit_blocks=1),
+    "penalised": replace(BRIEF, gen_repeat_penalty=0.5, gen_penalty_lambda=0.5),
 }
 
 
