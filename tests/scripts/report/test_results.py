@@ -126,6 +126,18 @@ def test_figures_of_the_writing_are_those_of_describe(form, sections, rows, toke
             assert rows[f"{form}.jsonl", f"distinct-{n}", "all"].values[name].value == expected[f"distinct_{n}"]
 
 
+def test_edits_are_told_of_every_model_if_one_edits(made, sections):
+    section, models = sections["questions"], made[1]["models"]
+    assert not [row for row in rows_of(section, models) if row.metric.name == "edits"]
+    counts = {AR: [0] * len(section["items"]), DM: [i % 4 for i in range(len(section["items"]))]}
+    results = {
+        name: [result | {"num_edits": n} for result, n in zip(section["results"][name], counts[name], strict=True)]
+        for name in counts
+    }
+    told = [row for row in rows_of({**section, "results": results}, models) if row.metric.name == "edits"]
+    assert {name: told[0].values[name].value for name in counts} == {name: np.mean(n) for name, n in counts.items()}
+
+
 def test_distinct_n_grams_of_a_language_are_counted_among_its_answers(sections, rows, tokenizer):
     pairs = zip(sections["questions"]["items"], sections["questions"]["results"][DM], strict=True)
     ids = [token for item, r in pairs if item["lang"] == "zh" for token in encode(tokenizer, r["text"])]
