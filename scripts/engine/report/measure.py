@@ -45,7 +45,7 @@ from scripts.engine.prompts import Ask, PromptConfig
 from scripts.engine.report.exercises import item_of, whole_couplets
 
 BATCH_SIZE = 32  # of answers
-WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds", "num_edits")  # what is kept of an answer
+WRITTEN = ("text", "num_tokens", "ended", "num_forward_passes", "seconds")  # what is kept of an answer
 
 # What files hold, for the flags that depend on it.
 IN_WORDS = "questions that are answered in words"
@@ -324,11 +324,11 @@ def answers_of(
 
 
 def recorded(setup: Setup, answers: Iterable[Answer]) -> list[dict[str, Any]]:
-    """Return what report.json holds of answers; edits if any model edits, none of a model that does not."""
-    edits = setup.denoising.edits
+    """Return what report.json holds of answers; if a model edits, also the edits, 0 of one that does not."""
     return [
         {name: getattr(answer, name) for name in WRITTEN}
-        | {"num_edits": answer.num_edits or 0 if edits else None, "ids": encode(setup.tokenizer, answer.text)}
+        | ({"num_edits": answer.num_edits or 0} if setup.denoising.edits else {})
+        | {"ids": encode(setup.tokenizer, answer.text)}
         for answer in answers
     ]
 

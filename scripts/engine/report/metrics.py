@@ -90,7 +90,7 @@ def _edits(item: Item, result: Result) -> Ratio:
 
 
 def _premature(item: Item, result: Result) -> bool:
-    answer = Answer(**{name: result.get(name) for name in WRITTEN})
+    answer = Answer(**{name: result[name] for name in WRITTEN})
     return is_premature(answer, Answer("", item["reference_tokens"], True))
 
 
