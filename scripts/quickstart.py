@@ -51,10 +51,9 @@ SECONDS = {
 STEP_SECONDS = 0.27
 STORY = "Tell me a short story about Anna."
 SMALL_MODEL = "--hidden-size 192 --num-hidden-layers 4 --num-attention-heads 6 --tie-embeddings"
-LEARNING = (
-    " --save-dir {out} --tokenizer-dir {out}/tokenizer --optimizer muon --batch-size 64 --lr-stable-ratio 0.6"
-    " --min-lr-ratio 0.05 --log-interval 100 --eval-interval 500 --eval-max-batches 2"
-)
+SAVED = " --save-dir {out} --tokenizer-dir {out}/tokenizer --log-interval 100 --eval-interval 500 --eval-max-batches 2"
+LEARNING = " --optimizer muon --batch-size 64 --lr-stable-ratio 0.6 --min-lr-ratio 0.05" + SAVED
+TURNING = " --optimizer muon --batch-size 64 --lr-stable-ratio 0.1 --min-lr-ratio 0.01" + SAVED  # to full attention
 COMPARED = (  # joint weights under both kinds
     "--minimind-checkpoint {out}/ar_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
     " --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
@@ -80,7 +79,7 @@ SMALL = (
         "scripts.train.train_sft_minimind",
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
-        steps=400,
+        steps=600,
     ),
     Stage(
         "joint fine-tuning, from AR",
@@ -88,21 +87,22 @@ SMALL = (
         "--run-name joint_sft --load-from {out}/ar_state_dict.pt --block-size 8 --next-token-weight 0.5"
         f" --max-seq-len 80 --learning-rate 3e-3{LEARNING}",
         "joint_sft_state_dict.pt",
-        steps=600,
+        steps=1100,
     ),
     Stage(
         "diffusion fine-tuning, from joint",
         "scripts.train.train_sft_diffusion",
         "--run-name diffusion_sft --load-from {out}/joint_sft_state_dict.pt --block-size 0 --next-token-weight 0"
-        f" --eos-fill 8 --max-seq-len 80 --learning-rate 3e-3{LEARNING}",
+        f" --eos-fill 8 --max-seq-len 80 --learning-rate 3e-3{TURNING}",
         "diffusion_sft_state_dict.pt",
-        steps=500,
+        steps=300,
     ),
     Stage(
         "evaluation",
         "scripts.eval.report",
-        f"{COMPARED} --tokenizer-dir {{out}}/tokenizer --out {{out}} --seq-len 80 --max-new-tokens 24 --canvas 24"
-        " --num-samples 8 --frontier-questions 60 --frontier-policies threshold,self_speculative"
+        f"--eval-data bundled:questions,bundled:pretrain,bundled:sft --eval-split validation {COMPARED}"
+        " --tokenizer-dir {out}/tokenizer --out {out} --seq-len 80 --max-new-tokens 24 --canvas 24 --num-samples 8"
+        " --frontier-questions 60 --frontier-policies threshold,self_speculative"
         f" --gen-remasking threshold{GREEDY}",
         "report.json",
     ),

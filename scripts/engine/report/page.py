@@ -36,7 +36,7 @@ from scripts.engine.report.results import (
 )
 from scripts.engine.statistics import RESAMPLES
 
-FORMAT = 3  # of report.json
+FORMAT = 4  # of report.json
 FACTS = ("commit", "device", "processor", "python", "torch", "transformers", "tokenizer")
 NEEDED = {"command", "settings", "models", "sources", "frontier", *FACTS}
 SAMPLES = 3  # answers shown of each split of the bundled questions
