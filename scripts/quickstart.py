@@ -79,7 +79,7 @@ SMALL = (
         "scripts.train.train_sft_minimind",
         f"--run-name ar_sft --load-from {{out}}/ar_state_dict.pt --max-seq-len 80 --learning-rate 2e-3{LEARNING}",
         "ar_sft_state_dict.pt",
-        steps=600,
+        steps=550,
     ),
     Stage(
         "joint fine-tuning, from AR",
@@ -95,7 +95,7 @@ SMALL = (
         "--run-name diffusion_sft --load-from {out}/joint_sft_state_dict.pt --block-size 0 --next-token-weight 0"
         f" --eos-fill 8 --max-seq-len 80 --learning-rate 3e-3{TURNING}",
         "diffusion_sft_state_dict.pt",
-        steps=300,
+        steps=450,
     ),
     Stage(
         "evaluation",
