@@ -84,10 +84,10 @@ SMALL = (
     Stage(
         "joint fine-tuning, from AR",
         "scripts.train.train_sft_diffusion",
-        "--run-name joint_sft --load-from {out}/ar_state_dict.pt --block-size 8 --next-token-weight 0.5"
+        "--run-name joint_sft --load-from {out}/ar_state_dict.pt --block-size 8 --next-token-weight 1"
         f" --max-seq-len 80 --learning-rate 3e-3{LEARNING}",
         "joint_sft_state_dict.pt",
-        steps=1100,
+        steps=1000,
     ),
     Stage(
         "diffusion fine-tuning, from joint",
