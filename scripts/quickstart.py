@@ -41,14 +41,14 @@ class Stage(NamedTuple):
 # Measured on one machine in one hour: seconds of the small recipe's stages, and of the step that `pace` measures.
 SECONDS = {
     "tokenizer": 1,
-    "AR pretraining": 73,
-    "AR fine-tuning": 53,
-    "joint fine-tuning, from AR": 130,
-    "diffusion fine-tuning, from joint": 61,
-    "evaluation": 50,
+    "AR pretraining": 131,
+    "AR fine-tuning": 131,
+    "joint fine-tuning, from AR": 369,
+    "diffusion fine-tuning, from joint": 123,
+    "evaluation": 42,
     "trace": 1,
 }
-STEP_SECONDS = 0.27
+STEP_SECONDS = 0.33
 STORY = "Tell me a short story about Anna."
 SMALL_MODEL = "--hidden-size 192 --num-hidden-layers 4 --num-attention-heads 6 --tie-embeddings"
 SAVED = " --save-dir {out} --tokenizer-dir {out}/tokenizer --log-interval 100 --eval-interval 500 --eval-max-batches 2"
