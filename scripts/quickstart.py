@@ -51,9 +51,12 @@ SECONDS = {
 STEP_SECONDS = 0.33
 STORY = "Tell me a short story about Anna."
 SMALL_MODEL = "--hidden-size 192 --num-hidden-layers 4 --num-attention-heads 6 --tie-embeddings"
-SAVED = " --save-dir {out} --tokenizer-dir {out}/tokenizer --log-interval 100 --eval-interval 500 --eval-max-batches 2"
-LEARNING = " --optimizer muon --batch-size 64 --lr-stable-ratio 0.6 --min-lr-ratio 0.05" + SAVED
-TURNING = " --optimizer muon --batch-size 64 --lr-stable-ratio 0.1 --min-lr-ratio 0.01" + SAVED  # to full attention
+TRAINED = (
+    " --save-dir {out} --tokenizer-dir {out}/tokenizer --optimizer muon --batch-size 64 --log-interval 100"
+    " --eval-interval 500 --eval-max-batches 2"
+)
+LEARNING = " --lr-stable-ratio 0.6 --min-lr-ratio 0.05" + TRAINED
+TURNING = " --lr-stable-ratio 0.1 --min-lr-ratio 0.01" + TRAINED  # to full attention
 COMPARED = (  # joint weights under both kinds
     "--minimind-checkpoint {out}/ar_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"
     " --diffusion-checkpoint {out}/diffusion_sft_state_dict.pt,{out}/joint_sft_state_dict.pt"

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,17 @@ from model.decoding.canvas import Canvas
 from model.decoding.decode import decode
 from model.decoding.denoiser import Denoiser, DenoisingConfig
 from model.decoding.remasking import POLICIES
-from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, spied
+from tests.model.decoding.canvases import (
+    EOS,
+    GREEDY,
+    HOT,
+    MASK,
+    PROMPTS,
+    continuing,
+    infilling,
+    scripted_config,
+    spied,
+)
 
 # -- which token, in which order ---------------------------------------------------------------------------------------
 
@@ -20,17 +29,7 @@ from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, 
 class Conditionals:
     """A network that is right: the exact conditionals of a joint of three tokens, each 4 or 5."""
 
-    config = SimpleNamespace(
-        attention="full",
-        autoregressive=False,
-        block_size=0,
-        max_position_embeddings=64,
-        inference_rope_scaling=False,
-        eos_token_id=EOS,
-        mask_token_id=MASK,
-        pad_token_id=PAD,
-        require_length=lambda *_: None,
-    )
+    config = scripted_config()
 
     def __init__(self, joint):
         self.joint = joint

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,18 @@ import torch
 from model.decoding.canvas import Canvas
 from model.decoding.decode import decode
 from model.decoding.denoiser import Denoiser, DenoisingConfig
-from tests.model.decoding.canvases import EOS, GREEDY, HOT, MASK, PAD, PROMPTS, continuing, infilling, steps_of
+from tests.model.decoding.canvases import (
+    EOS,
+    GREEDY,
+    HOT,
+    MASK,
+    PAD,
+    PROMPTS,
+    continuing,
+    infilling,
+    scripted_config,
+    steps_of,
+)
 from tests.model.decoding.test_block_decoding import assert_same_steps
 
 SIZE, NEW = 4, 11
@@ -27,17 +37,7 @@ class Scripted:
 
     def __init__(self, wants, size=0, sure=0.95):
         self.wants, self.sure = wants, sure
-        self.config = SimpleNamespace(
-            attention="block" if size else "full",
-            autoregressive=False,
-            block_size=size,
-            max_position_embeddings=64,
-            inference_rope_scaling=False,
-            eos_token_id=EOS,
-            mask_token_id=MASK,
-            pad_token_id=PAD,
-            require_length=lambda *_: None,
-        )
+        self.config = scripted_config(size)
 
     def __call__(self, ids, select, **unused):
         p = torch.full((*ids.shape, 30), (1 - self.sure) / 29)
